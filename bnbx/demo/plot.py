@@ -1,0 +1,132 @@
+"""The picture: validation loss and smoothed training loss of each run against the step.
+
+A run with linear states can blow up by ten orders of magnitude. The scale is therefore set by
+where the runs start, and a run that leaves it is marked where it goes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MultipleLocator, NullLocator
+
+from bnbx.demo.progress import short_loss
+from bnbx.demo.train import Result
+
+SMOOTHING = 0.9
+"""Weight of the past in the running mean of the training loss."""
+
+HEADROOM = 1.15
+"""The top of the scale, as a multiple of the loss before training."""
+
+FOOTROOM = 0.85
+"""The bottom of the scale, as a multiple of the lowest validation loss."""
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one run is drawn. The colors are Okabe and Ito's, told apart with any color vision."""
+
+    color: str
+    width: float
+    marker: str
+    dash: str
+
+
+# The first two curves nearly coincide: a broad one, and a narrow dashed one drawn over it.
+STYLES = (
+    Style("#56B4E9", 6.0, "", "-"),
+    Style("#000000", 1.6, "o", "--"),
+    Style("#D55E00", 2.2, "^", "-"),
+)
+
+
+def draw(results: list[Result], path: Path, title: str) -> None:
+    """Write the PNG. The figure is made without pyplot, which would keep global state."""
+    figure = Figure(figsize=(9, 5.4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    bottom = FOOTROOM * min(min(result.validation_losses) for result in results)
+    top = HEADROOM * max(result.validation_losses[0] for result in results)
+    for result, style in zip(results, STYLES, strict=True):
+        _draw_run(axes, result, style)
+        _mark_exit(axes, result, style, top)
+    axes.set_yscale("log")
+    axes.set_ylim(bottom, top)
+    axes.yaxis.set_major_locator(MultipleLocator(1.0 if bottom > 1 else 0.5))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(left=0)
+    axes.set_xlabel("training step", fontsize=12)
+    axes.set_ylabel("loss (nats per byte)", fontsize=12)
+    axes.set_title(title, fontsize=12, loc="left")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(
+        title="Validation loss (thin: training loss, smoothed)",
+        frameon=False,
+        fontsize=11,
+        title_fontsize=11,
+        alignment="left",
+        loc="upper right",
+        bbox_to_anchor=(1.0, 0.93),
+    )
+    figure.savefig(path, format="png")
+
+
+def smoothed(losses: list[float]) -> list[float]:
+    """Running mean of finite losses that starts at the first one, without a pull toward zero."""
+    means: list[float] = []
+    total, weight = 0.0, 0.0
+    for loss in losses:
+        total = SMOOTHING * total + (1 - SMOOTHING) * loss
+        weight = SMOOTHING * weight + (1 - SMOOTHING)
+        means.append(total / weight)
+    return means
+
+
+def _draw_run(axes: Axes, result: Result, style: Style) -> None:
+    finite = [loss for loss in result.train_losses if math.isfinite(loss)]
+    axes.plot(
+        range(len(finite)),
+        smoothed(finite),
+        color=style.color,
+        linewidth=style.width / 2,
+        alpha=0.5,
+    )
+    axes.plot(
+        result.validation_steps,
+        result.validation_losses,
+        color=style.color,
+        linewidth=style.width,
+        linestyle=style.dash,
+        marker=style.marker,
+        label=(
+            f"{result.label}: {short_loss(result.validation_loss)}, "
+            f"{result.state_bytes_per_parameter:.2f} bytes of state per parameter"
+        ),
+    )
+
+
+def _mark_exit(axes: Axes, result: Result, style: Style, top: float) -> None:
+    """An arrow and a note at the first step whose training loss is above the scale."""
+    above = (step for step, loss in enumerate(result.train_losses) if not loss <= top)
+    step = next(above, None)
+    if step is None:
+        return
+    ending = "" if result.diverged_at is None else f", not finite at step {result.diverged_at}"
+    axes.annotate(
+        f"{result.label}: off the scale at step {step}{ending}",
+        xy=(step, top),
+        xytext=(14, -4),
+        textcoords="offset points",
+        verticalalignment="top",
+        color=style.color,
+        fontsize=11,
+    )
+    axes.plot([step], [top], marker=style.marker, markersize=11, color=style.color, clip_on=False)

@@ -1,0 +1,43 @@
+"""What a launch is given: the tensors of one plan, with the scalars of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from bnbx.kernels.plan import Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """Tensors that share a plan and a step.
+
+    Attributes:
+        plan: what to run.
+        scalars: float32 values in the order of the signature.
+        tensors: per parameter its contiguous tensors, in the order of the signature's pointer
+            columns: p, g, then for each state its values, or its codes and absmax.
+    """
+
+    plan: Plan
+    scalars: npt.NDArray[np.float32]
+    tensors: Sequence[tuple[Tensor, ...]]
+
+    def rows(self) -> tuple[npt.NDArray[np.int64], int]:
+        """The row table (with its closing row), and the number of chunks."""
+        chunk = self.plan.chunk
+        table, chunks = [], 0
+        for tensors in self.tensors:
+            numel = tensors[0].numel()
+            table.append([*(t.data_ptr() for t in tensors), numel, chunks])
+            chunks += -(-numel // chunk)
+        width = len(table[0]) if table else 2
+        table.append([0] * (width - 1) + [chunks])
+        return np.array(table, np.int64), chunks

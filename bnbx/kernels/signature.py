@@ -1,0 +1,54 @@
+"""The arguments of a kernel, in order: the one list that renderer and launcher share.
+
+A launch hands over a table with a row per tensor (pointers and sizes, 64 bits each), the scalars
+of the step, and the tables of each codebook (`Plan.codebooks`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bnbx.kernels.plan import Plan
+from bnbx.registry.rule import Expression
+
+
+@dataclass(frozen=True)
+class Column:
+    """A field of a row: its name and what it points to ("" for a plain 64-bit integer)."""
+
+    name: str
+    points_to: str
+    writable: bool = True
+
+    @property
+    def c_type(self) -> str:
+        """The field's type in C++ and CUDA."""
+        if not self.points_to:
+            return "i64"
+        return f"{'' if self.writable else 'const '}{self.points_to}*"
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Columns of the row table, and scalars."""
+
+    columns: tuple[Column, ...]
+    scalars: tuple[tuple[str, Expression], ...]
+
+
+def absmax_name(state: str) -> str:
+    """Key of the absmax tensor that belongs to a quantized state."""
+    return f"{state}_absmax"
+
+
+def make_signature(plan: Plan) -> Signature:
+    """The signature that follows from a plan."""
+    columns = [Column("p", "Parameter"), Column("g", "Gradient", writable=False)]
+    for storage in plan.storages:
+        name = storage.state.name
+        if storage.quant_type is None:
+            columns.append(Column(name, "float"))
+        else:
+            columns += [Column(name, "u8"), Column(absmax_name(name), "float")]
+    columns += [Column("numel_", ""), Column("first_chunk_", "")]
+    return Signature(tuple(columns), tuple(plan.lowered.scalars.items()))

@@ -1,0 +1,138 @@
+// Blocks of quantized states on a CPU: plain loops that any compiler vectorizes as it can.
+
+template <class Type>
+static inline void decode_block_plain(const u8* codes, float absmax, const Tables* tables, float* x) {
+  for (int i = 0; i < Type::BLOCK; ++i) x[i] = tables->levels[codes[i]] * absmax;
+}
+
+template <class Type>
+static inline void encode_block_plain(const float* x, float inverse, const Tables* tables, u8* codes) {
+  for (int i = 0; i < Type::BLOCK; ++i) codes[i] = encode<Type>(x[i] * inverse, tables->entries, tables->thresholds, tables->order);
+}
+
+static inline u32 largest_magnitude(const float* x, int count) {
+  i32 largest = 0;  // as integers, so that the order of comparisons cannot matter, even for NaN
+  for (int i = 0; i < count; ++i) {
+    const i32 magnitude = (i32)(bits_of(x[i]) & 0x7fffffffu);
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return (u32)largest;
+}
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VBMI__)
+#include <immintrin.h>
+
+// Byte permutes look up 64 codes in a 256-entry table at once, one table for each byte of a float.
+static inline __m512i look_up_bytes(const u8* plane, __m512i index, __mmask64 upper) {
+  const __m512i* part = (const __m512i*)plane;
+  const __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(part), index, _mm512_loadu_si512(part + 1));
+  const __m512i high = _mm512_permutex2var_epi8(_mm512_loadu_si512(part + 2), index, _mm512_loadu_si512(part + 3));
+  return _mm512_mask_blend_epi8(upper, low, high);
+}
+
+// 16-byte lanes of the four planes interleave to floats in order if byte 4 j + w of lane l is
+// code 16 j + 4 l + w.
+alignas(64) static const u8 interleave[64] = {
+    0, 1, 2, 3, 16, 17, 18, 19, 32, 33, 34, 35, 48, 49, 50, 51,
+    4, 5, 6, 7, 20, 21, 22, 23, 36, 37, 38, 39, 52, 53, 54, 55,
+    8, 9, 10, 11, 24, 25, 26, 27, 40, 41, 42, 43, 56, 57, 58, 59,
+    12, 13, 14, 15, 28, 29, 30, 31, 44, 45, 46, 47, 60, 61, 62, 63};
+
+template <class Type>
+static inline void decode_block(const u8* codes, float absmax, const Tables* tables, float* x) {
+  const __m512i lanes = _mm512_load_si512(interleave);
+  const __m512 scale = _mm512_set1_ps(absmax);
+  for (int i = 0; i < Type::BLOCK; i += 64) {
+    const __m512i index = _mm512_permutexvar_epi8(lanes, _mm512_loadu_si512(codes + i));
+    const __mmask64 upper = _mm512_movepi8_mask(index);
+    const __m512i b0 = look_up_bytes(tables->planes[0], index, upper);
+    const __m512i b1 = look_up_bytes(tables->planes[1], index, upper);
+    const __m512i b2 = look_up_bytes(tables->planes[2], index, upper);
+    const __m512i b3 = look_up_bytes(tables->planes[3], index, upper);
+    const __m512i low01 = _mm512_unpacklo_epi8(b0, b1), high01 = _mm512_unpackhi_epi8(b0, b1);
+    const __m512i low23 = _mm512_unpacklo_epi8(b2, b3), high23 = _mm512_unpackhi_epi8(b2, b3);
+    const __m512i value[4] = {_mm512_unpacklo_epi16(low01, low23), _mm512_unpackhi_epi16(low01, low23),
+                              _mm512_unpacklo_epi16(high01, high23), _mm512_unpackhi_epi16(high01, high23)};
+    for (int j = 0; j < 4; ++j)
+      _mm512_storeu_ps(x + i + 16 * j, _mm512_mul_ps(_mm512_castsi512_ps(value[j]), scale));
+  }
+}
+
+// find_rank for 16 values.
+template <class Type>
+static inline __m512i find_ranks(__m512 x, const Tables* tables) {
+  const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
+  const __m512i mask = _mm512_set1_epi32((1 << Type::SHIFT) - 1);
+  const __m512i floor = _mm512_set1_epi32((i32)Type::FLOOR);
+  __m512i a = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));
+  a = _mm512_min_epu32(a, _mm512_set1_epi32((i32)Type::CEILING));
+  const __mmask16 small = _mm512_cmplt_epu32_mask(a, floor);
+  __m512i w = _mm512_add_epi32(_mm512_sub_epi32(a, floor), _mm512_set1_epi32(1 << Type::SHIFT));
+  w = _mm512_mask_min_epu32(w, small, a, one);
+  __m512i low = _mm512_and_si512(w, mask), entry = _mm512_srli_epi32(w, Type::SHIFT);
+  if (Type::SIGNED) {
+    const __mmask16 negative = _mm512_movepi32_mask(bits);
+    low = _mm512_mask_xor_epi32(low, negative, low, mask);
+    entry = _mm512_mask_add_epi32(entry, negative, entry, _mm512_set1_epi32(Type::HALF));
+  }
+  const __m512i found = _mm512_i32gather_epi32(entry, (const int*)tables->entries, 4);
+  return _mm512_srli_epi32(_mm512_add_epi32(found, low), Type::SHIFT);
+}
+
+template <class Type>
+static __attribute__((noinline)) __m512i find_ranks_near_tie(__m512 x, const Tables* tables) {
+  return find_ranks<Type>(x, tables);
+}
+
+// Ranks by a multiply-add inside the run of evenly spaced thresholds that x falls in; where one
+// of the 16 values is too close to a tie to be sure, all go to the exact search.
+template <class Type>
+static inline __m512i find_ranks_in_segments(__m512 x, const Tables* tables) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512 a = Type::SIGNED ? _mm512_abs_ps(x) : x;
+  const __m512i exponent = _mm512_srli_epi32(_mm512_castps_si512(a), 23);
+  const __m512i binade = _mm512_max_epi32(_mm512_sub_epi32(exponent, _mm512_set1_epi32(127 - 31)), _mm512_setzero_si512());
+  const __m512 cut = _mm512_permutex2var_ps(_mm512_loadu_ps(tables->cut), binade, _mm512_loadu_ps(tables->cut + 16));
+  __m512i run = _mm512_permutex2var_epi32(_mm512_loadu_si512(tables->index), binade, _mm512_loadu_si512(tables->index + 16));
+  run = _mm512_mask_add_epi32(run, _mm512_cmp_ps_mask(a, cut, _CMP_GT_OQ), run, _mm512_set1_epi32(1));
+  const __m512 slope = _mm512_permutexvar_ps(run, _mm512_loadu_ps(tables->slope));
+  const __m512 offset = _mm512_permutexvar_ps(run, _mm512_loadu_ps(tables->offset));
+  const __m512 high = _mm512_permutexvar_ps(run, _mm512_loadu_ps(tables->high));
+  const __m512 value = _mm512_fmadd_ps(a, slope, offset);
+  const __m512 nearest = _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 distance = _mm512_abs_ps(_mm512_sub_ps(value, nearest));
+  __mmask16 unsure = _mm512_cmp_ps_mask(distance, _mm512_set1_ps(0.5f - Type::MARGIN), _CMP_GT_OQ);
+  if (Type::SIGNED) unsure |= _mm512_cmp_ps_mask(a, cut, _CMP_EQ_OQ);
+  if (__builtin_expect(unsure != 0, 0)) return find_ranks_near_tie<Type>(x, tables);
+  const __m512i code = _mm512_cvtps_epi32(_mm512_min_ps(nearest, high));
+  if (!Type::SIGNED) return code;
+  const __m512i zero = _mm512_set1_epi32(Type::ZERO_CODE);
+  const __m512i up = _mm512_add_epi32(zero, code);
+  const __m512i down = _mm512_max_epi32(_mm512_sub_epi32(zero, code), _mm512_setzero_si512());
+  return _mm512_mask_mov_epi32(up, _mm512_movepi32_mask(bits), down);
+}
+
+template <class Type>
+static inline void encode_block(const float* x, float inverse, const Tables* tables, u8* codes) {
+  if (Type::SHIFT == 0 || !Type::ORDERED) return encode_block_plain<Type>(x, inverse, tables, codes);
+  const __m512 scale = _mm512_set1_ps(inverse);
+  for (int i = 0; i < Type::BLOCK; i += 16) {
+    const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + i), scale);
+    const __m512i rank = Type::SEGMENTS ? find_ranks_in_segments<Type>(scaled, tables) : find_ranks<Type>(scaled, tables);
+    _mm_storeu_si128((__m128i*)(codes + i), _mm512_cvtepi32_epi8(rank));
+  }
+}
+
+#else
+
+template <class Type>
+static inline void decode_block(const u8* codes, float absmax, const Tables* tables, float* x) {
+  decode_block_plain<Type>(codes, absmax, tables, x);
+}
+
+template <class Type>
+static inline void encode_block(const float* x, float inverse, const Tables* tables, u8* codes) {
+  encode_block_plain<Type>(x, inverse, tables, codes);
+}
+
+#endif

@@ -1,0 +1,1 @@
+"""Optimizers: the rules, and the one engine that runs any of them."""

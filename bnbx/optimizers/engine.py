@@ -1,0 +1,333 @@
+"""The one engine: a `torch.optim.Optimizer` that runs any rule on any quant types.
+
+It keeps states, resolves hyperparameters, gathers the tensors of a step into batches of equal
+plans, and hands them to `bnbx.kernels.launch`. It knows no rule and no type by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from bnbx.errors import CheckpointError, UnknownNameError, UnsupportedTensorError
+from bnbx.kernels.batch import Batch
+from bnbx.kernels.evaluate import HOST, evaluate
+from bnbx.kernels.launch import launch
+from bnbx.kernels.plan import DTYPES, Plan, make_plan
+from bnbx.optimizers import state as states
+from bnbx.registry import Optimizer as OptimizerSpec
+from bnbx.registry import optimizers, quant_types
+from bnbx.registry.config import OPTIONS, Resolved, check_known, resolve
+from bnbx.registry.names import closest
+from bnbx.registry.optimizer import STEP
+
+FORMAT = 1  # of state dicts; raised when their layout changes
+DTYPE_NAMES: Mapping[torch.dtype, str] = {getattr(torch, name): name for name in DTYPES}
+
+
+class Optimizer8bit(torch.optim.Optimizer):
+    """An optimizer with quantized states, driven by a spec.
+
+    Args:
+        params: parameters, named parameters or groups of them, as for any torch optimizer; of
+            dtype float32, bfloat16 or float16.
+        rule: an optimizer's name in the registry, or a spec.
+        bits: width of the states: 32 for float32, else the bits of a default quant type (8).
+        state_types: a quant type's name for all states, or by state; overrides `bits`.
+        min_8bit_size: parameters with fewer elements keep their states in float32.
+        arguments: the rule's hyperparameters, such as lr; a group may override each of them,
+            and the options above.
+
+    A parameter's gradient must have its device and shape. A NaN or infinite gradient spreads as in
+    torch.optim to its own element at once; where the state is quantized, the block that holds the
+    element (256 elements) reads as NaN from the next step on, and no other block is touched.
+
+    Raises:
+        UnknownNameError, OptionError: before anything is allocated.
+        UnsupportedTensorError: a parameter that cannot be updated.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        rule: str | OptimizerSpec,
+        *,
+        bits: int = OPTIONS["bits"],
+        state_types: str | Mapping[str, str] | None = None,
+        min_8bit_size: int = OPTIONS["min_8bit_size"],
+        **arguments: Any,
+    ) -> None:
+        self.spec = optimizers().get(rule) if isinstance(rule, str) else rule
+        options = {"bits": bits, "state_types": state_types, "min_8bit_size": min_8bit_size}
+        self._given = {**arguments, **options}
+        check_known(self.spec, arguments)
+        defaults = {a: self.spec.default(a) for a in self.spec.arguments}
+        resolve(self.spec, quant_types(), [("argument", self._given)])
+        self._cache: dict[Any, Any] = {}
+        super().__init__(params, {**defaults, **self._given})
+
+    # ---- groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its own hyperparameters and options win over the optimizer's.
+
+        Raises:
+            UnknownNameError: a key that looks like a misspelled argument.
+            OptionError: a value out of range.
+            UnsupportedTensorError: a parameter that cannot be updated.
+        """
+        if isinstance(param_group, Mapping):
+            self._check_keys(key for key in param_group if key != "params")
+        super().add_param_group(param_group)
+        try:
+            group = self.param_groups[-1]
+            self._resolve(group)
+            for p in group["params"]:
+                check_parameter(p)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _check_keys(self, keys: Iterable[str]) -> None:
+        """Groups may carry tags of their own (schedulers add some), but no near misses."""
+        known = (*self.spec.arguments, *OPTIONS)
+        for key in keys:
+            near = closest(key, known)
+            if key not in known and near:
+                raise UnknownNameError(
+                    f"parameter group: {self.spec.name} has no argument {key!r}; "
+                    f"did you mean {near!r}? It has: {', '.join(known)}"
+                )
+
+    def _resolve(self, group: Mapping[str, Any]) -> Resolved:
+        """The group's values, checked again whenever one has changed."""
+        names = (*self.spec.arguments, *OPTIONS)
+        layer = {name: group[name] for name in names}
+        key = ("resolved", *map(_hashable, layer.values()))
+        found: Resolved | None = self._cache.get(key)
+        if found is None:
+            found = resolve(self.spec, quant_types(), [("param group", layer)])
+            self._remember(key, found)
+        return found
+
+    def _remember(self, key: Any, value: Any) -> None:
+        if len(self._cache) > 256:  # a schedule makes a new learning rate every step
+            self._cache.clear()
+        self._cache[key] = value
+
+    # ---- the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss anew and returns it.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            UnsupportedTensorError: a gradient that cannot be used; then nothing was updated.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        collected: dict[tuple[int, Plan, int], list[tuple[Tensor, ...]]] = {}
+        copies: list[tuple[Tensor, Tensor]] = []
+        stepped: list[dict[str, Any]] = []
+        for number, group in enumerate(self.param_groups):
+            resolved = self._resolve(group)
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                check_gradient(p)
+                saved = self._states_of(p, resolved)
+                plan, tensors = self._tensors(p, saved, resolved, copies)
+                if p.numel():
+                    collected.setdefault((number, plan, saved[STEP] + 1), []).append(tensors)
+                stepped.append(saved)
+        launch(
+            [
+                Batch(plan, self._scalars(plan, self._resolve(self.param_groups[number]), step), t)
+                for (number, plan, step), t in collected.items()
+            ]
+        )
+        for p, copy in copies:
+            p.copy_(copy)
+        for saved in stepped:
+            saved[STEP] += 1
+        return loss
+
+    def _states_of(self, p: Tensor, resolved: Resolved) -> states.ParameterState:
+        saved: states.ParameterState = self.state[p]
+        if not saved:
+            active = self.spec.active_states(resolved.switches)
+            saved.update(states.new_states(p, active, resolved))
+        return saved
+
+    def _tensors(
+        self,
+        p: Tensor,
+        saved: states.ParameterState,
+        resolved: Resolved,
+        copies: list[tuple[Tensor, Tensor]],
+    ) -> tuple[Plan, tuple[Tensor, ...]]:
+        """The plan of a parameter, and its tensors as kernels want them: contiguous."""
+        active = self.spec.active_states(resolved.switches)
+        quantized = tuple(states.absmax_name(s.name) in saved for s in active)
+        key = (id(resolved), p.dtype, p.grad.dtype, quantized)  # type: ignore[union-attr]
+        found = self._cache.get(key)
+        if found is None:
+            types = states.storage_types(saved, active, resolved)
+            parameter, gradient = DTYPE_NAMES[p.dtype], DTYPE_NAMES[p.grad.dtype]  # type: ignore[union-attr]
+            plan = make_plan(self.spec, resolved.switches, parameter, gradient, types)
+            found = (plan, types, resolved)
+            self._remember(key, found)
+        plan, types, _ = found
+        target = p
+        if not p.is_contiguous():
+            target = p.contiguous()
+            copies.append((p, target))
+        gradient_values = p.grad.contiguous()  # type: ignore[union-attr]
+        return plan, (target, gradient_values, *states.tensors_of(saved, types))
+
+    def _scalars(self, plan: Plan, resolved: Resolved, step: int) -> Any:
+        """The kernel's scalars: step_code and scalar parts of element code, in float64."""
+        values: dict[str, float] = {**resolved.hyper, STEP: step}
+        for statement in self.spec.step.statements:
+            values[statement.target] = evaluate(statement.value, values, HOST)
+        scalars = [evaluate(value, values, HOST) for value in plan.lowered.scalars.values()]
+        with np.errstate(over="ignore"):  # beyond float32 is infinity
+            return np.array(scalars, np.float64).astype(np.float32)
+
+    # ---- saving
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, plus a "bnbx" entry that says which rule and tables the states belong to."""
+        saved = super().state_dict()
+        names = {n for g in self.param_groups for n in self._resolve(g).state_types.values()}
+        tables = {n: t.digest for n in sorted(names) if (t := states.quantized_type(n))}
+        saved["bnbx"] = {"format": FORMAT, "rule": self.spec.name, "quant_types": tables}
+        return saved
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the states and the groups' values, exactly as they were saved.
+
+        Raises:
+            CheckpointError: it does not fit; then the optimizer is as before.
+        """
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        self._check_format(state_dict)
+        groups = _merged_groups(self.param_groups, state_dict["param_groups"])
+        loaded: dict[Tensor, dict[str, Any]] = {}
+        for number, (group, entry) in enumerate(zip(groups, state_dict["param_groups"])):
+            resolved = self._resolve(group)
+            active = self.spec.active_states(resolved.switches)
+            for p, index in zip(group["params"], entry["params"]):
+                if saved := state_dict["state"].get(index):
+                    label = f"state dict, group {number}, parameter {index}"
+                    saved = {k: _to_device(value, p.device) for k, value in saved.items()}
+                    states.check_states(label, p, saved, active, resolved)
+                    loaded[p] = saved
+        self.param_groups = groups
+        self.state.clear()
+        self.state.update(loaded)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _check_format(self, state_dict: Mapping[str, Any]) -> None:
+        about = state_dict.get("bnbx")
+        if not isinstance(about, Mapping) or "state" not in state_dict:
+            raise CheckpointError(
+                "this is no state dict of a bnbx optimizer: it has the keys "
+                f"{sorted(map(str, state_dict))}; expected 'state', 'param_groups' and 'bnbx'"
+            )
+        if about.get("format") != FORMAT:
+            raise CheckpointError(
+                f"the state dict has format {about.get('format')!r}; this version of bnbx "
+                f"reads format {FORMAT}. Load it with the version that wrote it."
+            )
+        if about.get("rule") != self.spec.name:
+            raise CheckpointError(
+                f"the state dict is of rule {about.get('rule')!r}, this optimizer is "
+                f"{self.spec.name!r}"
+            )
+        for name, digest in about.get("quant_types", {}).items():
+            if quant_types().get(name).digest != digest:
+                raise CheckpointError(
+                    f"the state dict was written with another table for quant type {name!r}; its "
+                    "codes would be read as other numbers"
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "spec": self.spec, "_given": self._given}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._cache = {}
+        super().__setstate__(state)
+
+
+def check_parameter(p: Tensor) -> None:
+    """Raise UnsupportedTensorError if `p` cannot be a parameter."""
+    if p.dtype not in DTYPE_NAMES:
+        raise UnsupportedTensorError(
+            f"a parameter of shape {tuple(p.shape)} has dtype {p.dtype}; expected one of "
+            f"{', '.join(map(str, DTYPE_NAMES))}"
+        )
+    if p.layout is not torch.strided:
+        raise UnsupportedTensorError(
+            f"a parameter of shape {tuple(p.shape)} has layout {p.layout}; expected a dense tensor"
+        )
+
+
+def check_gradient(p: Tensor) -> None:
+    """Raise UnsupportedTensorError if the gradient of `p` cannot be used."""
+    g = p.grad
+    assert g is not None
+    if g.dtype in DTYPE_NAMES and g.layout is torch.strided and g.device == p.device:
+        return
+    raise UnsupportedTensorError(
+        f"the gradient of a parameter of shape {tuple(p.shape)} is {g.dtype}, {g.layout}, on "
+        f"{g.device}; expected a dense tensor of {', '.join(map(str, DTYPE_NAMES))} on {p.device}"
+        + ("; make the layer with sparse=False" if g.layout is not torch.strided else "")
+    )
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return tuple(sorted(value.items()))
+    if isinstance(value, list):
+        return tuple(value)
+    return float(value) if isinstance(value, Tensor) else value
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    """A copy of a tensor, contiguous and on the parameter's device; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device, copy=True, memory_format=torch.contiguous_format)
+
+
+def _merged_groups(
+    current: list[dict[str, Any]], saved: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The saved groups' values with the current groups' parameters."""
+    sizes = [[len(g["params"]) for g in groups] for groups in (current, saved)]
+    if sizes[0] != sizes[1]:
+        raise CheckpointError(
+            f"the state dict has groups of {sizes[1]} parameters, the optimizer has {sizes[0]}"
+        )
+    kept = ("params", "param_names")
+    return [
+        {**old, **{k: v for k, v in new.items() if k not in kept}} for old, new in zip(current, saved)
+    ]

@@ -1,0 +1,30 @@
+"""AdamW: arXiv:1711.05101, algorithm 2; the decay comes before the update, as in torch."""
+
+from __future__ import annotations
+
+from bnbx.registry import Optimizer, State, fraction, rate
+
+adamw = Optimizer(
+    name="adamw",
+    summary="Adam with decoupled weight decay",
+    source="arXiv:1711.05101",
+    states=(State(name="m"), State(name="v", signed=False)),
+    hyper=dict(
+        lr=rate(1e-3),
+        beta1=fraction(0.9),
+        beta2=fraction(0.999),
+        eps=rate(1e-8),
+        weight_decay=rate(1e-2),
+    ),
+    packs=dict(betas=("beta1", "beta2")),
+    step_code="""
+        c1 = 1 - beta1**step
+        c2 = sqrt(1 - beta2**step)
+    """,
+    element_code="""
+        p = p * (1 - lr * weight_decay)
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g * g
+        p = p - lr * (m / c1) / (sqrt(v) / c2 + eps)
+    """,
+)

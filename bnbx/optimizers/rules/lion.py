@@ -1,0 +1,24 @@
+"""Lion: arXiv:2302.06675, algorithm 2; decoupled weight decay."""
+
+from __future__ import annotations
+
+from bnbx.registry import Optimizer, State, fraction, rate
+
+lion = Optimizer(
+    name="lion",
+    summary="sign of an interpolated momentum",
+    source="arXiv:2302.06675",
+    states=(State(name="m"),),
+    hyper=dict(
+        lr=rate(1e-4),
+        beta1=fraction(0.9),
+        beta2=fraction(0.99),
+        weight_decay=rate(0.0),
+    ),
+    packs=dict(betas=("beta1", "beta2")),
+    element_code="""
+        p = p * (1 - lr * weight_decay)
+        p = p - lr * sign(beta1 * m + (1 - beta1) * g)
+        m = beta2 * m + (1 - beta2) * g
+    """,
+)

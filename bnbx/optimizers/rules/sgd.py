@@ -1,0 +1,30 @@
+"""SGD with momentum, as torch.optim.SGD: the first momentum is the gradient itself."""
+
+from __future__ import annotations
+
+from bnbx.registry import Constraint, Optimizer, State, flag, number, rate
+
+sgd = Optimizer(
+    name="sgd",
+    summary="stochastic gradient descent, with (Nesterov) momentum",
+    source="Sutskever et al., ICML 2013; torch.optim.SGD",
+    states=(State(name="m", when="momentum"),),
+    hyper=dict(
+        lr=rate(1e-3),
+        momentum=rate(0.0),
+        dampening=number(0.0),
+        weight_decay=rate(0.0),
+        nesterov=flag(False),
+    ),
+    constraints=(
+        Constraint(
+            condition="where(nesterov, where(momentum > 0, where(dampening == 0, 1, 0), 0), 1)",
+            message="nesterov needs momentum > 0 and dampening = 0",
+        ),
+    ),
+    element_code="""
+        g = g + weight_decay * p
+        m = where(momentum, where(step == 1, g, momentum * m + (1 - dampening) * g), g)
+        p = p - lr * where(nesterov, g + momentum * m, m)
+    """,
+)

@@ -1,0 +1,100 @@
+"""The states of a parameter: how they are made, told apart, and checked when loaded.
+
+A quantized state is two tensors in `optimizer.state[p]`: the codes under the state's name (uint8,
+of the parameter's shape) and `<name>_absmax` (float32, one per block). A state without an absmax
+is a float32 tensor of the parameter's shape. `step` is a Python int, 1 after the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnbx.errors import CheckpointError
+from bnbx.kernels.signature import absmax_name
+from bnbx.registry import QuantType, quant_types
+from bnbx.registry.config import FLOAT32, Resolved
+from bnbx.registry.optimizer import STEP, State
+
+ParameterState = dict[str, Any]
+
+
+def quantized_type(name: str) -> QuantType | None:
+    """The quant type of this name, None for "float32"."""
+    return None if name == FLOAT32 else quant_types().get(name)
+
+
+def new_states(p: Tensor, states: tuple[State, ...], resolved: Resolved) -> ParameterState:
+    """Fresh states for `p`: zero, before the first step."""
+    made: ParameterState = {STEP: 0}
+    for state in states:
+        quant_type = quantized_type(resolved.state_types[state.name])
+        if quant_type is None or p.numel() < resolved.min_8bit_size:
+            made[state.name] = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
+            continue
+        zero = quant_type.codebook(signed=state.signed).zero_code
+        blocks = -(-p.numel() // quant_type.block_size)
+        made[state.name] = torch.full(p.shape, zero, dtype=torch.uint8, device=p.device)
+        made[absmax_name(state.name)] = torch.zeros(blocks, dtype=torch.float32, device=p.device)
+    return made
+
+
+def storage_types(
+    saved: Mapping[str, Any], states: tuple[State, ...], resolved: Resolved
+) -> dict[str, QuantType | None]:
+    """How the states of a parameter are stored, by the tensors that are there."""
+    return {
+        state.name: quantized_type(resolved.state_types[state.name])
+        if absmax_name(state.name) in saved
+        else None
+        for state in states
+    }
+
+
+def tensors_of(saved: Mapping[str, Any], types: Mapping[str, QuantType | None]) -> list[Tensor]:
+    """The state tensors in the order of a kernel's columns."""
+    found = []
+    for name, quant_type in types.items():
+        found.append(saved[name])
+        if quant_type is not None:
+            found.append(saved[absmax_name(name)])
+    return found
+
+
+def check_states(
+    label: str, p: Tensor, saved: Mapping[str, Any], states: tuple[State, ...], resolved: Resolved
+) -> None:
+    """Raise CheckpointError if `saved` cannot be the states of `p`: a kernel trusts their sizes."""
+    step = saved.get(STEP)
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise CheckpointError(f"{label}: 'step' is {step!r}; expected a whole number >= 0")
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for state in states:
+        shape = tuple(p.shape)
+        if absmax_name(state.name) not in saved:
+            expected[state.name] = (shape, torch.float32)
+            continue
+        quant_type = quantized_type(resolved.state_types[state.name])
+        if quant_type is None:
+            raise CheckpointError(
+                f"{label}: state {state.name!r} is quantized, but its group says float32"
+            )
+        expected[state.name] = (shape, torch.uint8)
+        blocks = -(-p.numel() // quant_type.block_size)
+        expected[absmax_name(state.name)] = ((blocks,), torch.float32)
+    for key in expected.keys() - saved.keys():
+        raise CheckpointError(f"{label}: {key!r} is missing; there are {sorted(saved)}")
+    for key in saved.keys() - expected.keys() - {STEP}:
+        raise CheckpointError(f"{label}: unexpected {key!r}; expected {sorted(expected)}")
+    for key, (shape, dtype) in expected.items():
+        value = saved[key]
+        if not isinstance(value, Tensor) or tuple(value.shape) != shape or value.dtype != dtype:
+            got = (
+                f"{value.dtype} of shape {tuple(value.shape)}"
+                if isinstance(value, Tensor)
+                else repr(value)
+            )
+            raise CheckpointError(f"{label}: {key!r} is {got}; expected {dtype} of shape {shape}")

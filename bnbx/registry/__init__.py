@@ -1,0 +1,47 @@
+"""What exists: specs of optimizers and quant types, and the catalogs that hold them. No torch."""
+
+from __future__ import annotations
+
+from bnbx.registry.catalog import Catalog
+from bnbx.registry.hookspecs import hookimpl
+from bnbx.registry.optimizer import (
+    Constraint,
+    Hyper,
+    Optimizer,
+    State,
+    flag,
+    fraction,
+    number,
+    positive,
+    rate,
+)
+from bnbx.registry.plugins import plugins
+from bnbx.registry.quant_type import QuantType
+
+__all__ = [
+    "Catalog",
+    "Constraint",
+    "Hyper",
+    "Optimizer",
+    "QuantType",
+    "State",
+    "flag",
+    "fraction",
+    "hookimpl",
+    "number",
+    "optimizers",
+    "plugins",
+    "positive",
+    "quant_types",
+    "rate",
+]
+
+
+def optimizers() -> Catalog[Optimizer]:
+    """The catalog of optimizers."""
+    return plugins().optimizers
+
+
+def quant_types() -> Catalog[QuantType]:
+    """The catalog of quant types."""
+    return plugins().quant_types

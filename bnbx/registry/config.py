@@ -1,0 +1,167 @@
+"""Resolves what a user asked for into what the engine does: a pure function over the registry.
+
+Values come in layers (spec defaults, then the constructor's arguments, then a parameter group);
+a later layer wins, and every resolved value remembers the layer it came from. Nothing is
+allocated before everything has been resolved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bnbx.errors import OptionError, UnknownNameError
+from bnbx.registry.catalog import Catalog
+from bnbx.registry.names import nearest
+from bnbx.registry.optimizer import Optimizer
+from bnbx.registry.quant_type import QuantType
+from bnbx.registry.rule import Call, Compare, Expression, Name, Number, parse_condition
+
+FLOAT32 = "float32"
+OPTIONS: Mapping[str, Any] = {"bits": 8, "state_types": None, "min_8bit_size": 4096}
+Layer = tuple[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What one group of parameters gets.
+
+    Attributes:
+        hyper: value by hyperparameter, packs unpacked.
+        switches: truth of the hyperparameters that are compiled in.
+        state_types: quant type name by state, "float32" for none.
+        min_8bit_size: tensors with fewer elements keep their states in float32.
+        origins: the layer that each argument's value came from.
+    """
+
+    hyper: Mapping[str, float | bool]
+    switches: Mapping[str, bool]
+    state_types: Mapping[str, str]
+    min_8bit_size: int
+    origins: Mapping[str, str]
+
+
+def resolve(spec: Optimizer, types: Catalog[QuantType], layers: Sequence[Layer]) -> Resolved:
+    """Merge `layers` over the defaults of `spec` and check every value.
+
+    Raises:
+        UnknownNameError: a key that is no argument, or a quant type or state that is not there.
+        OptionError: a value out of range, or a required one missing.
+    """
+    values: dict[str, Any] = {**OPTIONS, **{a: spec.default(a) for a in spec.arguments}}
+    origins = dict.fromkeys(values, "default")
+    for origin, layer in layers:
+        check_known(spec, layer)
+        values.update(layer)
+        origins.update(dict.fromkeys(layer, origin))
+    hyper = _hyper(spec, values)
+    for constraint in spec.constraints:
+        if not _holds(parse_condition(constraint.condition), hyper):
+            raise OptionError(f"{spec.name}: {constraint.message}")
+    return Resolved(
+        hyper=hyper,
+        switches={name: bool(hyper[name]) for name in spec.switches},
+        state_types=_state_types(spec, types, values["bits"], values["state_types"]),
+        min_8bit_size=_size(values["min_8bit_size"]),
+        origins=origins,
+    )
+
+
+def check_known(spec: Optimizer, names: Iterable[str]) -> None:
+    """Raise UnknownNameError for a name that is neither an argument of `spec` nor an option."""
+    known = (*spec.arguments, *OPTIONS)
+    for name in names:
+        if name not in known:
+            raise UnknownNameError(
+                f"{spec.name} has no argument {name!r}{nearest(name, known)}; "
+                f"it has: {', '.join(known)}"
+            )
+
+
+def _hyper(spec: Optimizer, values: Mapping[str, Any]) -> dict[str, float | bool]:
+    found: dict[str, Any] = {}
+    for argument in spec.arguments:
+        value = values[argument]
+        if value is None:
+            raise OptionError(f"{spec.name}: {argument} is required")
+        if argument in spec.packs:
+            found.update(_unpack(spec, argument, value))
+        else:
+            found[argument] = value
+    return {
+        name: _checked(spec, name, found[name])
+        for name in spec.hyper
+    }
+
+
+def _checked(spec: Optimizer, name: str, value: Any) -> float | bool:
+    try:
+        return spec.hyper[name].check(name, value)
+    except OptionError as error:
+        raise OptionError(f"{spec.name}: {error}") from None
+
+
+def _unpack(spec: Optimizer, pack: str, value: Any) -> dict[str, Any]:
+    members = spec.packs[pack]
+    if not isinstance(value, (tuple, list)) or len(value) != len(members):
+        raise OptionError(
+            f"{spec.name}: {pack}={value!r}: expected {len(members)} numbers ({', '.join(members)})"
+        )
+    return dict(zip(members, value))
+
+
+def _holds(condition: Expression, hyper: Mapping[str, float | bool]) -> bool:
+    """Constraints are tiny: names, numbers, comparisons and `where`."""
+    match condition:
+        case Number(value):
+            return bool(value)
+        case Name(id):
+            return bool(hyper[id])
+        case Compare(op, Name(id), Number(value)):
+            a = float(hyper[id])
+            return {"<": a < value, "<=": a <= value, ">": a > value, ">=": a >= value}.get(
+                op, (a == value) is (op == "==")
+            )
+        case Call("where", (test, yes, no)):
+            return _holds(yes if _holds(test, hyper) else no, hyper)
+    raise OptionError(f"constraint {condition!r} uses more than where and simple comparisons")
+
+
+def _state_types(
+    spec: Optimizer, types: Catalog[QuantType], bits: Any, chosen: Any
+) -> dict[str, str]:
+    default = FLOAT32 if bits == 32 and not isinstance(bits, bool) else _default_type(types, bits)
+    states = [state.name for state in spec.states]
+    if chosen is None:
+        chosen = {}
+    if isinstance(chosen, str):
+        chosen = dict.fromkeys(states, chosen)
+    if not isinstance(chosen, Mapping):
+        raise OptionError(f"state_types={chosen!r}: expected a quant type's name, or one by state")
+    for state, name in chosen.items():
+        if state not in states:
+            raise UnknownNameError(
+                f"{spec.name} has no state {state!r}{nearest(str(state), states)}; "
+                f"it has: {', '.join(states) or '(none)'}"
+            )
+        if name != FLOAT32:
+            types.get(name)
+    return {state: chosen.get(state, default) for state in states}
+
+
+def _default_type(types: Catalog[QuantType], bits: Any) -> str:
+    found = types.find(lambda t: t.state_default and t.bits == bits and not isinstance(bits, bool))
+    if found is None:
+        known = sorted({t.bits for t in types if t.state_default} | {32}, reverse=True)
+        raise OptionError(
+            f"bits={bits!r}: expected one of {', '.join(map(str, known))}; "
+            "for other quant types pass state_types"
+        )
+    return found.name
+
+
+def _size(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise OptionError(f"min_8bit_size={value!r}: expected a whole number >= 0")
+    return value

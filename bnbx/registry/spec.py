@@ -1,0 +1,102 @@
+"""The frozen base of every spec: a name, a summary, JSON in and out, and a stable digest.
+
+A spec is data that crosses process and machine borders (a pickled optimizer carries its own), so
+equality, hash, pickle and copy all go through its canonical JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from functools import cached_property
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from typing_extensions import Self
+
+from bnbx.errors import SpecError
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
+
+
+def _spec_name(name: str) -> str:
+    if not _NAME.match(name):
+        raise ValueError("a name is lower-case letters, digits and underscores, letter first")
+    return name
+
+
+SpecName = Annotated[str, AfterValidator(_spec_name)]
+
+
+class Frozen(BaseModel):
+    """Immutable, with unknown fields refused; the parts of a spec are made of these."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, ignored_types=(cached_property,)
+    )
+
+
+class Spec(Frozen):
+    """What is registered: found by `name`, identified by `digest`.
+
+    Raises:
+        SpecError: if the fields contradict each other; the message names spec and field.
+    """
+
+    name: SpecName
+    summary: str
+    source: str = ""
+    """Where it comes from: a paper ("arXiv:1711.05101"), a section, a library."""
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            label = f"{type(self).__name__} spec {fields.get('name', '(no name)')!r}"
+            raise SpecError(f"{label}: {_readable(error)}") from None
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Build a spec from the JSON that `to_json` wrote.
+
+        Raises:
+            SpecError: if the text is not JSON, or not a spec of this class.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise SpecError(f"{cls.__name__} spec from JSON: {_readable(error)}") from None
+
+    def to_json(self) -> str:
+        """Canonical JSON: fields in declaration order, no white space, floats round-trip."""
+        return self.model_dump_json()
+
+    @cached_property
+    def digest(self) -> str:
+        """First 16 hex digits of the SHA-256 of the canonical JSON."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.digest))
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.digest == other.digest  # type: ignore[attr-defined]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).from_json, (self.to_json(),)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        return self
+
+
+def _readable(error: ValidationError) -> str:
+    """One line a problem: where in the spec, and what is wrong."""
+    problems = []
+    for problem in error.errors(include_url=False):
+        place = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        problems.append(f"{place}: {message}" if place else message)
+    return "; ".join(problems)
