@@ -20,8 +20,6 @@ from bnbx.registry.config import OPTIONS, check_known, resolve
 
 __all__ = [
     "SGD",
-    "SGD8bit",
-    "SGD32bit",
     "Adam",
     "Adam8bit",
     "Adam32bit",
@@ -33,6 +31,8 @@ __all__ = [
     "Lion32bit",
     "Optimizer8bit",
     "OptimizerFactory",
+    "SGD8bit",
+    "SGD32bit",
     "create",
     "optimizer_class",
 ]
@@ -121,7 +121,7 @@ def optimizer_class(name: str, rule: str, bits: int) -> type[Optimizer8bit]:
     ]
     signature = inspect.Signature(parameters)
 
-    def __init__(self: Optimizer8bit, params: ParamsT, *args: Any, **kwargs: Any) -> None:
+    def construct(self: Optimizer8bit, params: ParamsT, *args: Any, **kwargs: Any) -> None:
         check_known(spec, kwargs)
         try:
             bound = signature.bind(params, *args, **kwargs)
@@ -130,12 +130,11 @@ def optimizer_class(name: str, rule: str, bits: int) -> type[Optimizer8bit]:
         bound.apply_defaults()
         Optimizer8bit.__init__(self, rule=spec, **bound.arguments)
 
-    __init__.__signature__ = signature  # type: ignore[attr-defined]
     return type(
         name,
         (Optimizer8bit,),
         {
-            "__init__": __init__,
+            "__init__": construct,
             "__module__": __name__,
             "__signature__": signature,
             "__doc__": f"{spec.summary[0].upper()}{spec.summary[1:]}, {bits}-bit states "

@@ -59,6 +59,9 @@ def _train_all(corpus: Corpus, settings: Settings, console: Console) -> list[Res
                 raise DemoInterruptedError(
                     f"Interrupted during {run.label}: no file written."
                 ) from None
+            if result.diverged_at is not None:
+                reporter.diverged(result.diverged_at)
+            results.append(result)
     return results
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MultipleLocator, NullLocator
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from bnbx.demo.progress import short_loss
 from bnbx.demo.train import Result
@@ -26,6 +26,9 @@ HEADROOM = 1.15
 
 FOOTROOM = 0.85
 """The bottom of the scale, as a multiple of the lowest validation loss."""
+
+
+TICKS = (0.5, 1, 1.5, 2, 2.5, 3, 4, 5, 6)
 
 
 @dataclass(frozen=True)
@@ -54,17 +57,17 @@ def draw(results: list[Result], path: Path, title: str) -> None:
     bottom = FOOTROOM * min(min(result.validation_losses) for result in results)
     top = HEADROOM * max(result.validation_losses[0] for result in results)
     for result, style in zip(results, STYLES, strict=True):
-        _draw_run(axes, result, style)
+        _draw_run(axes, result, style, top)
         _mark_exit(axes, result, style, top)
     axes.set_yscale("log")
     axes.set_ylim(bottom, top)
-    axes.yaxis.set_major_locator(MultipleLocator(1.0 if bottom > 1 else 0.5))
+    axes.yaxis.set_major_locator(FixedLocator(TICKS))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlim(left=0)
     axes.set_xlabel("training step", fontsize=12)
     axes.set_ylabel("loss (nats per byte)", fontsize=12)
-    axes.set_title(title, fontsize=12, loc="left")
+    axes.set_title(title, fontsize=12, loc="left", pad=14)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(
@@ -90,7 +93,10 @@ def smoothed(losses: list[float]) -> list[float]:
     return means
 
 
-def _draw_run(axes: Axes, result: Result, style: Style) -> None:
+def _draw_run(axes: Axes, result: Result, style: Style, top: float) -> None:
+    pairs = zip(result.validation_steps, result.validation_losses, strict=True)
+    # A line to a point far above the scale would show a rise between validations as if measured.
+    steps, losses = zip(*(pair for pair in pairs if pair[1] <= top), strict=True)
     finite = [loss for loss in result.train_losses if math.isfinite(loss)]
     axes.plot(
         range(len(finite)),
@@ -100,8 +106,8 @@ def _draw_run(axes: Axes, result: Result, style: Style) -> None:
         alpha=0.5,
     )
     axes.plot(
-        result.validation_steps,
-        result.validation_losses,
+        steps,
+        losses,
         color=style.color,
         linewidth=style.width,
         linestyle=style.dash,

@@ -36,9 +36,10 @@ def _torch_adamw(params: Params, lr: float) -> torch.optim.Optimizer:
 
 def _bnbx_adamw(**options: Any) -> Callable[[Params, float], torch.optim.Optimizer]:
     def make(params: Params, lr: float) -> torch.optim.Optimizer:
-        return optim.create(
+        optimizer: torch.optim.Optimizer = optim.create(
             "adamw", params, bits=8, lr=lr, betas=BETAS, weight_decay=WEIGHT_DECAY, **options
         )
+        return optimizer
 
     return make
 

@@ -44,9 +44,7 @@ def cache_directory() -> Path:
     return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("bnbx"))
 
 
-def load_or_build(
-    key: str, source: str, suffix: str, build: Build, load: Callable[[Path], T]
-) -> T:
+def load_or_build(key: str, source: str, suffix: str, build: Build, load: Callable[[Path], T]) -> T:
     """The kernel of this key: from the cache if it is there and whole, else built and kept.
 
     Args:
@@ -64,7 +62,9 @@ def load_or_build(
         _prepare(directory)
         with _lock(directory / f"{key}.lock"):
             found = _try_load(directory, key, load)
-            return found if found is not None else _build(directory, key, source, suffix, build, load)
+            return (
+                found if found is not None else _build(directory, key, source, suffix, build, load)
+            )
     except OSError as error:
         warnings.warn(
             f"kernels cannot be kept in {directory} ({error}); they are compiled anew in every "

@@ -23,15 +23,21 @@ MAX_ENTRIES = 8192
 F32 = npt.NDArray[np.float32]
 U32 = npt.NDArray[np.uint32]
 ONE_BITS = 0x3F800000
+# Constants of find_ranks_in_segments in templates/cpu.h.
+FRACTION = 13
+NEAR_TIE = (1 << FRACTION) - 4
+BIAS = 1536.5 + 2 / (1 << FRACTION)
+SMALLEST_BINADE = 2.0**-31
+FIRST_PAIR = 48  # the pair of binades [2**-31, 2**-29)
 
 
 @dataclass(frozen=True)
 class Buckets:
     """Entries by the leading bits of a float: positive values first, then negative ones.
 
-    With `a` the bits of |x|, capped at `ceiling`:  w = a - floor + 2**shift, or w = min(a, 1) where
-    a < floor;  entry = entries[w >> shift];  rank = (entry + low) >> shift  with low the last `shift` bits of w,
-    inverted for negative x.
+    With `a` the bits of |x|, capped at `ceiling`: w = a - floor + 2**shift, or min(a, 1) where
+    a < floor. The rank is (entries[w >> shift] + low) >> shift, with low the last `shift` bits of
+    w, inverted for negative x.
     """
 
     shift: int
@@ -50,9 +56,10 @@ class Buckets:
 class Segments:
     """Thresholds as a few evenly spaced runs, each cut off exactly by one threshold.
 
-    `index[e]` and `cut[e]`, by binade e = max(exponent + 31, 0), give the run of x:
-    index + (|x| > cut). Its code is min(round(slope * |x| + offset), high), unless that lies
-    within `margin` of a tie. For signed types the codes count away from the zero code.
+    `index[b]` and `cut[b]`, by pair of binades b = exponent // 2 (from 2**-31 up to 1), give the
+    run of x: index + (|x| > cut). The rank of x, in a signed type counted from the zero code, is
+    the whole part of min(slope * |x| + offset, high) above the bias, which is computed with
+    FRACTION bits of fraction. Where these say that x is next to a tie, it may be wrong.
     """
 
     index: npt.NDArray[np.int32]
@@ -60,8 +67,9 @@ class Segments:
     slope: F32
     offset: F32
     high: F32
-    margin: float
     signed: bool
+    zero: int
+    """The code that ranks are counted from: 0 for an unsigned type."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +98,8 @@ class Tables:
         return np.concatenate([np.ascontiguousarray(part).view(np.uint8).ravel() for part in parts])
 
 
-_NO_SEGMENTS = Segments(
-    np.zeros(32, np.int32), *(np.zeros(n, np.float32) for n in (32, 16, 16, 16)), 0.0, False
-)
+_NONE = np.zeros(16, np.float32)
+_NO_SEGMENTS = Segments(_NONE.view(np.int32), _NONE, _NONE, _NONE, _NONE, signed=False, zero=0)
 
 
 @lru_cache(maxsize=64)
@@ -176,24 +183,26 @@ def find_segments(thresholds: F32, zero: int) -> Segments | None:
         return None
     runs, cuts = _runs(positive)
     binades = _binades(cuts)
-    if len(runs) > 16 or binades is None:
+    if len(runs) > 16 or binades is None or positive.min() <= SMALLEST_BINADE:
         return None
-    lines = [_line(positive[a:b], a) for a, b in runs]
-    high = [float(b) for _, b in runs]
-    slope, offset, top = (
-        np.resize(np.asarray(column, np.float32), 16) for column in (*zip(*lines), high)
-    )
-    index, cut = binades
-    segments = Segments(index, cut, slope, offset, top, 0.0, signed)
-    margin = _margin(segments, positive.astype(np.float32))
-    if margin is None:
-        return None
-    return Segments(index, cut, slope, offset, top, margin, signed)
+    bias = 0.0 if signed else BIAS
+    lines = [_line(positive[start:end], start) for start, end in runs]
+    slope = _sixteen([slope for slope, _ in lines])
+    offset = _sixteen([offset + bias for _, offset in lines])
+    high = _sixteen([end + bias for _, end in runs])
+    segments = Segments(*binades, slope, offset, high, signed, zero)
+    return segments if _proven(segments, thresholds) else None
+
+
+def _sixteen(values: list[float]) -> F32:
+    return np.resize(np.asarray(values, np.float32), 16)
 
 
 def _runs(positive: npt.NDArray[np.float64]) -> tuple[list[tuple[int, int]], list[float]]:
     """Longest evenly spaced runs [a, b) of thresholds, and the single thresholds between them."""
-    runs, cuts, start = [], [], 0
+    runs: list[tuple[int, int]] = []
+    cuts: list[float] = []
+    start = 0
     while True:
         end = min(start + 2, positive.size)
         while end < positive.size and _even(positive[start : end + 1]):
@@ -212,13 +221,13 @@ def _even(run: npt.NDArray[np.float64]) -> bool:
 
 
 def _binades(cuts: list[float]) -> tuple[npt.NDArray[np.int32], F32] | None:
-    """Per binade: how many cuts lie below it, and the one inside it (infinity if none)."""
-    exponent = [max(int(np.frexp(cut)[1]) - 1 + 31, 0) for cut in cuts]
-    if len(set(exponent)) != len(exponent) or any(e > 31 for e in exponent):
+    """Per pair of binades: how many cuts lie below it, and the one inside it (infinity if none)."""
+    place = [(int(np.float32(cut).view(np.uint32)) >> 24) - FIRST_PAIR for cut in cuts]
+    if len(set(place)) != len(place) or any(not 0 <= p < 16 for p in place):
         return None
-    index = np.array([sum(e < binade for e in exponent) for binade in range(32)], np.int32)
-    cut = np.full(32, np.inf, np.float32)
-    cut[exponent] = cuts
+    index = np.array([sum(p < pair for p in place) for pair in range(16)], np.int32)
+    cut = np.full(16, np.inf, np.float32)
+    cut[place] = cuts
     return index, cut
 
 
@@ -226,33 +235,38 @@ def _line(run: npt.NDArray[np.float64], first: int) -> tuple[float, float]:
     """Slope and offset with slope * threshold[i] + offset = first + i + 1/2."""
     if run.size == 0:
         return 0.0, float(first)
-    if run.size == 1:
-        slope = 0.4 / float(run[0])
-        return slope, first + 0.5 - slope * float(run[0])
-    slope = (run.size - 1) / float(run[-1] - run[0])
+    slope = (run.size - 1) / float(run[-1] - run[0]) if run.size > 1 else 0.4 / float(run[0])
     return slope, first + 0.5 - slope * float(run[0])
 
 
 def search_segments(segments: Segments, x: F32) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """What a kernel computes for x >= 0: the code above zero, and the distance to a tie."""
-    binade = np.maximum((x.view(np.uint32) >> 23).astype(np.int64) - 96, 0)
-    run = segments.index[binade] + (x > segments.cut[binade])
-    product = x.astype(np.float64) * segments.slope[run]  # exact: 48 bits
-    value = (product + segments.offset[run]).astype(np.float32)
-    nearest = np.rint(value)
-    code = np.minimum(nearest, segments.high[run])
-    return code.astype(np.int64), 0.5 - np.abs(value - nearest)
+    """What kernels compute: the ranks of x, and where they are not sure of them."""
+    a = np.maximum(np.abs(x), np.float32(SMALLEST_BINADE))
+    pair = (a.view(np.uint32) >> 24).astype(np.int64) & 15
+    run = segments.index[pair] + (a > segments.cut[pair])
+    product = a.astype(np.float64) * segments.slope[run]  # exact, so the sum is rounded once
+    place = (product + segments.offset[run]).astype(np.float32)
+    place = np.minimum(place, segments.high[run])
+    if segments.signed:
+        place = np.copysign(place, x) + np.float32(BIAS + segments.zero)
+        place = np.maximum(place, np.float32(BIAS))
+    bits = place.view(np.uint32)
+    unsure = (bits & NEAR_TIE) == 0
+    if segments.signed:
+        unsure |= a == segments.cut[pair]
+    return (bits >> FRACTION).astype(np.int64) & 255, unsure
 
 
-def _margin(segments: Segments, positive: F32) -> float | None:
-    """The distance to a tie within which codes may be wrong; None if no margin mends them.
+def _proven(segments: Segments, thresholds: F32) -> bool:
+    """Whether every rank is right where the search is sure of it.
 
-    Within a run the computed value grows with x, so it is enough to look at both sides of every
-    threshold.
+    Inside a run the computed place grows with x, so it is enough to look at both sides of every
+    threshold, and at the ends.
     """
-    x = np.concatenate([positive, np.nextafter(positive, np.float32(2)), np.float32([0, 1])])
-    expected = np.searchsorted(positive, x, side="left")
-    code, distance = search_segments(segments, x)
-    wrong = distance[code != expected]
-    margin = max(float(wrong.max()) * 2 if wrong.size else 0.0, 2.0**-13)
-    return margin if margin <= 2.0**-9 and np.abs(code - expected).max() <= 1 else None
+    up, down = (np.nextafter(thresholds, np.float32(limit)) for limit in (2, -2))
+    ends = np.array([0, 1, np.nextafter(np.float32(1), np.float32(2))], np.float32)
+    x = np.concatenate([thresholds, up, down, ends, *([-ends] if segments.signed else [])])
+    rank, unsure = search_segments(segments, x)
+    expected = np.searchsorted(thresholds, x, side="left")
+    apart = np.abs(rank - expected)
+    return bool((apart[~unsure] == 0).all() and apart.max() <= 1)

@@ -59,14 +59,16 @@ class Compiler:
             return
         # Zig would first build its C++ library (over a minute); these sources need none of it.
         made = source.with_suffix(".o")
-        self._run([*self.command, *flags, "-nostdinc++", "-c", str(source), "-o", str(made)], source)
+        self._run(
+            [*self.command, *flags, "-nostdinc++", "-c", str(source), "-o", str(made)], source
+        )
         link = [*self.command[:-1], "cc", "-shared", "-nostdlib", str(made), "-o", str(binary)]
         self._run(link, source)
 
     def _run(self, command: list[str], source: Path) -> None:
         environment = {**os.environ, "LC_ALL": "C"}
         try:
-            done = subprocess.run(  # noqa: S603 - the user's own compiler
+            done = subprocess.run(
                 command, capture_output=True, text=True, env=environment, check=False
             )
         except OSError as error:
@@ -103,7 +105,9 @@ def _find(chosen: str | None, cxx: str | None, path: str | None) -> Compiler:
 
         return Compiler((sys.executable, "-m", "ziglang", "c++"), version("ziglang"), bundled=True)
     tried = [f"CXX={cxx!r}"] if cxx else []
-    raise CompileError(f"no C++ compiler: tried {', '.join([*tried, 'g++, clang++, c++, ziglang'])}")
+    raise CompileError(
+        f"no C++ compiler: tried {', '.join([*tried, 'g++, clang++, c++, ziglang'])}"
+    )
 
 
 def _on_path(command: str) -> Compiler | None:

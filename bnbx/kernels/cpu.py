@@ -60,7 +60,7 @@ def run(batches: Sequence[Batch]) -> None:
     """Update all batches in one native call, split over the threads by elements."""
     kernels = [kernel(batch.plan) for batch in batches]
     alive, jobs = [], []
-    for batch, compiled in zip(batches, kernels):
+    for batch, compiled in zip(batches, kernels, strict=True):
         rows, chunks = batch.rows()
         alive.append(rows)
         jobs.append(

@@ -55,7 +55,9 @@ class Kernel:
             try:
                 self.function = module.get_function("bnbx_update")
             except cupy.cuda.compiler.CompileException as error:
-                raise TargetError(f"NVRTC refused the kernel of {plan.describe()}: {error}") from error
+                raise TargetError(
+                    f"NVRTC refused the kernel of {plan.describe()}: {error}"
+                ) from error
         self.tables = [
             torch.from_numpy(tables(s.codebook).pack()).to(device) for s in plan.codebooks
         ]
@@ -103,9 +105,7 @@ def run(batches: Sequence[Batch]) -> None:
         grid = min(-(-pieces // PIECES_PER_LAUNCHED_BLOCK), compiled.most_blocks)
         stream = torch.cuda.current_stream(device)
         with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream.cuda_stream):
-            compiled.function(
-                (grid,), (THREADS,), (np.uint64(rows.data_ptr()), *sizes, *pointers)
-            )
+            compiled.function((grid,), (THREADS,), (np.uint64(rows.data_ptr()), *sizes, *pointers))
 
 
 def _send(array: Any, device: torch.device) -> Tensor:

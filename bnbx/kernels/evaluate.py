@@ -49,7 +49,11 @@ def evaluate(expression: Expression, values: Mapping[str, Any], operations: Oper
 
 def _divide(a: float, b: float) -> float:
     if b == 0:
-        return math.nan if a == 0 or a != a else math.copysign(math.inf, a) * math.copysign(1, b)
+        return (
+            math.nan
+            if a == 0 or math.isnan(a)
+            else math.copysign(math.inf, a) * math.copysign(1, b)
+        )
     return a / b
 
 

@@ -45,8 +45,10 @@ def choose(plan: Plan, device: str) -> Choice:
     except TargetError as error:
         reason = str(error)
         hint = HOW_TO if device == "cpu" else cuda.HOW_TO
-    _warn_once(f"{reason.splitlines()[0]}\nThe optimizer runs on plain torch operations, "
-               f"with the same results but slowly. For the fast path: {hint}.")
+    _warn_once(
+        f"{reason.splitlines()[0]}\nThe optimizer runs on plain torch operations, "
+        f"with the same results but slowly. For the fast path: {hint}."
+    )
     return Choice("reference", reference.run, (f"{device}: {reason}",))
 
 

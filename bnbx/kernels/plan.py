@@ -65,6 +65,11 @@ class Plan:
         return max((max(s.block_size, MIN_CHUNK) for s in self.quantized), default=FLOAT_CHUNK)
 
     @cached_property
+    def span(self) -> int:
+        """Elements of the shortest block, or of a chunk if that is shorter."""
+        return min([self.chunk, *(s.block_size for s in self.quantized)])
+
+    @cached_property
     def codebooks(self) -> tuple[Storage, ...]:
         """One storage for each different codebook; a kernel gets the tables of these, in order."""
         found = {(s.quant_type, s.state.signed): s for s in reversed(self.quantized)}

@@ -34,7 +34,7 @@ def update(plan: Plan, scalars: Sequence[float], tensors: Sequence[Tensor]) -> N
     device = p.device
     operations = tensor_operations(torch.float32, device)
     values = {"p": p.reshape(-1).float(), "g": g.reshape(-1).float()}
-    for name, number in zip(plan.lowered.scalars, scalars):
+    for name, number in zip(plan.lowered.scalars, scalars, strict=True):
         values[name] = torch.tensor(number, dtype=torch.float32, device=device)
     stored = list(_by_storage(plan, tensors[2:]))
     for storage, parts in stored:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from bnbx.kernels.c_code import c_statements, literal
+from bnbx.kernels.c_code import c_statements
 from bnbx.kernels.codebook import tables
 from bnbx.kernels.lower import text
 from bnbx.kernels.plan import Plan, Storage
@@ -28,7 +28,7 @@ def _templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # noqa: S701 - the output is C++, not HTML
+        autoescape=False,
     )
     loader = environment.loader
     assert loader is not None
@@ -78,7 +78,6 @@ def _type(storage: Storage) -> dict[str, Any]:
         "signed": _bool(buckets is not None and buckets.signed),
         "ordered": _bool(found.ordered),
         "segments": _bool(segments is not None),
-        "margin": literal(segments.margin if segments else 0.0),
     }
 
 

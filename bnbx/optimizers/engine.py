@@ -19,6 +19,7 @@ from bnbx.kernels.batch import Batch
 from bnbx.kernels.evaluate import HOST, evaluate
 from bnbx.kernels.launch import launch
 from bnbx.kernels.plan import DTYPES, Plan, make_plan
+from bnbx.kernels.signature import absmax_name
 from bnbx.optimizers import state as states
 from bnbx.registry import Optimizer as OptimizerSpec
 from bnbx.registry import optimizers, quant_types
@@ -123,7 +124,7 @@ class Optimizer8bit(torch.optim.Optimizer):
     # ---- the step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
         Args:
@@ -181,7 +182,7 @@ class Optimizer8bit(torch.optim.Optimizer):
     ) -> tuple[Plan, tuple[Tensor, ...]]:
         """The plan of a parameter, and its tensors as kernels want them: contiguous."""
         active = self.spec.active_states(resolved.switches)
-        quantized = tuple(states.absmax_name(s.name) in saved for s in active)
+        quantized = tuple(absmax_name(s.name) in saved for s in active)
         key = (id(resolved), p.dtype, p.grad.dtype, quantized)  # type: ignore[union-attr]
         found = self._cache.get(key)
         if found is None:
@@ -230,10 +231,12 @@ class Optimizer8bit(torch.optim.Optimizer):
         self._check_format(state_dict)
         groups = _merged_groups(self.param_groups, state_dict["param_groups"])
         loaded: dict[Tensor, dict[str, Any]] = {}
-        for number, (group, entry) in enumerate(zip(groups, state_dict["param_groups"])):
+        for number, (group, entry) in enumerate(
+            zip(groups, state_dict["param_groups"], strict=True)
+        ):
             resolved = self._resolve(group)
             active = self.spec.active_states(resolved.switches)
-            for p, index in zip(group["params"], entry["params"]):
+            for p, index in zip(group["params"], entry["params"], strict=True):
                 if saved := state_dict["state"].get(index):
                     label = f"state dict, group {number}, parameter {index}"
                     saved = {k: _to_device(value, p.device) for k, value in saved.items()}
@@ -329,5 +332,6 @@ def _merged_groups(
         )
     kept = ("params", "param_names")
     return [
-        {**old, **{k: v for k, v in new.items() if k not in kept}} for old, new in zip(current, saved)
+        {**old, **{k: v for k, v in new.items() if k not in kept}}
+        for old, new in zip(current, saved, strict=True)
     ]

@@ -6,6 +6,8 @@ the same to the last bit; those libraries build them with torch.linspace in floa
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from bnbx.registry.quant_type import float32
 
 
@@ -28,4 +30,4 @@ def linspace(start: float, end: float, count: int) -> list[float]:
 
 def midpoints(grid: list[float]) -> list[float]:
     """The float32 mid-points between neighbors."""
-    return [float32(float32(low + high) / 2) for low, high in zip(grid, grid[1:])]
+    return [float32(float32(low + high) / 2) for low, high in pairwise(grid)]

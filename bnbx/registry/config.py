@@ -89,10 +89,7 @@ def _hyper(spec: Optimizer, values: Mapping[str, Any]) -> dict[str, float | bool
             found.update(_unpack(spec, argument, value))
         else:
             found[argument] = value
-    return {
-        name: _checked(spec, name, found[name])
-        for name in spec.hyper
-    }
+    return {name: _checked(spec, name, found[name]) for name in spec.hyper}
 
 
 def _checked(spec: Optimizer, name: str, value: Any) -> float | bool:
@@ -108,7 +105,7 @@ def _unpack(spec: Optimizer, pack: str, value: Any) -> dict[str, Any]:
         raise OptionError(
             f"{spec.name}: {pack}={value!r}: expected {len(members)} numbers ({', '.join(members)})"
         )
-    return dict(zip(members, value))
+    return dict(zip(members, value, strict=True))
 
 
 def _holds(condition: Expression, hyper: Mapping[str, float | bool]) -> bool:

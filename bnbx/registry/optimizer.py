@@ -19,7 +19,16 @@ from typing_extensions import Self
 
 from bnbx.errors import OptionError, RuleError
 from bnbx.registry.names import nearest
-from bnbx.registry.rule import Call, Code, Name, Statement, check_name, names, parse, parse_condition
+from bnbx.registry.rule import (
+    Call,
+    Code,
+    Name,
+    Statement,
+    check_name,
+    names,
+    parse,
+    parse_condition,
+)
 from bnbx.registry.spec import Frozen, Spec
 
 PARAMETER, GRADIENT, STEP = "p", "g", "step"
@@ -248,7 +257,9 @@ def _check_names(spec: Optimizer) -> None:
     strangers = [name for name in packed if name not in spec.hyper]
     strangers += [s.when for s in spec.states if s.when and s.when not in spec.hyper]
     if strangers:
-        raise ValueError(f"{_list(strangers)}: no such hyperparameter{nearest(strangers[0], spec.hyper)}")
+        raise ValueError(
+            f"{_list(strangers)}: no such hyperparameter{nearest(strangers[0], spec.hyper)}"
+        )
     if len(set(packed)) != len(packed):
         raise ValueError("a hyperparameter is in two packs")
     for name, hyper in spec.hyper.items():
@@ -270,7 +281,9 @@ def _check_reads(section: str, code: Code, known: set[str]) -> None:
 
 
 def _check_everything_read(spec: Optimizer) -> None:
-    read = {name for s in (*spec.step.statements, *spec.element.statements) for name in names(s.value)}
+    read = {
+        name for s in (*spec.step.statements, *spec.element.statements) for name in names(s.value)
+    }
     read |= {s.when for s in spec.states if s.when}
     for constraint in spec.constraints:
         condition = set(names(parse_condition(constraint.condition)))
@@ -286,7 +299,7 @@ def _check_switches(spec: Optimizer) -> None:
     if len(spec.switches) > MAX_SWITCHES:
         raise ValueError(f"{len(spec.switches)} switches; at most {MAX_SWITCHES}: {spec.switches}")
     for truth in itertools.product((False, True), repeat=len(spec.switches)):
-        switches = dict(zip(spec.switches, truth))
+        switches = dict(zip(spec.switches, truth, strict=True))
         absent = {s.name for s in spec.states} - {s.name for s in spec.active_states(switches)}
         for statement in spec.element.statements:
             early = absent & set(names(select(statement.value, switches)))
@@ -303,7 +316,11 @@ def select(expression: Any, switches: Mapping[str, bool]) -> Any:
     """Replace each `where` on a switch by the branch that is taken."""
     if isinstance(expression, Call):
         condition = expression.args[0]
-        if expression.function == "where" and isinstance(condition, Name) and condition.id in switches:
+        if (
+            expression.function == "where"
+            and isinstance(condition, Name)
+            and condition.id in switches
+        ):
             return select(expression.args[1 if switches[condition.id] else 2], switches)
         return Call(expression.function, tuple(select(arg, switches) for arg in expression.args))
     if hasattr(expression, "operand"):

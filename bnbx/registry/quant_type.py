@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import struct
 from functools import cached_property
+from itertools import pairwise
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -77,7 +78,7 @@ class Codebook:
         """Codes in ascending order of their values."""
         ascending = [values[code] for code in self.codes]
         self.thresholds: tuple[float, ...] = tuple(
-            float32((low + high) / 2) for low, high in zip(ascending, ascending[1:])
+            float32((low + high) / 2) for low, high in pairwise(ascending)
         )
         """Mid-points between neighbors, rounded to float32; ascending, one fewer than values."""
         self.zero_code: int = self.codes[sum(threshold < 0.0 for threshold in self.thresholds)]

@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, Union
+from typing import Literal
 
 from bnbx.errors import RuleError
 
@@ -104,7 +104,7 @@ class Call:
     args: tuple[Expression, ...]
 
 
-Expression = Union[Number, Name, Negate, Binary, Compare, Call]
+Expression = Number | Name | Negate | Binary | Compare | Call
 
 
 @dataclass(frozen=True)
@@ -248,9 +248,7 @@ class _Reader:
             raise self._refuse(node, "'**' belongs in step_code; write x * x, or compute it there")
         return Binary(op, self.expression(left, depth), self.expression(right, depth))
 
-    def _call(
-        self, node: ast.expr, function: str, args: list[ast.expr], depth: int
-    ) -> Expression:
+    def _call(self, node: ast.expr, function: str, args: list[ast.expr], depth: int) -> Expression:
         if function not in FUNCTIONS:
             raise self._refuse(
                 node, f"unknown function {function!r}; there are {', '.join(sorted(FUNCTIONS))}"
@@ -276,7 +274,7 @@ class _Reader:
             number = float(value)
         except OverflowError:
             number = math.inf
-        if not self.host and abs(number) > FLOAT32_MAX or not math.isfinite(number):
+        if (not self.host and abs(number) > FLOAT32_MAX) or not math.isfinite(number):
             raise self._refuse(node, "too large a number for this section's precision")
         return Number(number)
 

@@ -10,13 +10,9 @@ static inline void encode_block_plain(const float* x, float inverse, const Table
   for (int i = 0; i < Type::BLOCK; ++i) codes[i] = encode<Type>(x[i] * inverse, tables->entries, tables->thresholds, tables->order);
 }
 
-static inline u32 largest_magnitude(const float* x, int count) {
-  i32 largest = 0;  // as integers, so that the order of comparisons cannot matter, even for NaN
-  for (int i = 0; i < count; ++i) {
-    const i32 magnitude = (i32)(bits_of(x[i]) & 0x7fffffffu);
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  return (u32)largest;
+static inline i32 larger_magnitude(i32 largest, float x) {
+  const i32 magnitude = (i32)(bits_of(x) & 0x7fffffffu);
+  return magnitude > largest ? magnitude : largest;
 }
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VBMI__)
@@ -58,6 +54,13 @@ static inline void decode_block(const u8* codes, float absmax, const Tables* tab
   }
 }
 
+// Constants of find_ranks_in_segments, the same in codebook.py. BIAS is 1.5 * 2**10 + 1/2, a float
+// whose last mantissa bit is 2**-13, and two such bits more: ties then lie in the middle of what
+// NEAR_TIE finds.
+enum { FRACTION = 13, NEAR_TIE = (1 << FRACTION) - 4 };
+static const float BIAS = 1536.5f + 2.0f / (1 << FRACTION);
+static const float SMALLEST_BINADE = 1.0f / (1 << 30) / 2.0f;
+
 // find_rank for 16 values.
 template <class Type>
 static inline __m512i find_ranks(__m512 x, const Tables* tables) {
@@ -85,31 +88,31 @@ static __attribute__((noinline)) __m512i find_ranks_near_tie(__m512 x, const Tab
 }
 
 // Ranks by a multiply-add inside the run of evenly spaced thresholds that x falls in; where one
-// of the 16 values is too close to a tie to be sure, all go to the exact search.
+// of the 16 values is too close to a tie to be sure, all go to the exact search. The sum with BIAS
+// leaves the rank in the mantissa above FRACTION bits of fraction, which are almost all zero near
+// a tie. See `Segments` in bnbx/kernels/codebook.py, which makes the tables and proves them.
 template <class Type>
 static inline __m512i find_ranks_in_segments(__m512 x, const Tables* tables) {
-  const __m512i bits = _mm512_castps_si512(x);
-  const __m512 a = Type::SIGNED ? _mm512_abs_ps(x) : x;
-  const __m512i exponent = _mm512_srli_epi32(_mm512_castps_si512(a), 23);
-  const __m512i binade = _mm512_max_epi32(_mm512_sub_epi32(exponent, _mm512_set1_epi32(127 - 31)), _mm512_setzero_si512());
-  const __m512 cut = _mm512_permutex2var_ps(_mm512_loadu_ps(tables->cut), binade, _mm512_loadu_ps(tables->cut + 16));
-  __m512i run = _mm512_permutex2var_epi32(_mm512_loadu_si512(tables->index), binade, _mm512_loadu_si512(tables->index + 16));
+  const __m512 magnitude = Type::SIGNED ? _mm512_abs_ps(x) : x;
+  const __m512 a = _mm512_max_ps(magnitude, _mm512_set1_ps(SMALLEST_BINADE));
+  const __m512i binade = _mm512_srli_epi32(_mm512_castps_si512(a), 24);  // a permute reads 4 bits
+  const __m512 cut = _mm512_permutexvar_ps(binade, _mm512_loadu_ps(tables->cut));
+  __m512i run = _mm512_permutexvar_epi32(binade, _mm512_loadu_si512(tables->index));
   run = _mm512_mask_add_epi32(run, _mm512_cmp_ps_mask(a, cut, _CMP_GT_OQ), run, _mm512_set1_epi32(1));
   const __m512 slope = _mm512_permutexvar_ps(run, _mm512_loadu_ps(tables->slope));
   const __m512 offset = _mm512_permutexvar_ps(run, _mm512_loadu_ps(tables->offset));
   const __m512 high = _mm512_permutexvar_ps(run, _mm512_loadu_ps(tables->high));
-  const __m512 value = _mm512_fmadd_ps(a, slope, offset);
-  const __m512 nearest = _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 distance = _mm512_abs_ps(_mm512_sub_ps(value, nearest));
-  __mmask16 unsure = _mm512_cmp_ps_mask(distance, _mm512_set1_ps(0.5f - Type::MARGIN), _CMP_GT_OQ);
-  if (Type::SIGNED) unsure |= _mm512_cmp_ps_mask(a, cut, _CMP_EQ_OQ);
+  __m512 place = _mm512_min_ps(_mm512_fmadd_ps(a, slope, offset), high);
+  if (Type::SIGNED) {  // so far counted from zero: put the sign of x on it, and count from the lowest code
+    const __m512 sign = _mm512_and_ps(x, _mm512_set1_ps(-0.0f));
+    place = _mm512_add_ps(_mm512_xor_ps(place, sign), _mm512_set1_ps(BIAS + Type::ZERO_CODE));
+    place = _mm512_max_ps(place, _mm512_set1_ps(BIAS));
+  }
+  const __m512i bits = _mm512_castps_si512(place);
+  __mmask16 unsure = _mm512_testn_epi32_mask(bits, _mm512_set1_epi32(NEAR_TIE));
+  if (Type::SIGNED) unsure |= _mm512_cmp_ps_mask(a, cut, _CMP_EQ_OQ);  // there, ties go away from zero
   if (__builtin_expect(unsure != 0, 0)) return find_ranks_near_tie<Type>(x, tables);
-  const __m512i code = _mm512_cvtps_epi32(_mm512_min_ps(nearest, high));
-  if (!Type::SIGNED) return code;
-  const __m512i zero = _mm512_set1_epi32(Type::ZERO_CODE);
-  const __m512i up = _mm512_add_epi32(zero, code);
-  const __m512i down = _mm512_max_epi32(_mm512_sub_epi32(zero, code), _mm512_setzero_si512());
-  return _mm512_mask_mov_epi32(up, _mm512_movepi32_mask(bits), down);
+  return _mm512_srli_epi32(bits, FRACTION);  // the lowest byte of it is the rank
 }
 
 template <class Type>
