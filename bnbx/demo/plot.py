@@ -13,7 +13,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from bnbx.demo.progress import short_loss
 from bnbx.demo.train import Result
@@ -21,7 +21,7 @@ from bnbx.demo.train import Result
 SMOOTHING = 0.9
 """Weight of the past in the running mean of the training loss."""
 
-HEADROOM = 1.15
+HEADROOM = 1.2
 """The top of the scale, as a multiple of the loss before training."""
 
 FOOTROOM = 0.85
@@ -58,9 +58,11 @@ def draw(results: list[Result], path: Path, title: str) -> None:
     top = HEADROOM * max(result.validation_losses[0] for result in results)
     for result, style in zip(results, STYLES, strict=True):
         _draw_run(axes, result, style, top)
+    for result, style in zip(results, STYLES, strict=True):
         _mark_exit(axes, result, style, top)
     axes.set_yscale("log")
     axes.set_ylim(bottom, top)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(FixedLocator(TICKS))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
@@ -83,7 +85,7 @@ def draw(results: list[Result], path: Path, title: str) -> None:
 
 
 def smoothed(losses: list[float]) -> list[float]:
-    """Running mean of finite losses that starts at the first one, without a pull toward zero."""
+    """Running mean that starts at the first loss, without a pull toward zero."""
     means: list[float] = []
     total, weight = 0.0, 0.0
     for loss in losses:
@@ -120,17 +122,19 @@ def _draw_run(axes: Axes, result: Result, style: Style, top: float) -> None:
 
 
 def _mark_exit(axes: Axes, result: Result, style: Style, top: float) -> None:
-    """An arrow and a note at the first step whose training loss is above the scale."""
-    above = (step for step, loss in enumerate(result.train_losses) if not loss <= top)
-    step = next(above, None)
+    """A marker and a note where the training loss, smoothed as drawn, leaves the scale."""
+    curve = smoothed(result.train_losses)
+    step = next((step for step, loss in enumerate(curve) if not loss <= top), None)
     if step is None:
         return
     ending = "" if result.diverged_at is None else f", not finite at step {result.diverged_at}"
+    late = step > axes.dataLim.xmax / 2
     axes.annotate(
         f"{result.label}: off the scale at step {step}{ending}",
         xy=(step, top),
-        xytext=(14, -4),
+        xytext=(-14 if late else 14, -4),
         textcoords="offset points",
+        horizontalalignment="right" if late else "left",
         verticalalignment="top",
         color=style.color,
         fontsize=11,

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 import numpy as np
 import numpy.typing as npt
 
-from bnbx.kernels.plan import Plan
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from bnbx.kernels.plan import Plan
 
 
 @dataclass
@@ -36,7 +33,7 @@ class Batch:
         table, chunks = [], 0
         for tensors in self.tensors:
             numel = tensors[0].numel()
-            table.append([*(t.data_ptr() for t in tensors), numel, chunks])
+            table.append([*map(Tensor.data_ptr, tensors), numel, chunks])
             chunks += -(-numel // chunk)
         width = len(table[0]) if table else 2
         table.append([0] * (width - 1) + [chunks])

@@ -20,6 +20,7 @@ from bnbx.kernels.plan import Plan
 from bnbx.kernels.source import render
 
 TEMPLATE = "optimizer.cpp.j2"
+ELEMENTS_PER_THREAD = 32_768  # about 20 microseconds of work, what waking a thread may cost
 ALIGNMENT = 64  # a cache line, and the widest vector
 
 
@@ -75,7 +76,7 @@ def run(batches: Sequence[Batch]) -> None:
         )
     if jobs:
         table = np.array(jobs, np.int64)
-        threads, parallel = _threads()
+        threads, parallel = _threads(sum(t[0].numel() for b in batches for t in b.tensors))
         kernels[0].library.bnbx_run(table.ctypes.data, len(jobs), threads, parallel)
 
 
@@ -104,10 +105,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _threads() -> tuple[int, int | None]:
-    """How many threads to use, and the address of the pool's entry."""
-    parallel = None if _forked else _parallel()
-    return (torch.get_num_threads() if parallel else 1), parallel
+def _threads(elements: int) -> tuple[int, int | None]:
+    """How many threads to use for so many elements, and the address of the pool's entry."""
+    wanted = min(torch.get_num_threads(), elements // ELEMENTS_PER_THREAD)
+    parallel = _parallel() if wanted > 1 and not _forked else None
+    return (wanted if parallel else 1), parallel
 
 
 @lru_cache(maxsize=1)

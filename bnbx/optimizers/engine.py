@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from bnbx.errors import CheckpointError, UnknownNameError, UnsupportedTensorError
+from bnbx.errors import CheckpointError, UnknownNameError
 from bnbx.kernels.batch import Batch
 from bnbx.kernels.evaluate import HOST, evaluate
 from bnbx.kernels.launch import launch
-from bnbx.kernels.plan import DTYPES, Plan, make_plan
-from bnbx.kernels.signature import absmax_name
+from bnbx.kernels.plan import Plan
 from bnbx.optimizers import state as states
+from bnbx.optimizers.gather import Gathering, Slots, check_parameter
 from bnbx.registry import Optimizer as OptimizerSpec
 from bnbx.registry import optimizers, quant_types
 from bnbx.registry.config import OPTIONS, Resolved, check_known, resolve
@@ -28,7 +28,6 @@ from bnbx.registry.names import closest
 from bnbx.registry.optimizer import STEP
 
 FORMAT = 1  # of state dicts; raised when their layout changes
-DTYPE_NAMES: Mapping[torch.dtype, str] = {getattr(torch, name): name for name in DTYPES}
 
 
 class Optimizer8bit(torch.optim.Optimizer):
@@ -69,7 +68,8 @@ class Optimizer8bit(torch.optim.Optimizer):
         check_known(self.spec, arguments)
         defaults = {a: self.spec.default(a) for a in self.spec.arguments}
         resolve(self.spec, quant_types(), [("argument", self._given)])
-        self._cache: dict[Any, Any] = {}
+        self._resolved: dict[Any, Resolved] = {}
+        self._slots = Slots(self.spec)
         super().__init__(params, {**defaults, **self._given})
 
     # ---- groups
@@ -109,17 +109,14 @@ class Optimizer8bit(torch.optim.Optimizer):
         """The group's values, checked again whenever one has changed."""
         names = (*self.spec.arguments, *OPTIONS)
         layer = {name: group[name] for name in names}
-        key = ("resolved", *map(_hashable, layer.values()))
-        found: Resolved | None = self._cache.get(key)
+        key = tuple(map(_hashable, layer.values()))
+        found = self._resolved.get(key)
         if found is None:
+            if len(self._resolved) >= 256:  # a schedule makes a new learning rate every step
+                self._resolved.clear()
             found = resolve(self.spec, quant_types(), [("param group", layer)])
-            self._remember(key, found)
+            self._resolved[key] = found
         return found
-
-    def _remember(self, key: Any, value: Any) -> None:
-        if len(self._cache) > 256:  # a schedule makes a new learning rate every step
-            self._cache.clear()
-        self._cache[key] = value
 
     # ---- the step
 
@@ -140,29 +137,20 @@ class Optimizer8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        collected: dict[tuple[int, Plan, int], list[tuple[Tensor, ...]]] = {}
-        copies: list[tuple[Tensor, Tensor]] = []
-        stepped: list[dict[str, Any]] = []
+        gathering = Gathering()
         for number, group in enumerate(self.param_groups):
             resolved = self._resolve(group)
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                check_gradient(p)
-                saved = self._states_of(p, resolved)
-                plan, tensors = self._tensors(p, saved, resolved, copies)
-                if p.numel():
-                    collected.setdefault((number, plan, saved[STEP] + 1), []).append(tensors)
-                stepped.append(saved)
-        launch(
-            [
-                Batch(plan, self._scalars(plan, self._resolve(self.param_groups[number]), step), t)
-                for (number, plan, step), t in collected.items()
-            ]
-        )
-        for p, copy in copies:
+                if p.grad is not None:
+                    self._slots.add(gathering, number, p, self._states_of(p, resolved), resolved)
+        batches = []
+        for (number, plan_id, step), tensors in gathering.tensors.items():
+            plan, resolved = gathering.about[number, plan_id, step]
+            batches.append(Batch(plan, self._scalars(plan, resolved, step), tensors))
+        launch(batches)
+        for p, copy in gathering.copies:
             p.copy_(copy)
-        for saved in stepped:
+        for saved in gathering.stepped:
             saved[STEP] += 1
         return loss
 
@@ -172,32 +160,6 @@ class Optimizer8bit(torch.optim.Optimizer):
             active = self.spec.active_states(resolved.switches)
             saved.update(states.new_states(p, active, resolved))
         return saved
-
-    def _tensors(
-        self,
-        p: Tensor,
-        saved: states.ParameterState,
-        resolved: Resolved,
-        copies: list[tuple[Tensor, Tensor]],
-    ) -> tuple[Plan, tuple[Tensor, ...]]:
-        """The plan of a parameter, and its tensors as kernels want them: contiguous."""
-        active = self.spec.active_states(resolved.switches)
-        quantized = tuple(absmax_name(s.name) in saved for s in active)
-        key = (id(resolved), p.dtype, p.grad.dtype, quantized)  # type: ignore[union-attr]
-        found = self._cache.get(key)
-        if found is None:
-            types = states.storage_types(saved, active, resolved)
-            parameter, gradient = DTYPE_NAMES[p.dtype], DTYPE_NAMES[p.grad.dtype]  # type: ignore[union-attr]
-            plan = make_plan(self.spec, resolved.switches, parameter, gradient, types)
-            found = (plan, types, resolved)
-            self._remember(key, found)
-        plan, types, _ = found
-        target = p
-        if not p.is_contiguous():
-            target = p.contiguous()
-            copies.append((p, target))
-        gradient_values = p.grad.contiguous()  # type: ignore[union-attr]
-        return plan, (target, gradient_values, *states.tensors_of(saved, types))
 
     def _scalars(self, plan: Plan, resolved: Resolved, step: int) -> Any:
         """The kernel's scalars: step_code and scalar parts of element code, in float64."""
@@ -276,34 +238,9 @@ class Optimizer8bit(torch.optim.Optimizer):
         return {**super().__getstate__(), "spec": self.spec, "_given": self._given}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._cache = {}
+        self._resolved = {}
+        self._slots = Slots(state["spec"])
         super().__setstate__(state)
-
-
-def check_parameter(p: Tensor) -> None:
-    """Raise UnsupportedTensorError if `p` cannot be a parameter."""
-    if p.dtype not in DTYPE_NAMES:
-        raise UnsupportedTensorError(
-            f"a parameter of shape {tuple(p.shape)} has dtype {p.dtype}; expected one of "
-            f"{', '.join(map(str, DTYPE_NAMES))}"
-        )
-    if p.layout is not torch.strided:
-        raise UnsupportedTensorError(
-            f"a parameter of shape {tuple(p.shape)} has layout {p.layout}; expected a dense tensor"
-        )
-
-
-def check_gradient(p: Tensor) -> None:
-    """Raise UnsupportedTensorError if the gradient of `p` cannot be used."""
-    g = p.grad
-    assert g is not None
-    if g.dtype in DTYPE_NAMES and g.layout is torch.strided and g.device == p.device:
-        return
-    raise UnsupportedTensorError(
-        f"the gradient of a parameter of shape {tuple(p.shape)} is {g.dtype}, {g.layout}, on "
-        f"{g.device}; expected a dense tensor of {', '.join(map(str, DTYPE_NAMES))} on {p.device}"
-        + ("; make the layer with sparse=False" if g.layout is not torch.strided else "")
-    )
 
 
 def _hashable(value: Any) -> Any:

@@ -54,14 +54,12 @@ def storage_types(
     }
 
 
-def tensors_of(saved: Mapping[str, Any], types: Mapping[str, QuantType | None]) -> list[Tensor]:
-    """The state tensors in the order of a kernel's columns."""
-    found = []
+def tensor_names(types: Mapping[str, QuantType | None]) -> tuple[str, ...]:
+    """Keys of the state tensors in the order of a kernel's columns."""
+    names: list[str] = []
     for name, quant_type in types.items():
-        found.append(saved[name])
-        if quant_type is not None:
-            found.append(saved[absmax_name(name)])
-    return found
+        names += [name] if quant_type is None else [name, absmax_name(name)]
+    return tuple(names)
 
 
 def check_states(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from bnbx.errors import OptionError, UnknownNameError
@@ -40,6 +41,11 @@ class Resolved:
     state_types: Mapping[str, str]
     min_8bit_size: int
     origins: Mapping[str, str]
+
+    @cached_property
+    def kernel_key(self) -> tuple[tuple[tuple[str, Any], ...], ...]:
+        """The part of it that kernels are compiled for."""
+        return tuple(self.switches.items()), tuple(self.state_types.items())
 
 
 def resolve(spec: Optimizer, types: Catalog[QuantType], layers: Sequence[Layer]) -> Resolved:
