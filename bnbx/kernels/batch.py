@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
-
 from torch import Tensor
 
+from bnbx.kernels.evaluate import HOST, evaluate
 from bnbx.kernels.plan import Plan
+from bnbx.registry.optimizer import STEP
 
 
 @dataclass
@@ -38,3 +40,18 @@ class Batch:
         width = len(table[0]) if table else 2
         table.append([0] * (width - 1) + [chunks])
         return np.array(table, np.int64), chunks
+
+
+def step_scalars(
+    plan: Plan, hyper: Mapping[str, float | bool], step: int
+) -> npt.NDArray[np.float32]:
+    """The kernel's scalars of a step: step_code and the scalar parts of element code.
+
+    Everything is computed in float64 and rounded once; what is beyond float32 is infinity.
+    """
+    values: dict[str, float] = {**hyper, STEP: step}
+    for statement in plan.spec.step.statements:
+        values[statement.target] = evaluate(statement.value, values, HOST)
+    scalars = [evaluate(value, values, HOST) for value in plan.lowered.scalars.values()]
+    with np.errstate(over="ignore"):
+        return np.array(scalars, np.float64).astype(np.float32)

@@ -48,6 +48,7 @@ def _names(plan: Plan) -> dict[str, Any]:
         "signature": make_signature(plan),
         "parameter": C_TYPES[plan.parameter],
         "gradient": C_TYPES[plan.gradient],
+        "staged": plan.parameter == plan.gradient == "float16",
         "scalars": [(name, text(value)) for name, value in plan.lowered.scalars.items()],
         "statements": c_statements(plan.lowered.statements, declared),
         "types": [_type(storage) for storage in plan.codebooks],

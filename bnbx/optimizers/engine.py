@@ -9,16 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from bnbx.errors import CheckpointError, UnknownNameError
-from bnbx.kernels.batch import Batch
-from bnbx.kernels.evaluate import HOST, evaluate
+from bnbx.kernels.batch import Batch, step_scalars
 from bnbx.kernels.launch import launch
-from bnbx.kernels.plan import Plan
 from bnbx.optimizers import state as states
 from bnbx.optimizers.gather import Gathering, Slots, check_parameter
 from bnbx.registry import Optimizer as OptimizerSpec
@@ -146,7 +143,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         batches = []
         for (number, plan_id, step), tensors in gathering.tensors.items():
             plan, resolved = gathering.about[number, plan_id, step]
-            batches.append(Batch(plan, self._scalars(plan, resolved, step), tensors))
+            batches.append(Batch(plan, step_scalars(plan, resolved.hyper, step), tensors))
         launch(batches)
         for p, copy in gathering.copies:
             p.copy_(copy)
@@ -160,15 +157,6 @@ class Optimizer8bit(torch.optim.Optimizer):
             active = self.spec.active_states(resolved.switches)
             saved.update(states.new_states(p, active, resolved))
         return saved
-
-    def _scalars(self, plan: Plan, resolved: Resolved, step: int) -> Any:
-        """The kernel's scalars: step_code and scalar parts of element code, in float64."""
-        values: dict[str, float] = {**resolved.hyper, STEP: step}
-        for statement in self.spec.step.statements:
-            values[statement.target] = evaluate(statement.value, values, HOST)
-        scalars = [evaluate(value, values, HOST) for value in plan.lowered.scalars.values()]
-        with np.errstate(over="ignore"):  # beyond float32 is infinity
-            return np.array(scalars, np.float64).astype(np.float32)
 
     # ---- saving
 

@@ -1,44 +1,4 @@
-// Helpers of CUDA kernels: a warp works on PIECE elements, four neighbors of each lane at a time.
-
-enum { LANES = 32, WARPS = 8, VECTOR = 4, STRIDE = LANES * VECTOR, VECTORS = 2, PIECE = VECTORS * STRIDE };
-enum { PER_LANE = VECTORS * VECTOR };
-
-template <class T>
-struct alignas(VECTOR * sizeof(T)) Four {
-  T item[VECTOR];
-};
-
-// This lane's elements of a piece of which `left` elements exist; `missing` stands for the others.
-template <class T>
-DEVICE void load_piece(const T* from, i64 left, bool aligned, T missing, T (&to)[PER_LANE]) {
-#pragma unroll
-  for (int j = 0; j < VECTORS; ++j) {
-    const int at = j * STRIDE + (threadIdx.x & 31) * VECTOR;
-    if (aligned && at + VECTOR <= left) {
-      *(Four<T>*)(to + j * VECTOR) = *(const Four<T>*)(from + at);
-    } else {
-#pragma unroll
-      for (int e = 0; e < VECTOR; ++e) to[j * VECTOR + e] = at + e < left ? from[at + e] : missing;
-    }
-  }
-}
-
-template <class T>
-DEVICE void store_piece(T* to, i64 left, bool aligned, const T (&from)[PER_LANE]) {
-#pragma unroll
-  for (int j = 0; j < VECTORS; ++j) {
-    const int at = j * STRIDE + (threadIdx.x & 31) * VECTOR;
-    if (aligned && at + VECTOR <= left) {
-      *(Four<T>*)(to + at) = *(const Four<T>*)(from + j * VECTOR);
-    } else {
-#pragma unroll
-      for (int e = 0; e < VECTOR; ++e)
-        if (at + e < left) to[at + e] = from[j * VECTOR + e];
-    }
-  }
-}
-
-DEVICE bool is_aligned(const void* pointer) { return ((unsigned long long)pointer & 15u) == 0; }
+// Blocks of quantized states on CUDA: a warp finds the largest magnitudes, and codes its piece.
 
 // The largest value among `COUNT` neighboring lanes, the same in all of them.
 template <int COUNT>
@@ -101,6 +61,7 @@ DEVICE void encode_piece(const float (&x)[PER_LANE], i64 left, const Shared<Type
       if (at + e < left && magnitude > largest[j]) largest[j] = magnitude;
     }
   }
+  __syncwarp();  // every lane has read the old absmax before one writes the new
   if (Layout<Type>::WHOLE) largest[0] = largest[1] = largest[0] > largest[1] ? largest[0] : largest[1];
 #pragma unroll
   for (int j = 0; j < VECTORS; ++j) {

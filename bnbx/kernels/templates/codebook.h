@@ -1,0 +1,56 @@
+// Quantized states, as C++ and CUDA kernels share them.
+
+// The tables of one codebook; see bnbx/kernels/codebook.py, which packs them.
+struct Tables {
+  float levels[256];      // value by code
+  u8 planes[4][256];      // the same, byte by byte
+  u8 order[256];          // code by rank
+  float thresholds[256];  // ascending, padded with infinity
+  i32 index[16];  // these five: see Segments in codebook.py
+  float cut[16], slope[16], offset[16], high[16];
+  u32 entries[1];  // as many as the codebook needs
+};
+
+// What a block's largest magnitude (as float bits) makes of the block. NaN or infinity: the block
+// reads as NaN from now on. Below the smallest normal number: the block is zero. Otherwise the
+// codes are those of x * inverse.
+struct Scale {
+  float absmax, inverse;
+};
+
+DEVICE Scale make_scale(u32 largest) {
+  Scale scale = {0.0f, 0.0f};
+  if (largest >= 0x7f800000u) scale.absmax = float_of(0x7fc00000u);
+  else if (largest >= 0x00800000u) {
+    scale.absmax = float_of(largest);
+    scale.inverse = 1.0f / scale.absmax;
+  }
+  return scale;
+}
+
+// The number of thresholds below x: an exact search, by one table entry that carries over just
+// past the threshold in its bucket, or by halving where the codebook has no such table.
+template <class Type>
+DEVICE u32 find_rank(float x, const u32* entries, const float* thresholds) {
+  if (Type::SHIFT == 0) {
+    u32 rank = 0;
+    for (u32 step = 128; step > 0; step >>= 1)
+      rank += thresholds[rank + step - 1] < x ? step : 0;
+    return rank;
+  }
+  const u32 mask = (1u << Type::SHIFT) - 1u;
+  const u32 bits = bits_of(x);
+  u32 a = bits & 0x7fffffffu;
+  a = a < Type::CEILING ? a : Type::CEILING;
+  const u32 small = a < 1u ? a : 1u;
+  const u32 w = a < Type::FLOOR ? small : a - Type::FLOOR + (1u << Type::SHIFT);
+  const u32 negative = Type::SIGNED ? bits >> 31 : 0u;
+  const u32 low = (w & mask) ^ (negative ? mask : 0u);
+  return (entries[(w >> Type::SHIFT) + negative * Type::HALF] + low) >> Type::SHIFT;
+}
+
+template <class Type>
+DEVICE u8 encode(float x, const u32* entries, const float* thresholds, const u8* order) {
+  const u32 rank = find_rank<Type>(x, entries, thresholds);
+  return (u8)(Type::ORDERED ? rank : order[rank]);
+}

@@ -1,0 +1,41 @@
+// Helpers of CUDA kernels: a warp works on PIECE elements, four neighbors of each lane at a time.
+
+enum { LANES = 32, WARPS = 8, VECTOR = 4, STRIDE = LANES * VECTOR, VECTORS = 2, PIECE = VECTORS * STRIDE };
+enum { PER_LANE = VECTORS * VECTOR };
+
+template <class T>
+struct alignas(VECTOR * sizeof(T)) Four {
+  T item[VECTOR];
+};
+
+// This lane's elements of a piece of which `left` elements exist; `missing` stands for the others.
+template <class T>
+DEVICE void load_piece(const T* from, i64 left, bool aligned, T missing, T (&to)[PER_LANE]) {
+#pragma unroll
+  for (int j = 0; j < VECTORS; ++j) {
+    const int at = j * STRIDE + (threadIdx.x & 31) * VECTOR;
+    if (aligned && at + VECTOR <= left) {
+      *(Four<T>*)(to + j * VECTOR) = *(const Four<T>*)(from + at);
+    } else {
+#pragma unroll
+      for (int e = 0; e < VECTOR; ++e) to[j * VECTOR + e] = at + e < left ? from[at + e] : missing;
+    }
+  }
+}
+
+template <class T>
+DEVICE void store_piece(T* to, i64 left, bool aligned, const T (&from)[PER_LANE]) {
+#pragma unroll
+  for (int j = 0; j < VECTORS; ++j) {
+    const int at = j * STRIDE + (threadIdx.x & 31) * VECTOR;
+    if (aligned && at + VECTOR <= left) {
+      *(Four<T>*)(to + at) = *(const Four<T>*)(from + j * VECTOR);
+    } else {
+#pragma unroll
+      for (int e = 0; e < VECTOR; ++e)
+        if (at + e < left) to[at + e] = from[j * VECTOR + e];
+    }
+  }
+}
+
+DEVICE bool is_aligned(const void* pointer) { return ((unsigned long long)pointer & 15u) == 0; }

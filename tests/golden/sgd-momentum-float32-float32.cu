@@ -1,0 +1,171 @@
+// sgd, momentum, no nesterov, float32 parameters, float32 gradients, m: float32
+// stochastic gradient descent, with (Nesterov) momentum (Sutskever et al., ICML 2013; torch.optim.SGD). Rendered from its spec by bnbx; change the spec, not this file.
+
+#define DEVICE __device__ __forceinline__ static
+#define DEVICE_MEMBER __device__ __forceinline__
+DEVICE unsigned int bits_of(float x) { return __float_as_uint(x); }
+DEVICE float float_of(unsigned int bits) { return __uint_as_float(bits); }
+DEVICE float root(float x) { return sqrtf(x); }
+
+// Numbers, as C++ and CUDA kernels share them. The target defines before this: DEVICE (how a function
+// is declared), bits_of and float_of (a float's bits), and root (a correctly rounded square root).
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef int i32;
+typedef unsigned int u32;
+typedef long long i64;
+
+// ---- storage types of parameters and gradients: rounded to nearest even, NaN kept
+
+struct bfloat16 { u16 bits; };
+struct float16 { u16 bits; };
+
+DEVICE float to_float(float x) { return x; }
+
+DEVICE float to_float(bfloat16 x) { return float_of((u32)x.bits << 16); }
+
+DEVICE float to_float(float16 x) {
+  const u32 magnitude = (u32)(x.bits & 0x7fffu) << 13;
+  // 2**112 moves the exponent from bias 15 to bias 127, subnormals included.
+  const float finite = float_of(magnitude) * float_of(0x77800000u);
+  const bool special = (x.bits & 0x7c00u) == 0x7c00u;
+  const u32 bits = special ? (magnitude | 0x7f800000u) : bits_of(finite);
+  return float_of(bits | ((u32)(x.bits & 0x8000u) << 16));
+}
+
+DEVICE void from_float(float x, float& to) { to = x; }
+
+DEVICE void from_float(float x, bfloat16& to) {
+  const u32 bits = bits_of(x);
+  const u32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  to.bits = (u16)((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+DEVICE void from_float(float x, float16& to) {
+  const u32 bits = bits_of(x);
+  const u32 magnitude = bits & 0x7fffffffu;
+  // Below 2**-14, adding 0.5 makes the addition itself round to multiples of 2**-24.
+  const u32 subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
+  const u32 normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+  u32 half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  to.bits = (u16)(half | ((bits >> 16) & 0x8000u));
+}
+
+// ---- functions of the rule language
+
+DEVICE float rule_sqrt(float x) { return root(x); }
+DEVICE float rule_abs(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
+DEVICE float rule_sign(float x) { return x > 0.0f ? 1.0f : (x < 0.0f ? -1.0f : 0.0f); }
+DEVICE float rule_min(float a, float b) { return a < b ? a : b; }
+DEVICE float rule_max(float a, float b) { return a > b ? a : b; }
+
+// Helpers of CUDA kernels: a warp works on PIECE elements, four neighbors of each lane at a time.
+
+enum { LANES = 32, WARPS = 8, VECTOR = 4, STRIDE = LANES * VECTOR, VECTORS = 2, PIECE = VECTORS * STRIDE };
+enum { PER_LANE = VECTORS * VECTOR };
+
+template <class T>
+struct alignas(VECTOR * sizeof(T)) Four {
+  T item[VECTOR];
+};
+
+// This lane's elements of a piece of which `left` elements exist; `missing` stands for the others.
+template <class T>
+DEVICE void load_piece(const T* from, i64 left, bool aligned, T missing, T (&to)[PER_LANE]) {
+#pragma unroll
+  for (int j = 0; j < VECTORS; ++j) {
+    const int at = j * STRIDE + (threadIdx.x & 31) * VECTOR;
+    if (aligned && at + VECTOR <= left) {
+      *(Four<T>*)(to + j * VECTOR) = *(const Four<T>*)(from + at);
+    } else {
+#pragma unroll
+      for (int e = 0; e < VECTOR; ++e) to[j * VECTOR + e] = at + e < left ? from[at + e] : missing;
+    }
+  }
+}
+
+template <class T>
+DEVICE void store_piece(T* to, i64 left, bool aligned, const T (&from)[PER_LANE]) {
+#pragma unroll
+  for (int j = 0; j < VECTORS; ++j) {
+    const int at = j * STRIDE + (threadIdx.x & 31) * VECTOR;
+    if (aligned && at + VECTOR <= left) {
+      *(Four<T>*)(to + at) = *(const Four<T>*)(from + j * VECTOR);
+    } else {
+#pragma unroll
+      for (int e = 0; e < VECTOR; ++e)
+        if (at + e < left) to[at + e] = from[j * VECTOR + e];
+    }
+  }
+}
+
+DEVICE bool is_aligned(const void* pointer) { return ((unsigned long long)pointer & 15u) == 0; }
+
+typedef float Parameter;
+typedef float Gradient;
+enum { CHUNK = 1024 };  // elements that the chunk numbers in rows count by
+
+// A tensor. Rows end with one more whose first_chunk_ is the number of chunks in all.
+struct Row {
+  Parameter* p;
+  const Gradient* g;
+  float* m;
+  i64 numel_;
+  i64 first_chunk_;
+};
+
+// The row that holds a chunk.
+DEVICE const Row& find_row(const Row* rows, i64 row_count, i64 chunk) {
+  i64 low = 0, high = row_count - 1;
+  while (low < high) {
+    const i64 middle = (low + high + 1) / 2;
+    if (rows[middle].first_chunk_ <= chunk) low = middle;
+    else high = middle - 1;
+  }
+  return rows[low];
+}
+
+// One launch updates all tensors; each warp takes pieces of PIECE elements in turn.
+extern "C" __global__ void __launch_bounds__(LANES * WARPS, 2)
+bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_count,
+            const float* __restrict__ scalars) {
+  const float weight_decay_ = scalars[0];  // weight_decay
+  const float momentum_ = scalars[1];  // momentum
+  const float k_1_minus_dampening_ = scalars[2];  // 1 - dampening
+  const float step_equals_1_ = scalars[3];  // where(step == 1, 1, 0)
+  const float lr_ = scalars[4];  // lr
+  const i64 pieces = CHUNK / PIECE;  // of a chunk
+  const i64 stride = (i64)gridDim.x * WARPS;
+  for (i64 Piece = (i64)blockIdx.x * WARPS + threadIdx.x / LANES; Piece < chunk_count * pieces; Piece += stride) {
+    const i64 Chunk = Piece / pieces;
+    const Row& Here = find_row(rows, row_count, Chunk);
+    const i64 Start = (Chunk - Here.first_chunk_) * CHUNK + Piece % pieces * PIECE;
+    const i64 Left = Here.numel_ - Start;
+    if (Left <= 0) continue;
+    const bool Aligned = is_aligned(Here.p) && is_aligned(Here.g) && is_aligned(Here.m);
+    Parameter P[PER_LANE];
+    Gradient G[PER_LANE];
+    load_piece(Here.p + Start, Left, Aligned, Parameter{}, P);
+    load_piece(Here.g + Start, Left, Aligned, Gradient{}, G);
+    float State_m[PER_LANE];
+    load_piece((const float*)Here.m + Start, Left, Aligned, 0.0f, State_m);
+#pragma unroll
+    for (int I = 0; I < PER_LANE; ++I) {
+      float p = to_float(P[I]), g = to_float(G[I]);
+      float m = State_m[I];
+      // g = g + weight_decay * p
+      g = g + (weight_decay_ * p);
+      // m = where(momentum, where(step == 1, g, momentum * m + (1 - dampening) * g), g)
+      m = ((step_equals_1_ != 0.0f) ? g : ((momentum_ * m) + (k_1_minus_dampening_ * g)));
+      // p = p - lr * where(nesterov, g + momentum * m, m)
+      p = p - (lr_ * m);
+      from_float(p, P[I]);
+      State_m[I] = m;
+    }
+    store_piece(Here.p + Start, Left, Aligned, P);
+    store_piece(Here.m + Start, Left, Aligned, State_m);
+  }
+}
