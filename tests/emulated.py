@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-from cuda_on_cpu import Kernel, compile_source
-from cuda_on_cpu.build import Mode
 
 from bnbx.kernels import cuda
 from bnbx.kernels.batch import Batch
 from bnbx.kernels.codebook import tables
 from bnbx.kernels.plan import Plan
+from cuda_on_cpu import Kernel, compile_source
+from cuda_on_cpu.build import Mode
 
 
 @lru_cache(maxsize=64)

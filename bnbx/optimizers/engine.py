@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim.optimizer import ParamsT
 
 from bnbx.errors import CheckpointError, UnknownNameError
@@ -147,6 +148,9 @@ class Optimizer8bit(torch.optim.Optimizer):
         launch(batches)
         for p, copy in gathering.copies:
             p.copy_(copy)
+        for p in gathering.updated:  # kernels write behind autograd's back; tell it
+            if not p.is_inference():
+                increment_version(p)
         for saved in gathering.stepped:
             saved[STEP] += 1
         return loss
@@ -154,8 +158,10 @@ class Optimizer8bit(torch.optim.Optimizer):
     def _states_of(self, p: Tensor, resolved: Resolved) -> states.ParameterState:
         saved: states.ParameterState = self.state[p]
         if not saved:
-            active = self.spec.active_states(resolved.switches)
-            saved.update(states.new_states(p, active, resolved))
+            saved[STEP] = 0
+        for state in self.spec.active_states(resolved.switches):
+            if state.name not in saved:  # new, or switched on by a change of its hyperparameter
+                saved.update(states.new_state(p, state, resolved))
         return saved
 
     # ---- saving
@@ -185,12 +191,11 @@ class Optimizer8bit(torch.optim.Optimizer):
             zip(groups, state_dict["param_groups"], strict=True)
         ):
             resolved = self._resolve(group)
-            active = self.spec.active_states(resolved.switches)
             for p, index in zip(group["params"], entry["params"], strict=True):
                 if saved := state_dict["state"].get(index):
                     label = f"state dict, group {number}, parameter {index}"
                     saved = {k: _to_device(value, p.device) for k, value in saved.items()}
-                    states.check_states(label, p, saved, active, resolved)
+                    states.check_states(label, p, saved, self.spec.states, resolved)
                     loaded[p] = saved
         self.param_groups = groups
         self.state.clear()

@@ -63,6 +63,7 @@ class Gathering:
         self.tensors: dict[BatchKey, list[tuple[Tensor, ...]]] = {}
         self.about: dict[BatchKey, tuple[Plan, Resolved]] = {}
         self.copies: list[tuple[Tensor, Tensor]] = []
+        self.updated: list[Tensor] = []
         self.stepped: list[ParameterState] = []
 
 
@@ -94,6 +95,7 @@ class Slots:
         to.stepped.append(saved)
         if not slot.numel:
             return
+        to.updated.append(p)
         target = p
         if not p.is_contiguous():
             target = p.contiguous()
@@ -144,6 +146,11 @@ def check_parameter(p: Tensor) -> None:
     if p.layout is not _STRIDED:
         raise UnsupportedTensorError(
             f"a parameter of shape {tuple(p.shape)} has layout {p.layout}; expected a dense tensor"
+        )
+    if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+        raise UnsupportedTensorError(
+            f"a parameter of shape {tuple(p.shape)} is expanded: several of its elements share "
+            "memory; pass the tensor that it was expanded from"
         )
 
 

@@ -27,19 +27,17 @@ def quantized_type(name: str) -> QuantType | None:
     return None if name == FLOAT32 else quant_types().get(name)
 
 
-def new_states(p: Tensor, states: tuple[State, ...], resolved: Resolved) -> ParameterState:
-    """Fresh states for `p`: zero, before the first step."""
-    made: ParameterState = {STEP: 0}
-    for state in states:
-        quant_type = quantized_type(resolved.state_types[state.name])
-        if quant_type is None or p.numel() < resolved.min_8bit_size:
-            made[state.name] = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
-            continue
-        zero = quant_type.codebook(signed=state.signed).zero_code
-        blocks = -(-p.numel() // quant_type.block_size)
-        made[state.name] = torch.full(p.shape, zero, dtype=torch.uint8, device=p.device)
-        made[absmax_name(state.name)] = torch.zeros(blocks, dtype=torch.float32, device=p.device)
-    return made
+def new_state(p: Tensor, state: State, resolved: Resolved) -> dict[str, Tensor]:
+    """The tensors of a fresh state of `p`: zero, before the first step."""
+    quant_type = quantized_type(resolved.state_types[state.name])
+    if quant_type is None or p.numel() < resolved.min_8bit_size:
+        return {state.name: torch.zeros(p.shape, dtype=torch.float32, device=p.device)}
+    zero = quant_type.codebook(signed=state.signed).zero_code
+    blocks = -(-p.numel() // quant_type.block_size)
+    return {
+        state.name: torch.full(p.shape, zero, dtype=torch.uint8, device=p.device),
+        absmax_name(state.name): torch.zeros(blocks, dtype=torch.float32, device=p.device),
+    }
 
 
 def storage_types(
@@ -65,13 +63,19 @@ def tensor_names(types: Mapping[str, QuantType | None]) -> tuple[str, ...]:
 def check_states(
     label: str, p: Tensor, saved: Mapping[str, Any], states: tuple[State, ...], resolved: Resolved
 ) -> None:
-    """Raise CheckpointError if `saved` cannot be the states of `p`: a kernel trusts their sizes."""
+    """Raise CheckpointError if `saved` cannot be the states of `p`: a kernel trusts their sizes.
+
+    A state that does not exist with these hyperparameters may be there all the same, since they
+    can change during a run.
+    """
     step = saved.get(STEP)
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise CheckpointError(f"{label}: 'step' is {step!r}; expected a whole number >= 0")
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for state in states:
         shape = tuple(p.shape)
+        if state.name not in saved and not resolved.active(state):
+            continue
         if absmax_name(state.name) not in saved:
             expected[state.name] = (shape, torch.float32)
             continue

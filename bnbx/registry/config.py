@@ -15,7 +15,7 @@ from typing import Any
 from bnbx.errors import OptionError, UnknownNameError
 from bnbx.registry.catalog import Catalog
 from bnbx.registry.names import nearest
-from bnbx.registry.optimizer import Optimizer
+from bnbx.registry.optimizer import Optimizer, State
 from bnbx.registry.quant_type import QuantType
 from bnbx.registry.rule import Call, Compare, Expression, Name, Number, parse_condition
 
@@ -41,6 +41,10 @@ class Resolved:
     state_types: Mapping[str, str]
     min_8bit_size: int
     origins: Mapping[str, str]
+
+    def active(self, state: State) -> bool:
+        """Whether the state exists with these hyperparameters."""
+        return state.when is None or self.switches[state.when]
 
     @cached_property
     def kernel_key(self) -> tuple[tuple[tuple[str, Any], ...], ...]:

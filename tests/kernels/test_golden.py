@@ -1,4 +1,4 @@
-"""Rendered sources, compared with files under tests/golden: a change of a kernel is a change to see.
+"""Rendered sources, compared with files under tests/golden: a changed kernel is a change to see.
 
 After a change that is meant, `pytest tests/kernels/test_golden.py --rewrite-golden` writes them
 anew; read the difference before committing it.
