@@ -72,8 +72,8 @@ def _introduction(corpus: Corpus, settings: Settings) -> str:
         f"{len(corpus.train) / 1e6:.1f} MB to train on, "
         f"{len(corpus.validation) / 1e6:.1f} MB from other files to validate on.\n"
         f"Model: {settings.size.value}, {shape.layers} layers of width {shape.width}, "
-        f"predicting bytes; {settings.steps} steps of {settings.batch_size} x {shape.context} "
-        f"bytes on {torch.get_num_threads()} CPU threads, {len(RUNS)} times."
+        f"predicting bytes. Each of the {len(RUNS)} runs takes {settings.steps} steps of "
+        f"{settings.batch_size} x {shape.context} bytes; CPU threads: {torch.get_num_threads()}."
     )
 
 

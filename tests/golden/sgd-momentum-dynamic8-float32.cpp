@@ -91,16 +91,14 @@ DEVICE Scale make_scale(u32 largest) {
   return scale;
 }
 
-// The number of thresholds below x: an exact search, by one table entry that carries over just
-// past the threshold in its bucket, or by halving where the codebook has no such table.
+// Where the search for x looks, and what it adds to the entry found there: an exact search, since
+// each entry carries over just past the one threshold in its bucket. See `Buckets` in codebook.py.
+struct Place {
+  u32 entry, low;
+};
+
 template <class Type>
-DEVICE u32 find_rank(float x, const u32* entries, const float* thresholds) {
-  if (Type::SHIFT == 0) {
-    u32 rank = 0;
-    for (u32 step = 128; step > 0; step >>= 1)
-      rank += thresholds[rank + step - 1] < x ? step : 0;
-    return rank;
-  }
+DEVICE Place find_place(float x) {
   const u32 mask = (1u << Type::SHIFT) - 1u;
   const u32 bits = bits_of(x);
   u32 a = bits & 0x7fffffffu;
@@ -108,8 +106,22 @@ DEVICE u32 find_rank(float x, const u32* entries, const float* thresholds) {
   const u32 small = a < 1u ? a : 1u;
   const u32 w = a < Type::FLOOR ? small : a - Type::FLOOR + (1u << Type::SHIFT);
   const u32 negative = Type::SIGNED ? bits >> 31 : 0u;
-  const u32 low = (w & mask) ^ (negative ? mask : 0u);
-  return (entries[(w >> Type::SHIFT) + negative * Type::HALF] + low) >> Type::SHIFT;
+  const Place place = {(w >> Type::SHIFT) + negative * Type::HALF, (w & mask) ^ (negative ? mask : 0u)};
+  return place;
+}
+
+// The number of thresholds below x, by halving, for codebooks without such entries.
+DEVICE u32 count_thresholds(float x, const float* thresholds) {
+  u32 rank = 0;
+  for (u32 step = 128; step > 0; step >>= 1) rank += thresholds[rank + step - 1] < x ? step : 0;
+  return rank;
+}
+
+template <class Type>
+DEVICE u32 find_rank(float x, const u32* entries, const float* thresholds) {
+  if (Type::SHIFT == 0) return count_thresholds(x, thresholds);
+  const Place place = find_place<Type>(x);
+  return (entries[place.entry] + place.low) >> Type::SHIFT;
 }
 
 template <class Type>
@@ -127,7 +139,19 @@ static inline void decode_block_plain(const u8* codes, float absmax, const Table
 
 template <class Type>
 static inline void encode_block_plain(const float* x, float inverse, const Tables* tables, u8* codes) {
-  for (int i = 0; i < Type::BLOCK; ++i) codes[i] = encode<Type>(x[i] * inverse, tables->entries, tables->thresholds, tables->order);
+  u32 rank[Type::BLOCK], low[Type::BLOCK];
+  if (Type::SHIFT == 0) {
+    for (int i = 0; i < Type::BLOCK; ++i) rank[i] = count_thresholds(x[i] * inverse, tables->thresholds);
+  } else {  // find_rank, with its look-ups in a loop of their own, so that the others are vectorized
+    for (int i = 0; i < Type::BLOCK; ++i) {
+      const Place place = find_place<Type>(x[i] * inverse);
+      rank[i] = place.entry;
+      low[i] = place.low;
+    }
+    for (int i = 0; i < Type::BLOCK; ++i) rank[i] = tables->entries[rank[i]];
+    for (int i = 0; i < Type::BLOCK; ++i) rank[i] = (rank[i] + low[i]) >> Type::SHIFT;
+  }
+  for (int i = 0; i < Type::BLOCK; ++i) codes[i] = (u8)(Type::ORDERED ? rank[i] : tables->order[rank[i]]);
 }
 
 static inline i32 larger_magnitude(i32 largest, float x) {

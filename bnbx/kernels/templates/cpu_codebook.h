@@ -7,7 +7,19 @@ static inline void decode_block_plain(const u8* codes, float absmax, const Table
 
 template <class Type>
 static inline void encode_block_plain(const float* x, float inverse, const Tables* tables, u8* codes) {
-  for (int i = 0; i < Type::BLOCK; ++i) codes[i] = encode<Type>(x[i] * inverse, tables->entries, tables->thresholds, tables->order);
+  u32 rank[Type::BLOCK], low[Type::BLOCK];
+  if (Type::SHIFT == 0) {
+    for (int i = 0; i < Type::BLOCK; ++i) rank[i] = count_thresholds(x[i] * inverse, tables->thresholds);
+  } else {  // find_rank, with its look-ups in a loop of their own, so that the others are vectorized
+    for (int i = 0; i < Type::BLOCK; ++i) {
+      const Place place = find_place<Type>(x[i] * inverse);
+      rank[i] = place.entry;
+      low[i] = place.low;
+    }
+    for (int i = 0; i < Type::BLOCK; ++i) rank[i] = tables->entries[rank[i]];
+    for (int i = 0; i < Type::BLOCK; ++i) rank[i] = (rank[i] + low[i]) >> Type::SHIFT;
+  }
+  for (int i = 0; i < Type::BLOCK; ++i) codes[i] = (u8)(Type::ORDERED ? rank[i] : tables->order[rank[i]]);
 }
 
 static inline i32 larger_magnitude(i32 largest, float x) {
