@@ -1,4 +1,4 @@
-"""Where a test run keeps its kernels, so that each is compiled once and none is taken from outside."""
+"""Where a test run keeps its kernels: each is compiled once, none is taken from outside."""
 
 from __future__ import annotations
 

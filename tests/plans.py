@@ -18,7 +18,8 @@ from bnbx.errors import OptionError
 from bnbx.kernels.batch import Batch, step_scalars
 from bnbx.kernels.plan import Plan, Storage, make_plan
 from bnbx.registry import Optimizer, optimizers, quant_types
-from bnbx.registry.config import FLOAT32, Resolved, resolve
+from bnbx.registry.config import Resolved, resolve
+from bnbx.registry.quant_type import FLOAT32
 
 SIZES = (1, 3, 255, 256, 257, 1000, 4097)
 

@@ -36,7 +36,14 @@ CASES = (
     ),
     Case("read, write by another warp", "v = s[t ^ 32];", "s[t] = v;", BARRIER, WARP),
     Case("read, write by another lane", "v = s[t ^ 1];", "s[t] = v;", WARP, ""),
-    Case("read by all, write by one", "v = s[0];", "if (t == 0) s[0] = v;", BARRIER, WARP),
+    Case(
+        "read by all, write by one",
+        "v = s[0];",
+        "if (t == 0) s[0] = v;",
+        BARRIER,
+        # At the shuffle other warps get their turn, so that theirs are the last reads.
+        "__shfl_sync(~0u, t, 0); __syncwarp();",
+    ),
     Case("read by one warp, write by another", "if (t > 31) v = s[0];", "s[t] = v;", BARRIER, WARP),
     Case(
         "read by two lanes, write by a third",

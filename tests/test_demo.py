@@ -6,7 +6,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,16 @@ QUANTIZED_FROM = 4096
 @lru_cache(maxsize=1)
 def corpus() -> Corpus:
     return load_corpus(window=SHAPE.context)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One thread, which a model this small is fastest on, and little text to validate on."""
+    monkeypatch.setattr("bnbx.demo.train.VALIDATION_BYTES", 4096)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def ignore(done: int, loss: float) -> None:

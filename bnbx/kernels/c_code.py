@@ -7,6 +7,7 @@ template defines.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -27,6 +28,11 @@ def literal(value: float) -> str:
     """A float32 literal that reads back as float32(value)."""
     shortest = str(np.float32(value))
     return f"{shortest}f" if "." in shortest or "e" in shortest else f"{shortest}.0f"
+
+
+def comment(text: str) -> str:
+    """The text as it may stand in a line comment: no character of it can end or extend the line."""
+    return re.sub(r"[^ -~]|\\|\?\?/", " ", text).strip()
 
 
 def c_expression(expression: Expression) -> str:
@@ -56,5 +62,5 @@ def c_statements(statements: Iterable[Statement], declared: Iterable[str]) -> li
             value = value[1:-1]
         declare = "" if statement.target in seen else "float "
         seen.add(statement.target)
-        lines += [f"// {statement.text}", f"{declare}{statement.target} = {value};"]
+        lines += [f"// {comment(statement.text)}", f"{declare}{statement.target} = {value};"]
     return lines

@@ -19,6 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -66,14 +67,19 @@ def load_or_build(key: str, source: str, suffix: str, build: Build, load: Callab
                 found if found is not None else _build(directory, key, source, suffix, build, load)
             )
     except OSError as error:
-        warnings.warn(
-            f"kernels cannot be kept in {directory} ({error}); they are compiled anew in every "
-            "process. Set BNBX_CACHE_DIR to a directory that you can write.",
-            BnbxWarning,
-            stacklevel=2,
-        )
+        _warn_once(str(directory), str(error.strerror or error))
         with tempfile.TemporaryDirectory(prefix="bnbx-") as temporary:
             return _build(Path(temporary), key, source, suffix, build, load)
+
+
+@lru_cache(maxsize=16)
+def _warn_once(directory: str, reason: str) -> None:
+    warnings.warn(
+        f"kernels cannot be kept in {directory} ({reason}); they are compiled anew in every "
+        "process. Set BNBX_CACHE_DIR to a directory that you can write.",
+        BnbxWarning,
+        stacklevel=3,
+    )
 
 
 def _try_load(directory: Path, key: str, load: Callable[[Path], T]) -> T | None:

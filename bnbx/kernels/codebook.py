@@ -35,9 +35,10 @@ FIRST_PAIR = 48  # the pair of binades [2**-31, 2**-29)
 class Buckets:
     """Entries by the leading bits of a float: positive values first, then negative ones.
 
-    With `a` the bits of |x|, capped at `ceiling`: w = a - floor + 2**shift, or min(a, 1) where
-    a < floor. The rank is (entries[w >> shift] + low) >> shift, with low the last `shift` bits of
-    w, inverted for negative x.
+    With `a` the bits of |x| (of max(x, 0) if not `signed`), capped at `ceiling`:
+    w = a - floor + 2**shift, or min(a, 1) where a < floor. The rank is
+    (entries[w >> shift] + low) >> shift, with low the last `shift` bits of w, inverted for
+    negative x.
     """
 
     shift: int
@@ -139,6 +140,8 @@ def find_buckets(thresholds: F32) -> Buckets | None:
     ceiling = max(ONE_BITS, int(nonzero.max())) + 1
     for shift in range(22, 7, -1):
         base = int(nonzero.min()) >> shift
+        if base == 0:  # then bucket 0, of what is below `floor`, would hold nothing but zero
+            continue
         half = (ceiling >> shift) - base + 2
         if half * (2 if signed else 1) > MAX_ENTRIES:
             return None
@@ -241,7 +244,7 @@ def _line(run: npt.NDArray[np.float64], first: int) -> tuple[float, float]:
 
 def search_segments(segments: Segments, x: F32) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """What kernels compute: the ranks of x, and where they are not sure of them."""
-    a = np.maximum(np.abs(x), np.float32(SMALLEST_BINADE))
+    a = np.maximum(np.abs(x) if segments.signed else x, np.float32(SMALLEST_BINADE))
     pair = (a.view(np.uint32) >> 24).astype(np.int64) & 15
     run = segments.index[pair] + (a > segments.cut[pair])
     product = a.astype(np.float64) * segments.slope[run]  # exact, so the sum is rounded once

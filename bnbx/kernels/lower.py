@@ -10,6 +10,7 @@ the text as it was written, in float64.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -188,7 +189,8 @@ def _text(expression: Expression, around: int) -> str:
             return f"{text(left)} {op} {text(right)}"
         case Binary(op, left, right):
             own = _PRECEDENCE[op]
-            inner = f"{_text(left, own - 1)} {op} {_text(right, own)}"
+            near, far = (own, own - 1) if op == "**" else (own - 1, own)  # ** groups to the right
+            inner = f"{_text(left, near)} {op} {_text(right, far)}"
             return f"({inner})" if own <= around else inner
         case Call(function, args):
             return f"{function}({', '.join(text(arg) for arg in args)})"
@@ -200,13 +202,12 @@ _WORDS |= {"=": " equals ", "<": " below ", ">": " above ", "!": " not "}
 
 def _scalar_name(host: Expression, taken: Mapping[str, Expression]) -> str:
     """A readable identifier. It ends in an underscore, so no rule can have written it itself."""
-    if isinstance(host, Name):
-        return f"{host.id}_"
     if isinstance(host, Call) and host.function == "where" and host.args[1:] == (ONE, Number(0.0)):
         host = host.args[0]
     words = "".join(_WORDS.get(char, char) for char in text(host).replace("==", "="))
     name = re.sub(r"\W+", "_", words).strip("_").lower() + "_"
     name = f"k_{name}" if name[0].isdigit() else name
-    if len(name) > _MAX_NAME or name in taken:
-        name = f"scalar_{len(taken)}_"
-    return name
+    if len(name) <= _MAX_NAME and name not in taken:
+        return name
+    numbered = (f"scalar_{n}_" for n in itertools.count())
+    return next(name for name in numbered if name not in taken)

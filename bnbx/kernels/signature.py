@@ -21,6 +21,11 @@ class Column:
     writable: bool = True
 
     @property
+    def c_name(self) -> str:
+        """The field's name. A rule's names end in no underscore, so it is never a type's name."""
+        return f"{self.name}_" if self.points_to else self.name
+
+    @property
     def c_type(self) -> str:
         """The field's type in C++ and CUDA."""
         if not self.points_to:
@@ -50,5 +55,5 @@ def make_signature(plan: Plan) -> Signature:
             columns.append(Column(name, "float"))
         else:
             columns += [Column(name, "u8"), Column(absmax_name(name), "float")]
-    columns += [Column("numel_", ""), Column("first_chunk_", "")]
+    columns += [Column("Numel", ""), Column("FirstChunk", "")]
     return Signature(tuple(columns), tuple(plan.lowered.scalars.items()))

@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from bnbx.kernels.c_code import c_statements
+from bnbx.kernels.c_code import c_statements, comment
 from bnbx.kernels.codebook import tables
 from bnbx.kernels.lower import text
 from bnbx.kernels.plan import Plan, Storage
@@ -45,6 +45,8 @@ def _names(plan: Plan) -> dict[str, Any]:
     declared = ["p", "g", *(storage.state.name for storage in plan.storages)]
     return {
         "plan": plan,
+        "title": comment(plan.describe()),
+        "subtitle": comment(f"{plan.spec.summary} ({plan.spec.source or 'no source given'})."),
         "signature": make_signature(plan),
         "parameter": C_TYPES[plan.parameter],
         "gradient": C_TYPES[plan.gradient],

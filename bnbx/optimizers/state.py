@@ -16,8 +16,9 @@ from torch import Tensor
 from bnbx.errors import CheckpointError
 from bnbx.kernels.signature import absmax_name
 from bnbx.registry import QuantType, quant_types
-from bnbx.registry.config import FLOAT32, Resolved
+from bnbx.registry.config import Resolved
 from bnbx.registry.optimizer import STEP, State
+from bnbx.registry.quant_type import FLOAT32
 
 ParameterState = dict[str, Any]
 

@@ -59,12 +59,13 @@ class Catalog(Generic[S]):
         Raises:
             UnknownNameError: with the nearest name, the list, and the plugins that failed.
         """
+        if not isinstance(name, str):
+            raise UnknownNameError(self._miss(name))
         while name not in self._specs and self._more():
             pass
-        try:
-            return self._specs[name]
-        except (KeyError, TypeError):
-            raise UnknownNameError(self._miss(name)) from None
+        if name not in self._specs:
+            raise UnknownNameError(self._miss(name))
+        return self._specs[name]
 
     def find(self, wanted: Callable[[S], bool]) -> S | None:
         """The first spec that `wanted` accepts, loading plugins only while there is none."""

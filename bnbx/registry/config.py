@@ -14,12 +14,12 @@ from typing import Any
 
 from bnbx.errors import OptionError, UnknownNameError
 from bnbx.registry.catalog import Catalog
+from bnbx.registry.evaluate import HOST, evaluate
 from bnbx.registry.names import nearest
 from bnbx.registry.optimizer import Optimizer, State
-from bnbx.registry.quant_type import QuantType
-from bnbx.registry.rule import Call, Compare, Expression, Name, Number, parse_condition
+from bnbx.registry.quant_type import FLOAT32, QuantType
+from bnbx.registry.rule import parse_condition
 
-FLOAT32 = "float32"
 OPTIONS: Mapping[str, Any] = {"bits": 8, "state_types": None, "min_8bit_size": 4096}
 Layer = tuple[str, Mapping[str, Any]]
 
@@ -67,7 +67,7 @@ def resolve(spec: Optimizer, types: Catalog[QuantType], layers: Sequence[Layer])
         origins.update(dict.fromkeys(layer, origin))
     hyper = _hyper(spec, values)
     for constraint in spec.constraints:
-        if not _holds(parse_condition(constraint.condition), hyper):
+        if not evaluate(parse_condition(constraint.condition), hyper, HOST):
             raise OptionError(f"{spec.name}: {constraint.message}")
     return Resolved(
         hyper=hyper,
@@ -116,23 +116,6 @@ def _unpack(spec: Optimizer, pack: str, value: Any) -> dict[str, Any]:
             f"{spec.name}: {pack}={value!r}: expected {len(members)} numbers ({', '.join(members)})"
         )
     return dict(zip(members, value, strict=True))
-
-
-def _holds(condition: Expression, hyper: Mapping[str, float | bool]) -> bool:
-    """Constraints are tiny: names, numbers, comparisons and `where`."""
-    match condition:
-        case Number(value):
-            return bool(value)
-        case Name(id):
-            return bool(hyper[id])
-        case Compare(op, Name(id), Number(value)):
-            a = float(hyper[id])
-            return {"<": a < value, "<=": a <= value, ">": a > value, ">=": a >= value}.get(
-                op, (a == value) is (op == "==")
-            )
-        case Call("where", (test, yes, no)):
-            return _holds(yes if _holds(test, hyper) else no, hyper)
-    raise OptionError(f"constraint {condition!r} uses more than where and simple comparisons")
 
 
 def _state_types(

@@ -33,6 +33,8 @@ from bnbx.registry.spec import Frozen, Spec
 
 PARAMETER, GRADIENT, STEP = "p", "g", "step"
 MAX_SWITCHES = 6
+# What users pass beside a rule's hyperparameters.
+ENGINE_ARGUMENTS = ("params", "rule", "paged", "bits", "state_types", "min_8bit_size")
 
 
 class Hyper(Frozen):
@@ -60,7 +62,7 @@ class Hyper(Frozen):
             return value
         try:
             number = float(value)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             raise OptionError(f"{name}={value!r}: expected a number {self.range}") from None
         inside = (
             math.isfinite(number)
@@ -245,14 +247,20 @@ def check_spec(spec: Optimizer) -> None:
 def _check_names(spec: Optimizer) -> None:
     seen: set[str] = {PARAMETER, GRADIENT, STEP}
     everything = [state.name for state in spec.states] + list(spec.hyper)
+    for state in spec.states:
+        if state.name.endswith("_absmax"):
+            raise ValueError(f"state {state.name!r}: the ending _absmax is taken")
     for name in everything:
         check_name(name, "name")
         if name in seen:
             raise ValueError(f"the name {name!r} is used twice (p, g and step are taken)")
         seen.add(name)
     for name in spec.packs:
+        check_name(name, "pack")
         if name in seen:
             raise ValueError(f"pack {name!r} has the name of something else")
+    if taken := {*spec.hyper, *spec.packs} & {*ENGINE_ARGUMENTS}:
+        raise ValueError(f"{_list(taken)}: the engine has an argument of this name")
     packed = [name for members in spec.packs.values() for name in members]
     strangers = [name for name in packed if name not in spec.hyper]
     strangers += [s.when for s in spec.states if s.when and s.when not in spec.hyper]

@@ -22,6 +22,7 @@ from typing import Any
 
 import pluggy
 
+from bnbx.errors import DuplicateNameError
 from bnbx.registry import hookspecs
 from bnbx.registry.catalog import Catalog
 from bnbx.registry.optimizer import Optimizer
@@ -51,6 +52,8 @@ class Plugins:
 
         Raises whatever the plugin raises; then none of its specs stay.
         """
+        if self._manager.has_plugin(name):
+            raise DuplicateNameError(f"there is a plugin {name!r} already")
         try:
             self._manager.register(plugin, name)
             self._manager.check_pending()
@@ -61,7 +64,7 @@ class Plugins:
                 others = [p for p in self._manager.get_plugins() if p is not plugin]
                 caller = self._manager.subset_hook_caller(hook, remove_plugins=others)
                 caller(register=_Register(catalog, name))
-        except Exception:
+        except BaseException:
             self._forget(name)
             raise
 
@@ -81,7 +84,9 @@ class Plugins:
             entry = self._waiting.pop(0)
             try:
                 self.load(entry.name, entry.load())
-            except Exception as error:  # noqa: BLE001 - any fault of a stranger's module is its own
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # noqa: BLE001 - a stranger's module may even exit
                 self.failures[entry.name] = f"{type(error).__name__}: {error} (from {entry.value})"
             return True
 

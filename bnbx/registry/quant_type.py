@@ -17,6 +17,7 @@ from typing_extensions import Self
 
 from bnbx.registry.spec import Spec
 
+FLOAT32 = "float32"
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -45,6 +46,8 @@ class QuantType(Spec):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.name == FLOAT32:
+            raise ValueError(f"the name {FLOAT32!r} stands for states without a quant type")
         if self.block_size not in BLOCK_SIZES:
             raise ValueError(f"block_size {self.block_size} is not one of {BLOCK_SIZES}")
         _check_table("values", self.values, self.bits, lowest=-1.0)

@@ -42,14 +42,16 @@ COMPARISONS: dict[type[ast.cmpop], str] = {
     ast.Eq: "==",
     ast.NotEq: "!=",
 }
-# Words that are fine in Python but mean something to C++ or CUDA.
+# Words that are fine in Python but mean something to C++, CUDA or the loops around a rule.
 RESERVED = frozenset(
     """alignas alignof and_eq asm auto bitand bitor bool case catch char compl const constexpr
     default delete do double dynamic_cast else enum explicit export extern false float for friend
     goto if inline int long mutable namespace new not not_eq operator or or_eq private protected
     public register reinterpret_cast return short signed sizeof static struct switch template this
     throw true try typedef typeid typename union unsigned using virtual void volatile wchar_t while
-    xor xor_eq half""".split()
+    xor xor_eq half char8_t char16_t char32_t concept consteval constinit const_cast co_await
+    co_return co_yield decltype noexcept nullptr requires static_assert static_cast thread_local
+    to_float from_float larger_magnitude""".split()
 )
 NAME = re.compile(r"[a-z][a-z0-9_]*(?<!_)\Z")
 FLOAT32_MAX = 3.4028234663852886e38
@@ -147,7 +149,7 @@ def check_name(name: str, what: str) -> str:
             f"{what} {name!r}: a name is lower-case ASCII letters, digits and underscores, "
             "begins with a letter and does not end with an underscore"
         )
-    if name in FUNCTIONS or name in RESERVED:
+    if name in FUNCTIONS or name in RESERVED or name.startswith("rule_"):
         raise RuleError(f"{what} {name!r} is a reserved word; choose another name")
     return name
 
@@ -173,7 +175,7 @@ def parse(text: str, section: Section) -> Code:
 @lru_cache(maxsize=256)
 def parse_condition(text: str) -> Expression:
     """Parse a single host expression, such as a constraint between hyperparameters."""
-    lines = [text.strip()]
+    lines = text.strip().splitlines()
     body = _body(lines, "constraint")
     if len(body) != 1 or not isinstance(body[0], ast.Expr):
         raise RuleError(f"constraint {text!r}: expected one expression")
@@ -184,12 +186,20 @@ def parse_condition(text: str) -> Expression:
 
 def _body(lines: list[str], section: Section) -> list[ast.stmt]:
     text = "\n".join(lines)
+    if not all(line.partition("#")[0].isascii() for line in lines):
+        # Python would read some of these characters as others that look like them.
+        raise RuleError(
+            f"{section}: {text[:60]!r} is not all ASCII (comments apart); a name is lower-case "
+            "ASCII letters, digits and underscores"
+        )
     if len(text) > MAX_TEXT:
         raise RuleError(f"{section}: {len(text)} characters; a rule has at most {MAX_TEXT}")
     try:
         return ast.parse(text).body
     except SyntaxError as error:
-        line = lines[error.lineno - 1] if error.lineno and error.lineno <= len(lines) else ""
+        if error.lineno is None or not 0 < error.lineno <= len(lines):
+            raise RuleError(f"{section}: {error.msg}") from None
+        line = lines[error.lineno - 1]
         raise RuleError(f"{section} line {error.lineno}: {error.msg}: {line!r}") from None
     except (ValueError, RecursionError, MemoryError) as error:
         raise RuleError(f"{section}: cannot be parsed: {error}") from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -35,6 +36,13 @@ class Frozen(BaseModel):
         frozen=True, extra="forbid", allow_inf_nan=False, ignored_types=(cached_property,)
     )
 
+    def __init__(self, /, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            label = f"{type(self).__name__} spec {fields.get('name', '(no name)')!r}"
+            raise SpecError(f"{label}: {_readable(error)}") from None
+
 
 class Spec(Frozen):
     """What is registered: found by `name`, identified by `digest`.
@@ -48,13 +56,6 @@ class Spec(Frozen):
     source: str = ""
     """Where it comes from: a paper ("arXiv:1711.05101"), a section, a library."""
 
-    def __init__(self, **fields: Any) -> None:
-        try:
-            super().__init__(**fields)
-        except ValidationError as error:
-            label = f"{type(self).__name__} spec {fields.get('name', '(no name)')!r}"
-            raise SpecError(f"{label}: {_readable(error)}") from None
-
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Build a spec from the JSON that `to_json` wrote.
@@ -66,6 +67,12 @@ class Spec(Frozen):
             return cls.model_validate_json(text)
         except ValidationError as error:
             raise SpecError(f"{cls.__name__} spec from JSON: {_readable(error)}") from None
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """The spec with some fields changed; checked as a new one is."""
+        del deep  # all fields are immutable
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self)(**{**fields, **(update or {})})
 
     def to_json(self) -> str:
         """Canonical JSON: fields in declaration order, no white space, floats round-trip."""

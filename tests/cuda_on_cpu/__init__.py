@@ -11,8 +11,8 @@ every block, threads run in the order of a schedule, and rules that hardware rar
 
 Three modes, each a compilation of its own:
 
-- plain: the fast one, about 10 million simple thread bodies a second.
-- check: every memory access is checked, two hundred times slower. Finds accesses outside of the
+- plain: the fast one, some million elements a second.
+- check: every memory access is checked, about ten times slower. Finds accesses outside of the
   arguments, the registered buffers and shared memory; races between threads and between blocks;
   reads of shared memory that nothing has written.
 - ubsan: indices outside of arrays of known size, misaligned and null pointers, shifts by too much,
@@ -25,7 +25,8 @@ approximate functions (`expf`, `rsqrtf`), and what NVIDIA's compiler makes of th
 switch at barriers and warp collectives only, so a kernel that spins on memory never ends.
 """
 
+from cuda_on_cpu.arguments import Argument
 from cuda_on_cpu.errors import CudaOnCpuError
-from cuda_on_cpu.launch import SCHEDULES, Argument, Kernel, Module, compile_source
+from cuda_on_cpu.launch import SCHEDULES, Kernel, Module, compile_source
 
 __all__ = ["SCHEDULES", "Argument", "CudaOnCpuError", "Kernel", "Module", "compile_source"]

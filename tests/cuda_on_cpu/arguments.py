@@ -41,7 +41,9 @@ def memory_of(array: Array, label: str) -> Memory:
     """Where the array lies; only what its elements span belongs to it, not the whole storage."""
     if isinstance(array, Tensor):
         if array.device.type != "cpu":
-            raise TypeError(f"{label} is a tensor on {array.device}; kernels run on CPU tensors here")
+            raise TypeError(
+                f"{label} is a tensor on {array.device}; kernels run on CPU tensors here"
+            )
         begin, count, item = array.data_ptr(), array.numel(), array.element_size()
         strides = [stride * item for stride in array.stride()]
     else:
@@ -78,7 +80,7 @@ def pack(
 
 
 def disjoint(memory: Iterable[Memory]) -> list[Memory]:
-    """The same bytes, every one of them once: what overlaps becomes one."""
+    """The same bytes by address, every one of them once: what overlaps becomes one."""
     result: list[Memory] = []
     for item in sorted(item for item in memory if item.size):
         if result and item.begin < result[-1].begin + result[-1].size:
@@ -150,9 +152,7 @@ def _by_value(parameter: abi.Parameter, argument: Argument, label: str) -> Any:
     return packed
 
 
-def _mismatch(
-    parameter: abi.Parameter, argument: Argument, label: str, expected: str
-) -> TypeError:
+def _mismatch(parameter: abi.Parameter, argument: Argument, label: str, expected: str) -> TypeError:
     if isinstance(argument, (Tensor, np.ndarray)):
         got = f"an array of {argument.dtype}"
     elif isinstance(argument, ctypes.Structure):
@@ -160,4 +160,3 @@ def _mismatch(
     else:
         got = repr(argument)
     return TypeError(f"{label}: the kernel takes {describe(parameter)}, so {expected}; got {got}")
-

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from cuda_on_cpu.errors import CudaOnCpuError
+from cuda_on_cpu.source import FILE_NAME
 
 Mode = Literal["plain", "check", "ubsan"]
 
@@ -23,17 +24,26 @@ _COMMON_FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique"
 _RUNTIME_FLAGS = (*_COMMON_FLAGS, "-O2")
 _KERNEL_FLAGS = (
     *_COMMON_FLAGS,
+    "-xc++",
     "-g",  # lines for the sites of failures
+    "-fno-diagnostics-show-caret",  # #line would make it show the wrong ones
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-strict-aliasing",
+    "-fsigned-char",
     "-fwrapv",
     "-fno-exceptions",
     "-fno-stack-protector",
 )
 _MODE_FLAGS: dict[Mode, tuple[str, ...]] = {
     "plain": ("-O2", "-fno-tree-vectorize"),
-    "check": ("-O1", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"),
+    "check": (
+        "-O1",
+        "-fno-tree-loop-im",  # a load moved out of its condition would be reported
+        "-fsanitize=thread",
+        "--param",
+        "tsan-instrument-func-entry-exit=0",
+    ),
     "ubsan": (
         "-O1",
         "-fsanitize=bounds-strict,alignment,null,shift,integer-divide-by-zero,float-cast-overflow",
@@ -60,13 +70,13 @@ def build(translation_unit: str, mode: Mode, cuda_arch: int) -> Path:
         return library
     runtime = [str(_runtime_object(name)) for name in _MODE_RUNTIME[mode]]
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        text = Path(folder, "kernel.cpp")
+        text = Path(folder, FILE_NAME)
         text.write_text(translation_unit)
-        _run((*flags, "-iquote", str(_CPP), "-c", "kernel.cpp", "-o", "kernel.o"), folder)
+        _run((*flags, "-iquote", str(_CPP), "-c", FILE_NAME, "-o", "kernel.o"), folder)
         # Linked without -fsanitize: the hooks of the sanitizers are ours.
         link = ("-shared", "-Wl,-z,defs", "kernel.o", *runtime, "-o", "kernel.so")
         _run(link, folder)
-        text.replace(library.with_suffix(".cpp"))
+        text.replace(library.with_suffix(".cu"))
         Path(folder, "kernel.so").replace(library)
     return library
 
@@ -127,6 +137,9 @@ def _compiler_version() -> str:
 
 def _run(arguments: Sequence[str], folder: str) -> None:
     command = (_compiler(), *arguments)
-    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=folder)
+    environment = {**os.environ, "LC_ALL": "C"}  # messages in plain English and ASCII
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, cwd=folder, env=environment
+    )
     if done.returncode:
         raise CompileError(done.stderr)

@@ -57,8 +57,8 @@ def translation_unit(source: str, kernels: tuple[KernelDeclaration, ...]) -> str
     that the headers define too.
     """
     registrations = "\n".join(
-        f'static const cuda_on_cpu::Registration<&{name}> cuda_on_cpu_registration_{name}("{name}", '
-        f"cuda_on_cpu::launch_bound({launch_bounds}));"
+        f"static const cuda_on_cpu::Registration<&{name}> cuda_on_cpu_registration_{name}("
+        f'"{name}", cuda_on_cpu::launch_bound({launch_bounds}));'
         for name, launch_bounds in kernels
     )
     return "\n".join(
@@ -121,6 +121,7 @@ def _with_dynamic_shared(source: str) -> str:
     left = _EXTERN_SHARED.search(_without_comments(text))
     if left is not None:
         raise CudaOnCpuError(
-            f"cannot read `{left.group()}`; expected `extern __shared__ [__align__(n)] type name[];`"
+            f"cannot read `{left.group()}`; "
+            "expected `extern __shared__ [__align__(n)] type name[];`"
         )
     return text

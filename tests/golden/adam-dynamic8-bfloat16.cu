@@ -144,7 +144,8 @@ template <class Type>
 DEVICE Place find_place(float x) {
   const u32 mask = (1u << Type::SHIFT) - 1u;
   const u32 bits = bits_of(x);
-  u32 a = bits & 0x7fffffffu;
+  // A codebook without negative thresholds has one answer for all negative x, that of 0.
+  u32 a = Type::SIGNED ? bits & 0x7fffffffu : (i32)bits > 0 ? bits : 0u;
   a = a < Type::CEILING ? a : Type::CEILING;
   const u32 small = a < 1u ? a : 1u;
   const u32 w = a < Type::FLOOR ? small : a - Type::FLOOR + (1u << Type::SHIFT);
@@ -269,16 +270,16 @@ struct dynamic8_unsigned {
   static constexpr bool SIGNED = false, ORDERED = true, SEGMENTS = true;
 };
 
-// A tensor. Rows end with one more whose first_chunk_ is the number of chunks in all.
+// A tensor. Rows end with one more whose FirstChunk is the number of chunks in all.
 struct Row {
-  Parameter* p;
-  const Gradient* g;
-  u8* m;
-  float* m_absmax;
-  u8* v;
-  float* v_absmax;
-  i64 numel_;
-  i64 first_chunk_;
+  Parameter* p_;
+  const Gradient* g_;
+  u8* m_;
+  float* m_absmax_;
+  u8* v_;
+  float* v_absmax_;
+  i64 Numel;
+  i64 FirstChunk;
 };
 
 // The row that holds a chunk.
@@ -286,7 +287,7 @@ DEVICE const Row& find_row(const Row* rows, i64 row_count, i64 chunk) {
   i64 low = 0, high = row_count - 1;
   while (low < high) {
     const i64 middle = (low + high + 1) / 2;
-    if (rows[middle].first_chunk_ <= chunk) low = middle;
+    if (rows[middle].FirstChunk <= chunk) low = middle;
     else high = middle - 1;
   }
   return rows[low];
@@ -314,23 +315,23 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
   for (i64 Piece = (i64)blockIdx.x * WARPS + threadIdx.x / LANES; Piece < chunk_count * pieces; Piece += stride) {
     const i64 Chunk = Piece / pieces;
     const Row& Here = find_row(rows, row_count, Chunk);
-    const i64 Start = (Chunk - Here.first_chunk_) * CHUNK + Piece % pieces * PIECE;
-    const i64 Left = Here.numel_ - Start;
+    const i64 Start = (Chunk - Here.FirstChunk) * CHUNK + Piece % pieces * PIECE;
+    const i64 Left = Here.Numel - Start;
     if (Left <= 0) continue;
-    const bool Aligned = is_aligned(Here.p) && is_aligned(Here.g) && is_aligned(Here.m) && is_aligned(Here.v);
+    const bool Aligned = is_aligned(Here.p_) && is_aligned(Here.g_) && is_aligned(Here.m_) && is_aligned(Here.v_);
     Parameter P[PER_LANE];
     Gradient G[PER_LANE];
-    load_piece(Here.p + Start, Left, Aligned, Parameter{}, P);
-    load_piece(Here.g + Start, Left, Aligned, Gradient{}, G);
+    load_piece(Here.p_ + Start, Left, Aligned, Parameter{}, P);
+    load_piece(Here.g_ + Start, Left, Aligned, Gradient{}, G);
     float State_m[PER_LANE];
     u8 Codes_m[PER_LANE];
-    float* Absmax_m = Here.m_absmax + Start / dynamic8_signed::BLOCK;
-    load_piece(Here.m + Start, Left, Aligned, (u8)dynamic8_signed::ZERO_CODE, Codes_m);
+    float* Absmax_m = Here.m_absmax_ + Start / dynamic8_signed::BLOCK;
+    load_piece(Here.m_ + Start, Left, Aligned, (u8)dynamic8_signed::ZERO_CODE, Codes_m);
     decode_piece<dynamic8_signed>(Codes_m, Absmax_m, Left, shared_dynamic8_signed, State_m);
     float State_v[PER_LANE];
     u8 Codes_v[PER_LANE];
-    float* Absmax_v = Here.v_absmax + Start / dynamic8_unsigned::BLOCK;
-    load_piece(Here.v + Start, Left, Aligned, (u8)dynamic8_unsigned::ZERO_CODE, Codes_v);
+    float* Absmax_v = Here.v_absmax_ + Start / dynamic8_unsigned::BLOCK;
+    load_piece(Here.v_ + Start, Left, Aligned, (u8)dynamic8_unsigned::ZERO_CODE, Codes_v);
     decode_piece<dynamic8_unsigned>(Codes_v, Absmax_v, Left, shared_dynamic8_unsigned, State_v);
 #pragma unroll
     for (int I = 0; I < PER_LANE; ++I) {
@@ -349,10 +350,10 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
       State_m[I] = m;
       State_v[I] = v;
     }
-    store_piece(Here.p + Start, Left, Aligned, P);
+    store_piece(Here.p_ + Start, Left, Aligned, P);
     encode_piece<dynamic8_signed>(State_m, Left, shared_dynamic8_signed, tables_dynamic8_signed, Codes_m, Absmax_m);
-    store_piece(Here.m + Start, Left, Aligned, Codes_m);
+    store_piece(Here.m_ + Start, Left, Aligned, Codes_m);
     encode_piece<dynamic8_unsigned>(State_v, Left, shared_dynamic8_unsigned, tables_dynamic8_unsigned, Codes_v, Absmax_v);
-    store_piece(Here.v + Start, Left, Aligned, Codes_v);
+    store_piece(Here.v_ + Start, Left, Aligned, Codes_v);
   }
 }

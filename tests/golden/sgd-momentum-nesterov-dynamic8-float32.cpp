@@ -101,7 +101,8 @@ template <class Type>
 DEVICE Place find_place(float x) {
   const u32 mask = (1u << Type::SHIFT) - 1u;
   const u32 bits = bits_of(x);
-  u32 a = bits & 0x7fffffffu;
+  // A codebook without negative thresholds has one answer for all negative x, that of 0.
+  u32 a = Type::SIGNED ? bits & 0x7fffffffu : (i32)bits > 0 ? bits : 0u;
   a = a < Type::CEILING ? a : Type::CEILING;
   const u32 small = a < 1u ? a : 1u;
   const u32 w = a < Type::FLOOR ? small : a - Type::FLOOR + (1u << Type::SHIFT);
@@ -211,7 +212,8 @@ static inline __m512i find_ranks(__m512 x, const Tables* tables) {
   const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
   const __m512i mask = _mm512_set1_epi32((1 << Type::SHIFT) - 1);
   const __m512i floor = _mm512_set1_epi32((i32)Type::FLOOR);
-  __m512i a = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));
+  __m512i a = Type::SIGNED ? _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff))
+                           : _mm512_max_epi32(bits, _mm512_setzero_si512());
   a = _mm512_min_epu32(a, _mm512_set1_epi32((i32)Type::CEILING));
   const __mmask16 small = _mm512_cmplt_epu32_mask(a, floor);
   __m512i w = _mm512_add_epi32(_mm512_sub_epi32(a, floor), _mm512_set1_epi32(1 << Type::SHIFT));
@@ -294,14 +296,14 @@ struct dynamic8_signed {
   static constexpr bool SIGNED = true, ORDERED = true, SEGMENTS = true;
 };
 
-// A tensor. Rows end with one more whose first_chunk_ is the number of chunks in all.
+// A tensor. Rows end with one more whose FirstChunk is the number of chunks in all.
 struct Row {
-  Parameter* p;
-  const Gradient* g;
-  u8* m;
-  float* m_absmax;
-  i64 numel_;
-  i64 first_chunk_;
+  Parameter* p_;
+  const Gradient* g_;
+  u8* m_;
+  float* m_absmax_;
+  i64 Numel;
+  i64 FirstChunk;
 };
 
 // The row that holds a chunk.
@@ -309,7 +311,7 @@ DEVICE const Row& find_row(const Row* rows, i64 row_count, i64 chunk) {
   i64 low = 0, high = row_count - 1;
   while (low < high) {
     const i64 middle = (low + high + 1) / 2;
-    if (rows[middle].first_chunk_ <= chunk) low = middle;
+    if (rows[middle].FirstChunk <= chunk) low = middle;
     else high = middle - 1;
   }
   return rows[low];
@@ -385,24 +387,24 @@ extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
   const Row* row = &find_row(job->rows, job->row_count, first);
   const Tables* tables_dynamic8_signed = (const Tables*)job->tables[0];
   for (i64 chunk = first; chunk < last; ++chunk) {
-    while (chunk >= row[1].first_chunk_) ++row;
-    const i64 start = (chunk - row->first_chunk_) * CHUNK;
-    const i64 left = row->numel_ - start;
+    while (chunk >= row[1].FirstChunk) ++row;
+    const i64 start = (chunk - row->FirstChunk) * CHUNK;
+    const i64 left = row->Numel - start;
     const int count = (int)(left < CHUNK ? left : CHUNK);
     alignas(64) float state_m[CHUNK];
     i32 largest_m[CHUNK / SPAN] = {};
-    float* absmax_m = row->m_absmax + start / dynamic8_signed::BLOCK;
-    load_state<dynamic8_signed>(row->m + start, absmax_m, count, tables_dynamic8_signed, state_m);
+    float* absmax_m = row->m_absmax_ + start / dynamic8_signed::BLOCK;
+    load_state<dynamic8_signed>(row->m_ + start, absmax_m, count, tables_dynamic8_signed, state_m);
     for (int at = 0; at < count; at += SPAN) {
       const int span = count - at < SPAN ? count - at : SPAN;
-      Parameter* p = row->p + start + at;
-      const Gradient* g = row->g + start + at;
+      Parameter* p = row->p_ + start + at;
+      const Gradient* g = row->g_ + start + at;
       if (span == SPAN)  // the same with the count known to the compiler
         update_elements(p, g, state_m + at, job->scalars, SPAN, largest_m[at / SPAN]);
       else
         update_elements(p, g, state_m + at, job->scalars, span, largest_m[at / SPAN]);
     }
-    store_state<dynamic8_signed>(state_m, largest_m, count, tables_dynamic8_signed, row->m + start, absmax_m);
+    store_state<dynamic8_signed>(state_m, largest_m, count, tables_dynamic8_signed, row->m_ + start, absmax_m);
   }
 }
 

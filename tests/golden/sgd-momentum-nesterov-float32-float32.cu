@@ -108,13 +108,13 @@ typedef float Parameter;
 typedef float Gradient;
 enum { CHUNK = 1024 };  // elements that the chunk numbers in rows count by
 
-// A tensor. Rows end with one more whose first_chunk_ is the number of chunks in all.
+// A tensor. Rows end with one more whose FirstChunk is the number of chunks in all.
 struct Row {
-  Parameter* p;
-  const Gradient* g;
-  float* m;
-  i64 numel_;
-  i64 first_chunk_;
+  Parameter* p_;
+  const Gradient* g_;
+  float* m_;
+  i64 Numel;
+  i64 FirstChunk;
 };
 
 // The row that holds a chunk.
@@ -122,7 +122,7 @@ DEVICE const Row& find_row(const Row* rows, i64 row_count, i64 chunk) {
   i64 low = 0, high = row_count - 1;
   while (low < high) {
     const i64 middle = (low + high + 1) / 2;
-    if (rows[middle].first_chunk_ <= chunk) low = middle;
+    if (rows[middle].FirstChunk <= chunk) low = middle;
     else high = middle - 1;
   }
   return rows[low];
@@ -142,16 +142,16 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
   for (i64 Piece = (i64)blockIdx.x * WARPS + threadIdx.x / LANES; Piece < chunk_count * pieces; Piece += stride) {
     const i64 Chunk = Piece / pieces;
     const Row& Here = find_row(rows, row_count, Chunk);
-    const i64 Start = (Chunk - Here.first_chunk_) * CHUNK + Piece % pieces * PIECE;
-    const i64 Left = Here.numel_ - Start;
+    const i64 Start = (Chunk - Here.FirstChunk) * CHUNK + Piece % pieces * PIECE;
+    const i64 Left = Here.Numel - Start;
     if (Left <= 0) continue;
-    const bool Aligned = is_aligned(Here.p) && is_aligned(Here.g) && is_aligned(Here.m);
+    const bool Aligned = is_aligned(Here.p_) && is_aligned(Here.g_) && is_aligned(Here.m_);
     Parameter P[PER_LANE];
     Gradient G[PER_LANE];
-    load_piece(Here.p + Start, Left, Aligned, Parameter{}, P);
-    load_piece(Here.g + Start, Left, Aligned, Gradient{}, G);
+    load_piece(Here.p_ + Start, Left, Aligned, Parameter{}, P);
+    load_piece(Here.g_ + Start, Left, Aligned, Gradient{}, G);
     float State_m[PER_LANE];
-    load_piece((const float*)Here.m + Start, Left, Aligned, 0.0f, State_m);
+    load_piece((const float*)Here.m_ + Start, Left, Aligned, 0.0f, State_m);
 #pragma unroll
     for (int I = 0; I < PER_LANE; ++I) {
       float p = to_float(P[I]), g = to_float(G[I]);
@@ -165,7 +165,7 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
       from_float(p, P[I]);
       State_m[I] = m;
     }
-    store_piece(Here.p + Start, Left, Aligned, P);
-    store_piece(Here.m + Start, Left, Aligned, State_m);
+    store_piece(Here.p_ + Start, Left, Aligned, P);
+    store_piece(Here.m_ + Start, Left, Aligned, State_m);
   }
 }

@@ -65,12 +65,12 @@ typedef float Parameter;
 typedef float Gradient;
 enum { CHUNK = 1024 };  // elements that the chunk numbers in rows count by
 
-// A tensor. Rows end with one more whose first_chunk_ is the number of chunks in all.
+// A tensor. Rows end with one more whose FirstChunk is the number of chunks in all.
 struct Row {
-  Parameter* p;
-  const Gradient* g;
-  i64 numel_;
-  i64 first_chunk_;
+  Parameter* p_;
+  const Gradient* g_;
+  i64 Numel;
+  i64 FirstChunk;
 };
 
 // The row that holds a chunk.
@@ -78,7 +78,7 @@ DEVICE const Row& find_row(const Row* rows, i64 row_count, i64 chunk) {
   i64 low = 0, high = row_count - 1;
   while (low < high) {
     const i64 middle = (low + high + 1) / 2;
-    if (rows[middle].first_chunk_ <= chunk) low = middle;
+    if (rows[middle].FirstChunk <= chunk) low = middle;
     else high = middle - 1;
   }
   return rows[low];
@@ -117,14 +117,14 @@ static inline __attribute__((always_inline)) void update_elements(
 extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
   const Row* row = &find_row(job->rows, job->row_count, first);
   for (i64 chunk = first; chunk < last; ++chunk) {
-    while (chunk >= row[1].first_chunk_) ++row;
-    const i64 start = (chunk - row->first_chunk_) * CHUNK;
-    const i64 left = row->numel_ - start;
+    while (chunk >= row[1].FirstChunk) ++row;
+    const i64 start = (chunk - row->FirstChunk) * CHUNK;
+    const i64 left = row->Numel - start;
     const int count = (int)(left < CHUNK ? left : CHUNK);
     for (int at = 0; at < count; at += SPAN) {
       const int span = count - at < SPAN ? count - at : SPAN;
-      Parameter* p = row->p + start + at;
-      const Gradient* g = row->g + start + at;
+      Parameter* p = row->p_ + start + at;
+      const Gradient* g = row->g_ + start + at;
       if (span == SPAN)  // the same with the count known to the compiler
         update_elements(p, g, job->scalars, SPAN);
       else

@@ -38,7 +38,8 @@ template <class Type>
 DEVICE Place find_place(float x) {
   const u32 mask = (1u << Type::SHIFT) - 1u;
   const u32 bits = bits_of(x);
-  u32 a = bits & 0x7fffffffu;
+  // A codebook without negative thresholds has one answer for all negative x, that of 0.
+  u32 a = Type::SIGNED ? bits & 0x7fffffffu : (i32)bits > 0 ? bits : 0u;
   a = a < Type::CEILING ? a : Type::CEILING;
   const u32 small = a < 1u ? a : 1u;
   const u32 w = a < Type::FLOOR ? small : a - Type::FLOOR + (1u << Type::SHIFT);

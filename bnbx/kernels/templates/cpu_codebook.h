@@ -79,7 +79,8 @@ static inline __m512i find_ranks(__m512 x, const Tables* tables) {
   const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
   const __m512i mask = _mm512_set1_epi32((1 << Type::SHIFT) - 1);
   const __m512i floor = _mm512_set1_epi32((i32)Type::FLOOR);
-  __m512i a = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));
+  __m512i a = Type::SIGNED ? _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff))
+                           : _mm512_max_epi32(bits, _mm512_setzero_si512());
   a = _mm512_min_epu32(a, _mm512_set1_epi32((i32)Type::CEILING));
   const __mmask16 small = _mm512_cmplt_epu32_mask(a, floor);
   __m512i w = _mm512_add_epi32(_mm512_sub_epi32(a, floor), _mm512_set1_epi32(1 << Type::SHIFT));

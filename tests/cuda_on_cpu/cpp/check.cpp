@@ -54,12 +54,13 @@ class Checker final : public Observer {
   Region* find(uintptr_t address, size_t bytes);
   void check_byte(Region&, ByteHistory&, uintptr_t address, size_t bytes, Access, uintptr_t site);
   [[noreturn]] void fail_out_of_bounds(uintptr_t address, size_t bytes, Access, uintptr_t site);
-  [[noreturn]] void fail_race(const Region&, const ByteHistory&, bool with_write,
-                              uintptr_t address, size_t bytes, Access, uintptr_t site);
+  [[noreturn]] void fail_race(const Region&, uintptr_t address, size_t bytes, Access,
+                              uintptr_t site, const char* earlier, uint32_t earlier_time,
+                              uint32_t earlier_site);
 
   Clock clock_;
   unsigned thread_count_ = 0;
-  std::vector<Region> buffers_;
+  std::vector<Region> buffers_;  // by address
   std::vector<Region> shared_;
   Region* last_ = nullptr;  // where the previous access fell
 };
@@ -92,7 +93,7 @@ bool is_constant(uintptr_t address, size_t bytes) {
 
 }  // namespace
 
-// ---- what memory there is ----------------------------------------------------------------------
+// ---- what memory there is -----------------------------------------------------------------------
 
 void Checker::launch_starts(const Launch& launch) {
   thread_count_ = launch.block[0] * launch.block[1] * launch.block[2];
@@ -124,14 +125,16 @@ void Checker::block_starts(const char* shared_begin, const char* shared_end,
 Region* Checker::find(uintptr_t address, size_t bytes) {
   auto holds = [=](const Region& r) { return address >= r.begin && address + bytes <= r.end; };
   if (last_ && holds(*last_)) return last_;
-  for (auto* regions : {&shared_, &buffers_}) {
-    const auto found = std::find_if(regions->begin(), regions->end(), holds);
-    if (found != regions->end()) return last_ = &*found;
+  for (Region& region : shared_) {
+    if (holds(region)) return last_ = &region;
   }
-  return nullptr;
+  auto lies_before = [](uintptr_t a, const Region& r) { return a < r.begin; };
+  auto next = std::upper_bound(buffers_.begin(), buffers_.end(), address, lies_before);
+  if (next == buffers_.begin() || !holds(next[-1])) return nullptr;
+  return last_ = &next[-1];
 }
 
-// ---- the checks --------------------------------------------------------------------------------
+// ---- the checks ---------------------------------------------------------------------------------
 
 void Checker::check(uintptr_t address, size_t bytes, Access access, uintptr_t site) {
   if (lies_in(address, bytes, current->stack_begin, current->stack_end)) return;
@@ -149,72 +152,74 @@ void Checker::check(uintptr_t address, size_t bytes, Access access, uintptr_t si
 void Checker::check_byte(Region& region, ByteHistory& byte, uintptr_t address, size_t bytes,
                          Access access, uintptr_t site) {
   const unsigned thread = current->linear;
-  if (region.shared && access != Access::write && byte.write_time == never) {
+  const uint32_t short_site = static_cast<uint32_t>(site);
+  if (region.shared && access != Access::write && byte.write.time == never) {
     fail_at_site(site, 0, "%s of uninitialized shared memory: %zu bytes, offset %zu of %s",
                  name_of(access), bytes, address - region.begin, region.label.c_str());
   }
-  const bool both_atomic = access == Access::atomic && byte.write_was_atomic;
-  if (!both_atomic && !clock_.write_is_ordered(byte, thread)) {
-    fail_race(region, byte, true, address, bytes, access, site);
+  if (!clock_.is_ordered(byte.write, thread)) {
+    fail_race(region, address, bytes, access, site, "write", byte.write.time, byte.write.site);
+  }
+  if (access != Access::atomic && !clock_.are_ordered(byte.atomics, thread)) {
+    fail_race(region, address, bytes, access, site, "atomic update", byte.atomics.time,
+              byte.atomics.site);
+  }
+  if (access != Access::read && !clock_.are_ordered(byte.reads, thread)) {
+    fail_race(region, address, bytes, access, site, "read", byte.reads.time, byte.reads.site);
   }
   if (access == Access::read) {
-    clock_.record_read(byte, thread, static_cast<uint32_t>(site));
-    return;
+    clock_.add_read(byte.reads, thread, short_site);
+  } else if (access == Access::atomic) {
+    clock_.add_atomic(byte.atomics, thread, short_site);
+  } else {
+    byte = ByteHistory();
+    byte.write = clock_.new_write(thread, short_site);
   }
-  if (!clock_.reads_are_ordered(byte, thread)) {
-    fail_race(region, byte, false, address, bytes, access, site);
-  }
-  clock_.record_write(byte, thread, access == Access::atomic, static_cast<uint32_t>(site));
 }
 
-// ---- the reports -------------------------------------------------------------------------------
+// ---- the reports --------------------------------------------------------------------------------
 
 void Checker::fail_out_of_bounds(uintptr_t address, size_t bytes, Access access, uintptr_t site) {
-  const char* side = "";
+  bool before = false;
   uintptr_t distance = 4096;  // farther than this from all memory, an address is just wild
   const Region* nearest = nullptr;
   for (const auto* regions : {&shared_, &buffers_}) {
     for (const Region& region : *regions) {
-      const bool before = address < region.begin;
-      const uintptr_t gap = before ? region.begin - address : address + bytes - region.end;
+      const bool starts_before = address < region.begin;
+      const uintptr_t gap = starts_before ? region.begin - address : address + bytes - region.end;
       if (gap >= distance) continue;
       nearest = &region;
       distance = gap;
-      side = before ? "starts before" : "ends past";
+      before = starts_before;
     }
   }
   if (!nearest) {
-    fail_at_site(site, 0, "out of bounds %s of %zu bytes at 0x%zx: no argument, buffer or shared "
-                 "memory is near", name_of(access), bytes, static_cast<size_t>(address));
+    fail_at_site(site, 0,
+                 "out of bounds %s of %zu bytes at 0x%zx: no argument, buffer or shared memory is "
+                 "near",
+                 name_of(access), bytes, static_cast<size_t>(address));
   }
-  fail_at_site(site, 0, "out of bounds %s of %zu bytes: %s %s, which has %zu bytes, by %zu",
-               name_of(access), bytes, side, nearest->label.c_str(),
-               static_cast<size_t>(nearest->end - nearest->begin),
-               static_cast<size_t>(distance));
+  fail_at_site(site, 0,
+               "out of bounds %s of %zu bytes: %s %zu %s %s, the nearest memory, which has %zu "
+               "bytes",
+               name_of(access), bytes, before ? "starts" : "ends", static_cast<size_t>(distance),
+               before ? "before" : "past", nearest->label.c_str(),
+               static_cast<size_t>(nearest->end - nearest->begin));
 }
 
-void Checker::fail_race(const Region& region, const ByteHistory& byte, bool with_write,
-                        uintptr_t address, size_t bytes, Access access, uintptr_t site) {
-  const uint32_t time = with_write ? byte.write_time : byte.read_time;
-  const bool elsewhere = !clock_.in_this_block(time) || (!with_write && byte.read_by_earlier_block);
-  char who[48];
-  if (elsewhere) {
-    snprintf(who, sizeof who, "another block");
-  } else if (with_write) {
-    snprintf(who, sizeof who, "thread %u of the block", byte.writer);
-  } else {
-    snprintf(who, sizeof who, "another thread of the block");
-  }
-  const char* what = !with_write ? "read" : byte.write_was_atomic ? "atomic update" : "write";
-  fail_at_site(site, with_write ? byte.write_site : byte.read_site,
-               "race: %s of %zu bytes, offset %zu of %s, is not ordered after the %s by %s",
+void Checker::fail_race(const Region& region, uintptr_t address, size_t bytes, Access access,
+                        uintptr_t site, const char* earlier, uint32_t earlier_time,
+                        uint32_t earlier_site) {
+  fail_at_site(site, earlier_site,
+               "race: %s of %zu bytes, offset %zu of %s, is not ordered after the %s by another %s",
                name_of(access), bytes, static_cast<size_t>(address - region.begin),
-               region.label.c_str(), what, who);
+               region.label.c_str(), earlier,
+               clock_.in_this_block(earlier_time) ? "thread of the block" : "block");
 }
 
 }  // namespace cuda_on_cpu
 
-// ---- the hooks that instrumented code calls ------------------------------------------------------
+// ---- the hooks that instrumented code calls -----------------------------------------------------
 
 using cuda_on_cpu::Access;
 
@@ -234,11 +239,11 @@ extern "C" {
 void __tsan_init() {}
 
 #define CUDA_ON_CPU_HOOKS(bytes)                                           \
-  void __tsan_read##bytes(void* address) {                            \
-    on_access(address, bytes, Access::read, __builtin_return_address(0));       \
-  }                                                                             \
-  void __tsan_write##bytes(void* address) {                           \
-    on_access(address, bytes, Access::write, __builtin_return_address(0));      \
+  void __tsan_read##bytes(void* address) {                                 \
+    on_access(address, bytes, Access::read, __builtin_return_address(0));  \
+  }                                                                        \
+  void __tsan_write##bytes(void* address) {                                \
+    on_access(address, bytes, Access::write, __builtin_return_address(0)); \
   }
 CUDA_ON_CPU_HOOKS(1)
 CUDA_ON_CPU_HOOKS(2)

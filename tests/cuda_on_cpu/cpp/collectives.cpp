@@ -29,7 +29,7 @@ int from_partner(int lane, int mask, int width) {
   return partner >= segment_start(lane, width) + width ? lane : partner;
 }
 
-// ---- votes and reductions ----------------------------------------------------------------------
+// ---- votes and reductions -----------------------------------------------------------------------
 
 uint64_t nothing(const Exchange&, int) { return 0; }
 

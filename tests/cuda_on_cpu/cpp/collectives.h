@@ -50,7 +50,7 @@ inline Promoted exchange(const cuda_on_cpu::Collective& collective, unsigned mas
 
 }  // namespace collectives
 
-// ---- the whole block ---------------------------------------------------------------------------
+// ---- the whole block ----------------------------------------------------------------------------
 
 inline void __syncthreads(int line = __builtin_LINE()) { collectives::meet_in_block(false, line); }
 inline int __syncthreads_count(int predicate, int line = __builtin_LINE()) {
@@ -63,7 +63,7 @@ inline int __syncthreads_and(int predicate, int line = __builtin_LINE()) {
   return collectives::meet_in_block(predicate == 0, line) == 0;
 }
 
-// ---- one warp ----------------------------------------------------------------------------------
+// ---- one warp -----------------------------------------------------------------------------------
 
 inline void __syncwarp(unsigned mask = 0xffffffffu, int line = __builtin_LINE()) {
   collectives::meet(cuda_on_cpu::sync_warp, mask, 0, line);
@@ -108,10 +108,10 @@ inline unsigned __match_any_sync(unsigned mask, T value, int line = __builtin_LI
 
 #if __CUDA_ARCH__ >= 800
 
-#define CUDA_ON_CPU_REDUCTION(operation, type, collective)                             \
-  inline type __reduce_##operation##_sync(unsigned mask, type value,                   \
-                                          int line = __builtin_LINE()) {               \
-    const unsigned bits = static_cast<unsigned>(value);                                \
+#define CUDA_ON_CPU_REDUCTION(operation, type, collective)                                  \
+  inline type __reduce_##operation##_sync(unsigned mask, type value,                        \
+                                          int line = __builtin_LINE()) {                    \
+    const unsigned bits = static_cast<unsigned>(value);                                     \
     return static_cast<type>(collectives::meet(cuda_on_cpu::collective, mask, bits, line)); \
   }
 CUDA_ON_CPU_REDUCTION(add, int, reduce_add)

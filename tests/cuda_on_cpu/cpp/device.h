@@ -19,12 +19,13 @@
 #define __CUDACC_RTC__ 1
 #define __CUDACC_VER_MAJOR__ 13
 
-// ---- keywords ----------------------------------------------------------------------------------
+// ---- keywords -----------------------------------------------------------------------------------
 
 #define __global__ __attribute__((noinline))
 #define __device__
 #define __host__
-#define __shared__ static __attribute__((section("cuda_shared")))
+// `used`: the compiler may drop no access because it cannot see who else touches the variable.
+#define __shared__ static __attribute__((section("cuda_shared"), used))
 #define __constant__ static __attribute__((section("cuda_constant")))
 #define __grid_constant__
 #define __launch_bounds__(...)
@@ -32,7 +33,7 @@
 #define __noinline__ __attribute__((noinline))
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
-// ---- variables and statements ------------------------------------------------------------------
+// ---- variables and statements -------------------------------------------------------------------
 
 #define threadIdx (cuda_on_cpu::thread_index())
 #define blockIdx (cuda_on_cpu::current_block())

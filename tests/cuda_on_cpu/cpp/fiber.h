@@ -10,7 +10,6 @@
 // Saves the running context and stores its stack pointer, then continues the other context.
 extern "C" void cuda_on_cpu_switch(void** save_here, void* continue_there);
 
-
 namespace cuda_on_cpu {
 
 // A context which, when first continued, calls `entry`; `entry` must never return.

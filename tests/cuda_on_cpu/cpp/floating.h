@@ -6,7 +6,7 @@
 
 namespace cuda_device {
 
-// ---- rounding is part of the name --------------------------------------------------------------
+// ---- rounding is part of the name ---------------------------------------------------------------
 
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
@@ -22,7 +22,7 @@ inline double __ddiv_rn(double a, double b) { return a / b; }
 inline double __fma_rn(double a, double b, double c) { return __builtin_fma(a, b, c); }
 inline double __dsqrt_rn(double x) { return __builtin_sqrt(x); }
 
-// ---- minimum and maximum: a NaN loses against a number, and -0 is below +0 -----------------------
+// ---- minimum and maximum: a NaN loses against a number, and -0 is below +0 ----------------------
 
 template <class T>
 inline T smaller_number(T a, T b, T nan) {
@@ -60,11 +60,11 @@ inline double max(double a, float b) { return fmax(a, static_cast<double>(b)); }
 
 inline float __saturatef(float x) { return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f; }
 
-// ---- exact functions, under their C names and as C++ overloads -----------------------------------
+// ---- exact functions, under their C names and as C++ overloads ----------------------------------
 
-#define CUDA_ON_CPU_UNARY(name)                                  \
+#define CUDA_ON_CPU_UNARY(name)                                    \
   inline float name##f(float x) { return __builtin_##name##f(x); } \
-  inline float name(float x) { return __builtin_##name##f(x); }   \
+  inline float name(float x) { return __builtin_##name##f(x); }    \
   inline double name(double x) { return __builtin_##name(x); }
 CUDA_ON_CPU_UNARY(sqrt)
 CUDA_ON_CPU_UNARY(fabs)
@@ -96,10 +96,10 @@ inline bool isfinite(double x) { return __builtin_isfinite(x) != 0; }
 inline bool signbit(float x) { return __builtin_signbit(x) != 0; }
 inline bool signbit(double x) { return __builtin_signbit(x) != 0; }
 
-// ---- functions that no two libraries round alike -------------------------------------------------
+// ---- functions that no two libraries round alike ------------------------------------------------
 
-#define CUDA_ON_CPU_APPROXIMATE(name)                                              \
-  inline double name(double x) { return __builtin_##name(x); }                     \
+#define CUDA_ON_CPU_APPROXIMATE(name)                                               \
+  inline double name(double x) { return __builtin_##name(x); }                      \
   inline float name##f(float x) { return static_cast<float>(__builtin_##name(x)); } \
   inline float name(float x) { return name##f(x); }
 CUDA_ON_CPU_APPROXIMATE(exp)
@@ -123,7 +123,7 @@ inline float __logf(float x) { return logf(x); }
 inline float __log2f(float x) { return log2f(x); }
 inline float __powf(float a, float b) { return powf(a, b); }
 
-// ---- conversions: out of range saturates, NaN gives 0 --------------------------------------------
+// ---- conversions: out of range saturates, NaN gives 0 -------------------------------------------
 
 inline int saturated_int(float x) {
   if (x != x) return 0;
@@ -135,8 +135,8 @@ inline unsigned saturated_uint(float x) {
   return x >= 4294967296.0f ? 4294967295u : static_cast<unsigned>(x);
 }
 
-#define CUDA_ON_CPU_TO_INTEGER(mode, rounded)                                      \
-  inline int __float2int_##mode(float x) { return saturated_int(rounded(x)); }     \
+#define CUDA_ON_CPU_TO_INTEGER(mode, rounded)                                  \
+  inline int __float2int_##mode(float x) { return saturated_int(rounded(x)); } \
   inline unsigned __float2uint_##mode(float x) { return saturated_uint(rounded(x)); }
 CUDA_ON_CPU_TO_INTEGER(rn, rintf)
 CUDA_ON_CPU_TO_INTEGER(rz, truncf)

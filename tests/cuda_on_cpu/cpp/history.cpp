@@ -6,7 +6,7 @@
 
 namespace cuda_on_cpu {
 
-// ---- time --------------------------------------------------------------------------------------
+// ---- time ---------------------------------------------------------------------------------------
 
 void Clock::start_launch() {
   now_ = 1;
@@ -19,7 +19,7 @@ void Clock::start_block(unsigned thread_count) {
   block_start_ = barrier_ = now_++;
   const size_t warps = (thread_count + warp_size - 1) / warp_size;
   seen_.assign(warps * warp_size * warp_size, never);
-  fenced_.assign(thread_count, false);
+  fenced_.assign(thread_count, never);
   acquired_.clear();
 }
 
@@ -43,72 +43,70 @@ void Clock::atomic_access(unsigned thread, const void* address) {
   for (const auto& [block, time] : published) {
     acquired_[block] = std::max(acquired_[block], time);
   }
-  if (!fenced_[thread]) return;
-  for (const auto& [block, time] : acquired_) published[block] = std::max(published[block], time);
-  published[block_] = now_++;
+  published[block_] = std::max(published[block_], fenced_[thread]);
 }
 
-// ---- order -------------------------------------------------------------------------------------
+// ---- order --------------------------------------------------------------------------------------
 
 bool Clock::has_acquired(uint32_t block, uint32_t time) const {
   const auto found = acquired_.find(block);
   return found != acquired_.end() && time <= found->second;
 }
 
-bool Clock::write_is_ordered(const ByteHistory& byte, unsigned thread) const {
-  if (byte.write_time == never) return true;
-  if (!in_this_block(byte.write_time)) return has_acquired(byte.write_block, byte.write_time);
-  if (byte.write_time <= barrier_ || byte.writer == thread) return true;
+bool Clock::is_ordered(const Write& write, unsigned thread) const {
+  if (write.time == never) return true;
+  if (!in_this_block(write.time)) return has_acquired(write.block, write.time);
+  if (write.time <= barrier_ || write.thread == thread) return true;
   const unsigned warp = thread / warp_size;
-  return byte.writer / warp_size == warp &&
-         byte.write_time <= seen(warp, thread % warp_size, byte.writer % warp_size);
+  return write.thread / warp_size == warp &&
+         write.time <= seen(warp, thread % warp_size, write.thread % warp_size);
 }
 
-bool Clock::recent_reads_are_ordered(const ByteHistory& byte, unsigned thread) const {
-  if (byte.read_time <= barrier_) return true;
+bool Clock::are_ordered_in_block(const Accesses& accesses, unsigned thread) const {
+  if (accesses.time <= barrier_) return true;
   const unsigned warp = thread / warp_size;
-  if (byte.reader_warp != static_cast<int>(warp)) return false;
+  if (accesses.warp != static_cast<int>(warp)) return false;
   for (unsigned lane = 0; lane < warp_size; ++lane) {
-    const bool another = (byte.reader_lanes >> lane & 1) && lane != thread % warp_size;
-    if (another && byte.read_time > seen(warp, thread % warp_size, lane)) return false;
+    const bool another = (accesses.lanes >> lane & 1) && lane != thread % warp_size;
+    if (another && accesses.time > seen(warp, thread % warp_size, lane)) return false;
   }
   return true;
 }
 
-bool Clock::reads_are_ordered(const ByteHistory& byte, unsigned thread) const {
-  if (byte.read_time == never) return true;
-  if (byte.read_by_earlier_block) return false;
-  if (!in_this_block(byte.read_time)) return has_acquired(byte.read_block, byte.read_time);
-  return recent_reads_are_ordered(byte, thread);
+bool Clock::are_ordered(const Accesses& accesses, unsigned thread) const {
+  if (accesses.time == never) return true;
+  if (accesses.by_earlier_block) return false;
+  if (!in_this_block(accesses.time)) return has_acquired(accesses.block, accesses.time);
+  return are_ordered_in_block(accesses, thread);
 }
 
-// ---- records -----------------------------------------------------------------------------------
+// ---- records ------------------------------------------------------------------------------------
 
-void Clock::record_write(ByteHistory& byte, unsigned thread, bool atomic, uint32_t site) const {
-  byte.write_time = now_;
-  byte.writer = thread;
-  byte.write_block = block_;
-  byte.write_site = site;
-  byte.write_was_atomic = atomic;
-}
-
-void Clock::record_read(ByteHistory& byte, unsigned thread, uint32_t site) const {
+void Clock::add(Accesses& accesses, unsigned thread, uint32_t site) const {
   const unsigned warp = thread / warp_size;
   const unsigned lane = 1u << thread % warp_size;
-  const bool first_of_block = !in_this_block(byte.read_time);
-  if (first_of_block && byte.read_time != never) byte.read_by_earlier_block = true;
-  // A later write that is ordered after this read is also ordered after those before it.
-  if (first_of_block || recent_reads_are_ordered(byte, thread)) {
-    byte.reader_warp = static_cast<int16_t>(warp);
-    byte.reader_lanes = lane;
-  } else if (byte.reader_warp == static_cast<int>(warp)) {
-    byte.reader_lanes |= lane;
+  if (!in_this_block(accesses.time) || are_ordered_in_block(accesses, thread)) {
+    accesses.warp = static_cast<int16_t>(warp);
+    accesses.lanes = lane;
+  } else if (accesses.warp == static_cast<int>(warp)) {
+    accesses.lanes |= lane;
   } else {
-    byte.reader_warp = several_warps;
+    accesses.warp = several_warps;
   }
-  byte.read_time = now_;
-  byte.read_block = block_;
-  byte.read_site = site;
+  accesses.time = now_;
+  accesses.block = block_;
+  accesses.site = site;
+}
+
+void Clock::add_read(Accesses& reads, unsigned thread, uint32_t site) const {
+  const bool earlier = reads.time != never && !in_this_block(reads.time);
+  if (earlier && !has_acquired(reads.block, reads.time)) reads.by_earlier_block = true;
+  add(reads, thread, site);
+}
+
+// The updates of one address form a sequence: this one comes after those of earlier blocks.
+void Clock::add_atomic(Accesses& atomics, unsigned thread, uint32_t site) const {
+  add(atomics, thread, site);
 }
 
 }  // namespace cuda_on_cpu

@@ -15,20 +15,27 @@ namespace cuda_on_cpu {
 constexpr uint32_t never = 0;
 constexpr int16_t several_warps = -1;
 
+struct Write {
+  uint32_t time = never;
+  uint32_t thread = 0;
+  uint32_t block = 0;
+  uint32_t site = 0;
+};
+
+// Accesses that need no order among themselves: reads, or atomic updates. Those that are ordered
+// before a later one are forgotten: whatever is ordered after the later one is after them too.
+struct Accesses {
+  uint32_t time = never;  // of the last of them
+  uint32_t lanes = 0;     // who, if all are of one warp
+  uint32_t block = 0;
+  uint32_t site = 0;
+  int16_t warp = 0;
+  bool by_earlier_block = false;  // some are, and this block is not ordered after them
+};
+
 struct ByteHistory {
-  // The last write.
-  uint32_t write_time = never;
-  uint32_t writer = 0;  // thread
-  uint32_t write_block = 0;
-  uint32_t write_site = 0;
-  bool write_was_atomic = false;
-  // The reads since: all of one warp, or of several.
-  bool read_by_earlier_block = false;
-  int16_t reader_warp = 0;
-  uint32_t read_time = never;  // the last of them
-  uint32_t reader_lanes = 0;
-  uint32_t read_block = 0;
-  uint32_t read_site = 0;
+  Write write;  // the last one; what came before was ordered before it, or was reported
+  Accesses reads, atomics;
 };
 
 class Clock {
@@ -38,25 +45,25 @@ class Clock {
   void synchronize_block() { barrier_ = now_++; }
   void synchronize_warp(unsigned warp, unsigned lanes);
 
-  // Blocks are ordered only by a fence before an atomic in one, and an atomic on the same
+  // Blocks are ordered only by a fence and then an atomic in one, and an atomic on the same
   // address in the other.
-  void thread_fence(unsigned thread) { fenced_[thread] = true; }
+  void thread_fence(unsigned thread) { fenced_[thread] = now_++; }
   void atomic_access(unsigned thread, const void* address);
 
-  uint32_t now() const { return now_; }
-  uint32_t block() const { return block_; }
   bool in_this_block(uint32_t time) const { return time > block_start_; }
 
-  bool write_is_ordered(const ByteHistory&, unsigned thread) const;
-  bool reads_are_ordered(const ByteHistory&, unsigned thread) const;
-  void record_write(ByteHistory&, unsigned thread, bool atomic, uint32_t site) const;
-  void record_read(ByteHistory&, unsigned thread, uint32_t site) const;
+  bool is_ordered(const Write&, unsigned thread) const;
+  bool are_ordered(const Accesses&, unsigned thread) const;
+  Write new_write(unsigned thread, uint32_t site) const { return {now_, thread, block_, site}; }
+  void add_read(Accesses&, unsigned thread, uint32_t site) const;
+  void add_atomic(Accesses&, unsigned thread, uint32_t site) const;
 
  private:
   typedef std::map<uint32_t, uint32_t> TimeByBlock;
 
   bool has_acquired(uint32_t block, uint32_t time) const;
-  bool recent_reads_are_ordered(const ByteHistory&, unsigned thread) const;
+  bool are_ordered_in_block(const Accesses&, unsigned thread) const;
+  void add(Accesses&, unsigned thread, uint32_t site) const;
   // Until when `lane` of a warp has seen what lane `other` did.
   uint32_t seen(unsigned warp, unsigned lane, unsigned other) const {
     return seen_[(warp * warp_size + lane) * warp_size + other];
@@ -67,7 +74,7 @@ class Clock {
 
   uint32_t now_ = 1, block_ = 0, block_start_ = 0, barrier_ = 0;
   std::vector<uint32_t> seen_;
-  std::vector<bool> fenced_;
+  std::vector<uint32_t> fenced_;  // the time of each thread's last fence
   TimeByBlock acquired_;
   std::map<const void*, TimeByBlock> published_;
 };

@@ -4,7 +4,7 @@
 
 namespace cuda_device {
 
-// ---- counting and permuting bits ---------------------------------------------------------------
+// ---- counting and permuting bits ----------------------------------------------------------------
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
@@ -47,7 +47,7 @@ inline unsigned __funnelshift_rc(unsigned low, unsigned high, unsigned shift) {
   return shift >= 32 ? high : __funnelshift_r(low, high, shift);
 }
 
-// ---- products ----------------------------------------------------------------------------------
+// ---- products -----------------------------------------------------------------------------------
 
 inline int __mulhi(int a, int b) {
   return static_cast<int>(static_cast<int64_t>(a) * b >> 32);
@@ -73,21 +73,21 @@ inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
   return c;
 }
 
-// ---- min, max, abs: CUDA's overloads, so that what is ambiguous there is ambiguous here ----------
+// ---- min, max, abs: CUDA's overloads, so that what is ambiguous there is ambiguous here ---------
 
-#define CUDA_ON_CPU_MIN_MAX(result, left, right)                                          \
-  inline result min(left a, right b) {                                                    \
-    return static_cast<result>(a) < static_cast<result>(b) ? static_cast<result>(a)       \
-                                                           : static_cast<result>(b);      \
-  }                                                                                       \
-  inline result max(left a, right b) {                                                    \
-    return static_cast<result>(a) > static_cast<result>(b) ? static_cast<result>(a)       \
-                                                           : static_cast<result>(b);      \
+#define CUDA_ON_CPU_MIN_MAX(result, left, right)                                     \
+  inline result min(left a, right b) {                                               \
+    return static_cast<result>(a) < static_cast<result>(b) ? static_cast<result>(a)  \
+                                                           : static_cast<result>(b); \
+  }                                                                                  \
+  inline result max(left a, right b) {                                               \
+    return static_cast<result>(a) > static_cast<result>(b) ? static_cast<result>(a)  \
+                                                           : static_cast<result>(b); \
   }
-#define CUDA_ON_CPU_MIN_MAX_FAMILY(type)                      \
-  CUDA_ON_CPU_MIN_MAX(type, type, type)                       \
+#define CUDA_ON_CPU_MIN_MAX_FAMILY(type)                           \
+  CUDA_ON_CPU_MIN_MAX(type, type, type)                            \
   CUDA_ON_CPU_MIN_MAX(unsigned type, unsigned type, unsigned type) \
-  CUDA_ON_CPU_MIN_MAX(unsigned type, unsigned type, type)     \
+  CUDA_ON_CPU_MIN_MAX(unsigned type, unsigned type, type)          \
   CUDA_ON_CPU_MIN_MAX(unsigned type, type, unsigned type)
 CUDA_ON_CPU_MIN_MAX_FAMILY(int)
 CUDA_ON_CPU_MIN_MAX_FAMILY(long)
@@ -100,7 +100,7 @@ inline long abs(long x) { return x < 0 ? -x : x; }
 inline long long abs(long long x) { return x < 0 ? -x : x; }
 inline long long llabs(long long x) { return abs(x); }
 
-// ---- the same bits as another type -------------------------------------------------------------
+// ---- the same bits as another type --------------------------------------------------------------
 
 template <class To, class From>
 inline To same_bits(From from) {

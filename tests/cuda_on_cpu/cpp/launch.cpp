@@ -88,7 +88,7 @@ void register_kernel(KernelRecord& kernel) {
   kernels = &kernel;
 }
 
-// ---- hardware faults ---------------------------------------------------------------------------
+// ---- hardware faults ----------------------------------------------------------------------------
 
 namespace {
 
@@ -157,7 +157,7 @@ class FaultHandlers {
 
 }  // namespace
 
-// ---- what Python calls -------------------------------------------------------------------------
+// ---- what Python calls --------------------------------------------------------------------------
 
 // The first kernel of a linked list.
 CUDA_ON_CPU_EXPORT const KernelRecord* cuda_on_cpu_kernels() { return kernels; }

@@ -11,12 +11,12 @@ extern "C" void __tsan_write_range(void* address, size_t bytes);
 
 namespace cuda_device {
 
-// ---- loads and stores with a cache policy: always inlined, so that the checker sees the caller ---
+// ---- loads and stores with a cache policy: always inlined, so that the checker sees the caller --
 
-#define CUDA_ON_CPU_LOAD(name)                  \
-  template <class T>                            \
+#define CUDA_ON_CPU_LOAD(name)                   \
+  template <class T>                             \
   CUDA_ON_CPU_INLINED T name(const T* address) { \
-    return *address;                            \
+    return *address;                             \
   }
 CUDA_ON_CPU_LOAD(__ldg)
 CUDA_ON_CPU_LOAD(__ldca)
@@ -32,10 +32,10 @@ struct Same {
   typedef T type;
 };
 
-#define CUDA_ON_CPU_STORE(name)                                               \
-  template <class T>                                                          \
+#define CUDA_ON_CPU_STORE(name)                                             \
+  template <class T>                                                        \
   CUDA_ON_CPU_INLINED void name(T* address, typename Same<T>::type value) { \
-    *address = value;                                                         \
+    *address = value;                                                       \
   }
 CUDA_ON_CPU_STORE(__stcg)
 CUDA_ON_CPU_STORE(__stcs)
@@ -58,7 +58,7 @@ CUDA_ON_CPU_INLINED void* memset(void* to, int value, size_t bytes) {
   return __builtin_memset(to, value, bytes);
 }
 
-// ---- atomics: one OS thread runs everything, so plain operations are atomic ----------------------
+// ---- atomics: one OS thread runs everything, so plain operations are atomic ---------------------
 
 // Not inlined when instrumented: the checker hears of the access as a whole, from its caller.
 template <class T, class Update>
@@ -71,12 +71,12 @@ CUDA_ON_CPU_UNCHECKED T read_modify_write(T* address, const void* caller, Update
   return old;
 }
 
-#define CUDA_ON_CPU_ATOMIC(name, result)                                                         \
-  template <class T>                                                                             \
-  __attribute__((noinline, no_sanitize("thread"))) T name(T* address,                            \
-                                                          typename Same<T>::type value) {        \
-    auto update = [value](T old) __attribute__((no_sanitize("thread"))) { return T(result); };  \
-    return read_modify_write(address, __builtin_return_address(0), update);                      \
+#define CUDA_ON_CPU_ATOMIC(name, result)                                                       \
+  template <class T>                                                                           \
+  __attribute__((noinline, no_sanitize("thread"))) T name(T* address,                          \
+                                                          typename Same<T>::type value) {      \
+    auto update = [value](T old) __attribute__((no_sanitize("thread"))) { return T(result); }; \
+    return read_modify_write(address, __builtin_return_address(0), update);                    \
   }
 CUDA_ON_CPU_ATOMIC(atomicAdd, old + value)
 CUDA_ON_CPU_ATOMIC(atomicSub, old - value)
@@ -100,7 +100,7 @@ __attribute__((noinline, no_sanitize("thread"))) T atomicCAS(T* address,
   return read_modify_write(address, __builtin_return_address(0), update);
 }
 
-// ---- fences: memory is always in order here, but the checker wants to know -----------------------
+// ---- fences: memory is always in order here, but the checker wants to know ----------------------
 
 CUDA_ON_CPU_UNCHECKED void __threadfence() {
   if (cuda_on_cpu::observer) cuda_on_cpu::observer->thread_fence();

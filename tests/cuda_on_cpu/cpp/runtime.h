@@ -18,7 +18,7 @@ constexpr unsigned warp_size = 32;
 constexpr unsigned max_block_threads = 1024;
 constexpr size_t max_dynamic_shared = 227 * 1024;
 
-// ---- the thread that runs now ------------------------------------------------------------------
+// ---- the thread that runs now -------------------------------------------------------------------
 
 struct ThreadInfo {
   cuda_device::uint3 index;
@@ -38,7 +38,7 @@ CUDA_ON_CPU_UNCHECKED cuda_device::uint3 current_block() { return block_index; }
 CUDA_ON_CPU_UNCHECKED cuda_device::dim3 current_block_size() { return block_size; }
 CUDA_ON_CPU_UNCHECKED cuda_device::dim3 current_grid_size() { return grid_size; }
 
-// ---- places where threads wait for each other --------------------------------------------------
+// ---- places where threads wait for each other ---------------------------------------------------
 
 // What the lanes that meet in a warp collective brought along.
 struct Exchange {
@@ -54,7 +54,8 @@ struct Collective {
   uint64_t (*combine)(const Exchange&, int lane);
 };
 
-extern const Collective sync_warp, shuffle, shuffle_up, shuffle_down, shuffle_xor, ballot, match_any;
+extern const Collective sync_warp, ballot, match_any;
+extern const Collective shuffle, shuffle_up, shuffle_down, shuffle_xor;
 extern const Collective reduce_add, reduce_and, reduce_or, reduce_xor;
 extern const Collective reduce_min_signed, reduce_min_unsigned;
 extern const Collective reduce_max_signed, reduce_max_unsigned;
@@ -64,7 +65,7 @@ uint64_t meet_in_warp(const Collective&, unsigned mask, uint64_t value, int argu
 // Returns how many threads of the block brought a true predicate.
 int meet_in_block(bool predicate, int line);
 
-// ---- failures ----------------------------------------------------------------------------------
+// ---- failures -----------------------------------------------------------------------------------
 
 // Read by the Python side through ctypes: keep both in step.
 struct Failure {
@@ -84,7 +85,7 @@ struct Failure {
 // The offset in this module of the instruction before a return address.
 uintptr_t site_of(const void* return_address);
 
-// ---- launching ---------------------------------------------------------------------------------
+// ---- launching ----------------------------------------------------------------------------------
 
 struct Buffer {
   uint64_t begin, size;
@@ -96,7 +97,7 @@ struct Launch {
   uint64_t shared_bytes;
   uint32_t schedule;
   uint32_t buffer_count;
-  const Buffer* buffers;
+  const Buffer* buffers;  // by address, without overlap
   void** arguments;  // one pointer per parameter, as cuLaunchKernel takes them
 };
 
@@ -118,7 +119,7 @@ struct KernelRecord {
 
 void register_kernel(KernelRecord&);
 
-// ---- observation -------------------------------------------------------------------------------
+// ---- observation --------------------------------------------------------------------------------
 
 // What the checker needs to hear about; check.cpp installs itself when it is linked in.
 class Observer {

@@ -35,7 +35,7 @@ void poison(char* begin, char* end) {
 
 }  // namespace
 
-// ---- the order of things -----------------------------------------------------------------------
+// ---- the order of things ------------------------------------------------------------------------
 
 size_t Random::below(size_t bound) {
   uint64_t z = (state_ += 0x9E3779B97F4A7C15u);
@@ -63,7 +63,7 @@ Thread* Schedule::take() {
   return queue_[head_++];
 }
 
-// ---- threads -----------------------------------------------------------------------------------
+// ---- threads ------------------------------------------------------------------------------------
 
 Scheduler::Scheduler(const Launch& launch, void (*body)(void**))
     : launch_(launch),
@@ -111,7 +111,7 @@ void Scheduler::wake(Thread& thread, uint64_t result) {
   schedule_.add(&thread);
 }
 
-// ---- blocks ------------------------------------------------------------------------------------
+// ---- blocks -------------------------------------------------------------------------------------
 
 void Scheduler::run() {
   const size_t x = launch_.grid[0], y = launch_.grid[1], z = launch_.grid[2];
@@ -145,7 +145,7 @@ void Scheduler::run_block() {
   }
 }
 
-// ---- the block's barrier -----------------------------------------------------------------------
+// ---- the block's barrier ------------------------------------------------------------------------
 
 int Scheduler::meet_in_block(bool predicate, int line) {
   Thread* thread = running();
@@ -184,7 +184,7 @@ void Scheduler::open_barrier() {
   at_barrier_ = true_predicates_ = 0;
 }
 
-// ---- warp collectives --------------------------------------------------------------------------
+// ---- warp collectives ---------------------------------------------------------------------------
 
 uint64_t Scheduler::meet_in_warp(const Collective& collective, unsigned mask, uint64_t value,
                                  int argument, int width, int line) {
@@ -261,7 +261,7 @@ uint64_t Scheduler::outcome(const Meeting& meeting, const Exchange& exchange, Th
   return exchange.value[source];
 }
 
-// ---- no thread can go on -----------------------------------------------------------------------
+// ---- no thread can go on ------------------------------------------------------------------------
 
 void Scheduler::report_deadlock() {
   std::string waits;

@@ -3,22 +3,22 @@
 
 namespace cuda_device {
 
-#define CUDA_ON_CPU_VECTORS(element, name, align2, align4)                                         \
-  struct name##1 {                                                                                 \
-    element x;                                                                                     \
-  };                                                                                               \
-  struct alignas(align2) name##2 {                                                                 \
-    element x, y;                                                                                  \
-  };                                                                                               \
-  struct name##3 {                                                                                 \
-    element x, y, z;                                                                               \
-  };                                                                                               \
-  struct alignas(align4) name##4 {                                                                 \
-    element x, y, z, w;                                                                            \
-  };                                                                                               \
-  inline name##1 make_##name##1(element x) { return {x}; }                                         \
-  inline name##2 make_##name##2(element x, element y) { return {x, y}; }                           \
-  inline name##3 make_##name##3(element x, element y, element z) { return {x, y, z}; }             \
+#define CUDA_ON_CPU_VECTORS(element, name, align2, align4)                             \
+  struct name##1 {                                                                     \
+    element x;                                                                         \
+  };                                                                                   \
+  struct alignas(align2) name##2 {                                                     \
+    element x, y;                                                                      \
+  };                                                                                   \
+  struct name##3 {                                                                     \
+    element x, y, z;                                                                   \
+  };                                                                                   \
+  struct alignas(align4) name##4 {                                                     \
+    element x, y, z, w;                                                                \
+  };                                                                                   \
+  inline name##1 make_##name##1(element x) { return {x}; }                             \
+  inline name##2 make_##name##2(element x, element y) { return {x, y}; }               \
+  inline name##3 make_##name##3(element x, element y, element z) { return {x, y, z}; } \
   inline name##4 make_##name##4(element x, element y, element z, element w) { return {x, y, z, w}; }
 
 CUDA_ON_CPU_VECTORS(signed char, char, 2, 4)

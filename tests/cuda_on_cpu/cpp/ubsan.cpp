@@ -90,7 +90,7 @@ void __ubsan_handle_type_mismatch_v1(const TypeMismatch* data, uintptr_t address
                               access_name(data->access), data->type->name);
   }
   cuda_on_cpu::fail_at_site(CUDA_ON_CPU_SITE,
-                            "%s type %s at misaligned address 0x%zx, which must be a multiple of %u",
+                            "%s type %s at misaligned address 0x%zx, expected a multiple of %u",
                             access_name(data->access), data->type->name,
                             static_cast<size_t>(address), 1u << data->log2_alignment);
 }

@@ -9,7 +9,7 @@ extern "C" __global__ void collectives(const unsigned* values, unsigned* out) {
   out[3 * n] = __shfl_up_sync(all, x, 3, 8);
   out[4 * n] = __shfl_down_sync(all, x, 3);
   out[5 * n] = __shfl_down_sync(all, x, 3, 16);
-  out[6 * n] = __shfl_xor_sync(all, x, 17);
+  out[6 * n] = __shfl_xor_sync(all, x, 32 + 17);  // five bits count
   out[7 * n] = __shfl_xor_sync(all, x, 9, 8);
   out[8 * n] = __ballot_sync(all, x & 1);
   out[9 * n] = __any_sync(all, x == values[0]);
@@ -24,14 +24,15 @@ extern "C" __global__ void collectives(const unsigned* values, unsigned* out) {
   const unsigned long long wide = (unsigned long long)x << 40;
   out[16 * n] = (unsigned)(__shfl_xor_sync(all, wide, 1) >> 40);
   out[17 * n] = (unsigned)__shfl_down_sync(all, (float)x, 1);
+  out[18 * n] = __match_any_sync(half, x % 4);
 #if __CUDA_ARCH__ >= 800
   const int centered = (int)x - 500;
-  out[18 * n] = __reduce_add_sync(half, x);
-  out[19 * n] = __reduce_min_sync(all, centered);
-  out[20 * n] = __reduce_max_sync(all, centered);
-  out[21 * n] = __reduce_max_sync(all, (unsigned)centered);
-  out[22 * n] = __reduce_and_sync(all, x | 3u);
-  out[23 * n] = __reduce_or_sync(all, x);
-  out[24 * n] = __reduce_xor_sync(all, x);
+  out[19 * n] = __reduce_add_sync(half, x);
+  out[20 * n] = __reduce_min_sync(all, centered);
+  out[21 * n] = __reduce_max_sync(all, centered);
+  out[22 * n] = __reduce_max_sync(all, (unsigned)centered);
+  out[23 * n] = __reduce_and_sync(all, x | 3u);
+  out[24 * n] = __reduce_or_sync(all, x);
+  out[25 * n] = __reduce_xor_sync(all, x);
 #endif
 }

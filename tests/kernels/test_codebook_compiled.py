@@ -1,0 +1,168 @@
+"""The compiled search is the one that the tables were proven for, wide vectors included.
+
+The headers of the C++ template are built once with the traits of a codebook as variables, so that
+any codebook can be tried without compiling again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from bnbx.errors import CompileError
+from bnbx.kernels.codebook import Tables, tables
+from bnbx.kernels.compiler import find_compiler
+from bnbx.kernels.cpu import aligned
+from bnbx.quant_types import dynamic8, linear8
+from bnbx.registry.quant_type import Codebook
+from codebooks import codebooks, probes
+
+F32 = npt.NDArray[np.float32]
+
+BEFORE = """
+#define DEVICE static inline
+DEVICE unsigned int bits_of(float x) { unsigned int b; __builtin_memcpy(&b, &x, 4); return b; }
+DEVICE float float_of(unsigned int b) { float x; __builtin_memcpy(&x, &b, 4); return x; }
+DEVICE float root(float x) { return __builtin_sqrtf(x); }
+"""
+AFTER = """
+struct Type {
+  static int BLOCK, SHIFT, HALF, ZERO_CODE;
+  static u32 FLOOR, CEILING;
+  static bool SIGNED, ORDERED, SEGMENTS;
+};
+int Type::BLOCK, Type::SHIFT, Type::HALF, Type::ZERO_CODE;
+u32 Type::FLOOR, Type::CEILING;
+bool Type::SIGNED, Type::ORDERED, Type::SEGMENTS;
+
+extern "C" void set_traits(const i64* traits) {
+  Type::BLOCK = (int)traits[0], Type::SHIFT = (int)traits[1], Type::HALF = (int)traits[2];
+  Type::ZERO_CODE = (int)traits[3], Type::FLOOR = (u32)traits[4], Type::CEILING = (u32)traits[5];
+  Type::SIGNED = traits[6], Type::ORDERED = traits[7], Type::SEGMENTS = traits[8];
+}
+extern "C" void encode_plain(const float* x, const Tables* tables, u8* codes) {
+  encode_block_plain<Type>(x, 1.0f, tables, codes);
+}
+extern "C" void encode_fast(const float* x, const Tables* tables, u8* codes) {
+  encode_block<Type>(x, 1.0f, tables, codes);
+}
+extern "C" void decode_plain(const u8* codes, float absmax, const Tables* tables, float* x) {
+  decode_block_plain<Type>(codes, absmax, tables, x);
+}
+extern "C" void decode_fast(const u8* codes, float absmax, const Tables* tables, float* x) {
+  decode_block<Type>(codes, absmax, tables, x);
+}
+extern "C" void make_scales(const u32* largest, int count, Scale* scales) {
+  for (int i = 0; i < count; ++i) scales[i] = make_scale(largest[i]);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    folder = tmp_path_factory.mktemp("codebook")
+    templates = files("bnbx.kernels") / "templates"
+    names = ("numbers.h", "codebook.h", "cpu_codebook.h")
+    headers = [(templates / name).read_text(encoding="utf-8") for name in names]
+    source, binary = folder / "search.cpp", folder / "search.so"
+    source.write_text("\n".join([BEFORE, *headers, AFTER]), encoding="utf-8")
+    return ctypes.CDLL(str(compiled(source, binary)))
+
+
+def compiled(source: Path, binary: Path) -> Path:
+    try:
+        compiler = find_compiler()
+    except CompileError as error:
+        pytest.skip(f"needs a C++ compiler: {error}")
+    compiler.compile(source, binary)
+    return binary
+
+
+def traits(found: Tables, block: int) -> npt.NDArray[np.int64]:
+    """As the renderer writes them into a kernel."""
+    buckets = found.buckets
+    shape = (buckets.shift, buckets.half, buckets.floor, buckets.ceiling) if buckets else (0,) * 4
+    shift, half, floor, ceiling = shape
+    signed = buckets is not None and buckets.signed
+    flags = (signed, found.ordered, found.segments is not None)
+    return np.array([block, shift, half, found.zero_code, floor, ceiling, *flags], np.int64)
+
+
+def pointer(array: npt.NDArray[Any]) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def encode(library: ctypes.CDLL, found: Tables, x: F32, name: str) -> npt.NDArray[np.uint8]:
+    """Codes of x; each number fills a vector of its own, so that no other decides its path."""
+    repeated = np.repeat(x, 64)
+    library.set_traits(pointer(traits(found, repeated.size)))
+    packed, codes = aligned(found.pack()), np.zeros(repeated.size, np.uint8)
+    library[name](pointer(repeated), pointer(packed), pointer(codes))
+    by_number = codes.reshape(-1, 64)
+    assert (by_number == by_number[:, :1]).all()
+    return by_number[:, 0]
+
+
+def expected_codes(codebook: Codebook, x: F32) -> npt.NDArray[np.uint8]:
+    thresholds = np.array(codebook.thresholds, np.float32)
+    ranks = np.searchsorted(thresholds, x, side="left")
+    return np.array(codebook.codes, np.uint8)[ranks]
+
+
+@pytest.mark.parametrize("name", ["encode_plain", "encode_fast"])
+@settings(max_examples=60)
+@given(values=codebooks(), seed=st.integers(0, 2**32 - 1))
+@example(values=(-0.5, 0.5, 0.75, 1.0), seed=0)
+@example(values=(-0.25, 0.5, 0.75, 1.0), seed=0)
+@example(values=(0.25, 0.5, 0.75, 1.0), seed=0)
+@example(values=dynamic8.values, seed=0)
+@example(values=dynamic8.codebook(signed=False).values, seed=0)
+@example(values=linear8.values, seed=0)
+@example(values=linear8.codebook(signed=False).values, seed=0)
+def test_compiled_codes_are_the_nearest(
+    library: ctypes.CDLL, name: str, values: tuple[float, ...], seed: int
+) -> None:
+    codebook = Codebook(values)
+    x = probes(codebook.thresholds, seed)
+    codes = encode(library, tables(codebook), x, name)
+    expected = expected_codes(codebook, x)
+    wrong = codes != expected
+    assert not wrong.any(), list(zip(x[wrong], codes[wrong], expected[wrong], strict=True))[:5]
+
+
+@pytest.mark.parametrize("name", ["decode_plain", "decode_fast"])
+@given(values=codebooks(), absmax=st.floats(0, 2.0**127, width=32))
+def test_compiled_levels_are_scaled_once(
+    library: ctypes.CDLL, name: str, values: tuple[float, ...], absmax: float
+) -> None:
+    found = tables(Codebook(values))
+    codes = np.tile(np.arange(256, dtype=np.uint8), 2)
+    np.random.default_rng(0).shuffle(codes)
+    library.set_traits(pointer(traits(found, codes.size)))
+    packed, x = aligned(found.pack()), np.zeros(codes.size, np.float32)
+    library[name](pointer(codes), ctypes.c_float(absmax), pointer(packed), pointer(x))
+    expected = found.levels[codes] * np.float32(absmax)
+    assert np.array_equal(x.view(np.uint32), expected.view(np.uint32))
+
+
+def test_scales_of_every_kind_of_block(library: ctypes.CDLL) -> None:
+    """NaN for a block that is not finite, zero for one too small to have an inverse."""
+    normal = [0x00800000, 0x00800001, 0x3F800000, 0x40490FDB, 0x7E800001, 0x7F7FFFFF]
+    cases = {
+        **dict.fromkeys([0, 1, 0x007FFFFF], (0.0, 0.0)),
+        **dict.fromkeys([0x7F800000, 0x7F800001, 0x7FC00000, 0x7FFFFFFF], (np.nan, 0.0)),
+    }
+    for bits in normal:
+        absmax = np.uint32(bits).view(np.float32)
+        cases[bits] = (float(absmax), float(np.float32(1) / absmax))
+    largest, scales = np.array(list(cases), np.uint32), np.zeros((len(cases), 2), np.float32)
+    library.make_scales(pointer(largest), len(cases), pointer(scales))
+    assert np.array_equal(scales, np.array(list(cases.values()), np.float32), equal_nan=True)

@@ -1,0 +1,209 @@
+"""Every rule of the catalog, on each target, against its own text and against torch.optim.
+
+No tolerance is chosen: `optimizers.rounding` derives from the text how far correct float32
+arithmetic may be from it. Each step is checked from the states and parameters that the optimizer
+held before it. Float32 runs are also followed freely, from the first step to the last, by the
+text and by torch.optim in float64; there the bounds grow from step to step as errors do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bnbx.optimizers import engine
+from bnbx.optimizers.engine import Optimizer8bit
+from bnbx.registry import optimizers
+from optimizers.compare import assert_same
+from optimizers.rounding import Bounded, exact
+from optimizers.text import check_step, check_within, held, hyperparameters, step_of_text
+from optimizers.variants import (
+    CASES,
+    DTYPES,
+    STORAGES,
+    TARGETS,
+    VARIANTS,
+    Run,
+    copies,
+    gapped,
+    gradients,
+    make,
+    parameters,
+    set_gradients,
+    state_types,
+)
+
+STEPS = 10
+
+
+@pytest.fixture(params=TARGETS)
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each target in turn; optimizers run on it and on nothing else."""
+    monkeypatch.setattr(engine, "launch", TARGETS[request.param])
+    return str(request.param)
+
+
+def groups_of(optimizer: Optimizer8bit) -> list[tuple[Tensor, dict[str, float]]]:
+    """Each parameter with the hyperparameters of its group."""
+    return [
+        (p, hyperparameters(optimizer.spec, group))
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
+
+
+# ---- the table of variants
+
+
+def test_every_rule_has_variants() -> None:
+    assert sorted(VARIANTS) == list(optimizers().names())
+
+
+@pytest.mark.parametrize("rule", optimizers().names())
+def test_variants_leave_nothing_at_its_default(rule: str) -> None:
+    spec = optimizers().get(rule)
+    groups = [group for pair in VARIANTS[rule].values() for group in pair]
+    full = [{**{a: spec.default(a) for a in spec.arguments}, **group} for group in groups]
+    values = [hyperparameters(spec, group) for group in full]
+    for name, hyper in spec.hyper.items():
+        assert any(v[name] != hyper.default for v in values), name
+        if name in spec.switches:
+            assert {bool(v[name]) for v in values} == {True, False}, name
+        if name == "weight_decay":
+            assert all(v[name] > 0 for v in values)
+
+
+# ---- one step at a time
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize(("rule", "variant"), CASES)
+def test_each_step_is_that_of_the_text_on_each_target(
+    rule: str, variant: str, storage: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The targets agree to the last bit, so what is checked of the first holds for all."""
+    params = parameters(dtype) + gapped(dtype)
+    runs = [(run, ps, make(rule, variant, ps, storage)) for run, ps in all_targets(params)]
+    optimizer = runs[0][2]
+    types = state_types(optimizer.spec, storage)
+    determined = total = 0
+    for _ in range(STEPS):
+        values = gradients(params)
+        before = [held(optimizer, p, types) for p in params]
+        for run, own, each in runs:
+            monkeypatch.setattr(engine, "launch", run)
+            set_gradients(own, values)
+            each.step()
+            assert_same(optimizer, each)
+        hyper = dict(groups_of(optimizer))
+        for p, value, old in zip(params, values, before, strict=True):
+            counts = check_step(optimizer.spec, hyper[p], value, old, held(optimizer, p, types))
+            determined, total = determined + counts[0], total + counts[1]
+    assert determined >= 0.999 * total, "the bounds are too wide to tell codes apart"
+
+
+def all_targets(params: list[Tensor]) -> Iterator[tuple[Run, list[Tensor]]]:
+    """Each target with parameters to run on: the first with these, the others with copies."""
+    for number, run in enumerate(TARGETS.values()):
+        yield run, copies(params) if number else params
+
+
+@pytest.mark.parametrize(("rule", "variant"), CASES)
+def test_a_million_elements(
+    rule: str, variant: str, two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many chunks, on several threads; only the last of the steps is held against the text."""
+    params = parameters(torch.float32, [(1_000_000,), (1,)])
+    runs = [(run, ps, make(rule, variant, ps, "dynamic8")) for run, ps in all_targets(params)]
+    optimizer = runs[0][2]
+    types = state_types(optimizer.spec, "dynamic8")
+    for _ in range(2):
+        values = gradients(params)
+        before = held(optimizer, params[0], types)
+        for run, own, each in runs:
+            monkeypatch.setattr(engine, "launch", run)
+            set_gradients(own, values)
+            each.step()
+            assert_same(optimizer, each)
+    hyper = dict(groups_of(optimizer))[params[0]]
+    after = held(optimizer, params[0], types)
+    determined, total = check_step(optimizer.spec, hyper, values[0], before, after)
+    assert determined >= 0.999 * total
+
+
+# ---- from the first step to the last
+
+
+class Follower:
+    """The text's parameters and float32 states, stepped beside an optimizer and never corrected."""
+
+    def __init__(self, optimizer: Optimizer8bit, params: list[Tensor]) -> None:
+        self.optimizer = optimizer
+        self.steps = 0
+        self.values: dict[Tensor, dict[str, Bounded]] = {
+            p: {"p": exact(p.detach().clone())} for p in params
+        }
+
+    def step(self) -> None:
+        """After the first step of the optimizer: the states that it made are zero before it."""
+        self.steps += 1
+        spec = self.optimizer.spec
+        for p, hyper in groups_of(self.optimizer):
+            zero = exact(torch.zeros(p.shape))
+            start = {name: zero for name in self.optimizer.state[p] if name != "step"}
+            values = {**start, **self.values[p], "g": exact(p.grad)}
+            self.values[p] = step_of_text(spec, hyper, self.steps, values)
+
+
+@pytest.mark.parametrize(("rule", "variant"), CASES)
+def test_ten_steps_are_those_of_the_text(rule: str, variant: str, target: str) -> None:
+    params = parameters(torch.float32)
+    optimizer = make(rule, variant, params)
+    follower = Follower(optimizer, params)
+    for _ in range(STEPS):
+        set_gradients(params, gradients(params))
+        optimizer.step()
+        follower.step()
+    for p in params:
+        held_now = {**optimizer.state[p], "p": p.detach()}
+        for name, expected in follower.values[p].items():
+            check_within(expected, held_now[name])
+
+
+TORCH = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+
+
+def test_torch_still_lacks_the_other_rules() -> None:
+    known = {name.lower() for name in dir(torch.optim)}
+    assert known & set(optimizers().names()) == set(TORCH)
+
+
+@pytest.mark.parametrize(("rule", "variant"), [case for case in CASES if case[0] in TORCH])
+def test_ten_steps_are_those_of_torch(rule: str, variant: str, target: str) -> None:
+    """Torch runs in float64, where its result is as good as exact; the text gives the bound."""
+    params = parameters(torch.float32)
+    optimizer = make(rule, variant, params)
+    follower = Follower(optimizer, params)
+    doubles = [p.detach().double().requires_grad_() for p in params]
+    theirs: Any = TORCH[rule](
+        [
+            {"params": doubles[number::2], **hyper}
+            for number, hyper in enumerate(VARIANTS[rule][variant])
+        ]
+    )
+    for _ in range(STEPS):
+        values = gradients(params)
+        set_gradients(params, values)
+        set_gradients(doubles, [value.double() for value in values])
+        optimizer.step()
+        theirs.step()
+        follower.step()
+    for p, double in zip(params, doubles, strict=True):
+        error = follower.values[p]["p"].error
+        assert float(error.max()) < 1e-4, "a bound as wide as this would prove little"
+        check_within(Bounded(double.detach(), error), p.detach())

@@ -1,0 +1,350 @@
+"""A run that was saved and loaded goes on to the same bits; what does not fit changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bnbx import optim
+from bnbx.errors import CheckpointError
+from bnbx.optim import create
+from bnbx.optimizers import engine
+from bnbx.optimizers.engine import Optimizer8bit
+from optimizers.compare import assert_same, equal
+from optimizers.variants import TARGETS, copies, gradients, parameters, set_gradients
+
+SHAPES = [(5000,), (64, 70), (100,), ()]
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "adamw, 8 bits": ("adamw", dict(lr=1e-2)),
+    "adamw, 32 bits": ("adamw", dict(lr=1e-2, bits=32)),
+    "adam, mixed": ("adam", dict(state_types={"m": "linear8", "v": "float32"}, weight_decay=0.1)),
+    "lion, all quantized": ("lion", dict(min_8bit_size=0)),
+    "sgd, nesterov": ("sgd", dict(lr=1e-2, momentum=0.9, nesterov=True)),
+    "sgd, no state": ("sgd", dict(lr=1e-2)),
+}
+
+
+def made(
+    name: str, params: list[Tensor], dtype: torch.dtype = torch.float32
+) -> tuple[Optimizer8bit, list[Tensor]]:
+    """An optimizer of two groups over `params`, or over fresh ones."""
+    rule, arguments = SETTINGS[name]
+    params = params or parameters(dtype, SHAPES)
+    groups: list[dict[str, Any]] = [
+        {"params": params[:2]},
+        {"params": params[2:], "lr": 3e-3, "weight_decay": 0.2},
+    ]
+    return create(rule, groups, **arguments), params
+
+
+def train(optimizer: Optimizer8bit, params: list[Tensor], first: int, steps: int) -> None:
+    """Steps `first` and on, whose gradients depend on nothing but their number."""
+    for step in range(first, first + steps):
+        torch.manual_seed(step)
+        set_gradients(params, gradients(params))
+        optimizer.step()
+
+
+def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    torch.save(state_dict, buffer)
+    buffer.seek(0)
+    loaded: dict[str, Any] = torch.load(buffer, weights_only=True)
+    return loaded
+
+
+# ---- going on
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_five_steps_a_file_and_five_steps_are_ten(name: str, dtype: torch.dtype) -> None:
+    straight, params = made(name, [], dtype)
+    others = copies(params)
+    first, _ = made(name, others)
+    train(straight, params, 0, 10)
+    train(first, others, 0, 5)
+    second, later = made(name, copies(others))
+    second.load_state_dict(through_a_file(first.state_dict()))
+    assert_same(first, second)
+    train(second, later, 5, 5)
+    assert_same(straight, second)
+
+
+@pytest.mark.parametrize(
+    "again",
+    [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))],
+    ids=["deepcopy", "pickle"],
+)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_copied_optimizers_go_on(name: str, again: Callable[[Any], Any]) -> None:
+    straight, params = made(name, [])
+    train(straight, params, 0, 5)
+    twin = again(straight)
+    theirs = [p for group in twin.param_groups for p in group["params"]]
+    assert_same(straight, twin)
+    assert not {p.data_ptr() for p in params} & {p.data_ptr() for p in theirs}
+    train(straight, params, 5, 3)
+    train(twin, theirs, 5, 3)
+    assert_same(straight, twin)
+
+
+def test_classes_survive_pickling() -> None:
+    made_by: Any = optim.AdamW8bit
+    optimizer = made_by(parameters(torch.float32), lr=1e-2)
+    again = pickle.loads(pickle.dumps(optimizer))
+    assert type(again) is made_by
+    assert repr(again) == repr(optimizer)
+    again.add_param_group({"params": torch.zeros(3, requires_grad=True), "lr": 5e-3})
+    assert again.param_groups[1]["betas"] == (0.9, 0.999)
+
+
+def test_before_the_first_step_there_are_no_states() -> None:
+    optimizer, params = made("adamw, 8 bits", [])
+    saved = through_a_file(optimizer.state_dict())
+    assert saved["state"] == {}
+    other, others = made("adamw, 8 bits", copies(params))
+    other.load_state_dict(saved)
+    train(optimizer, params, 0, 2)
+    train(other, others, 0, 2)
+    assert_same(optimizer, other)
+
+
+def test_loaded_states_are_copies() -> None:
+    optimizer, params = made("adamw, 8 bits", [])
+    train(optimizer, params, 0, 3)
+    saved = optimizer.state_dict()
+    kept = copy.deepcopy(saved)
+    other, others = made("adamw, 8 bits", copies(params))
+    other.load_state_dict(saved)
+    train(other, others, 3, 2)
+    assert same_values(saved, kept)
+
+
+def test_the_values_of_groups_are_loaded() -> None:
+    optimizer, params = made("adamw, 8 bits", [])
+    optimizer.param_groups[1].update(lr=0.5, betas=(0.1, 0.2), bits=32, note="mine")
+    train(optimizer, params, 0, 1)
+    other, others = made("adamw, 8 bits", copies(params))
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    for key in ("lr", "bits", "note"):
+        assert other.param_groups[1][key] == optimizer.param_groups[1][key]
+    assert tuple(other.param_groups[1]["betas"]) == (0.1, 0.2)
+    assert other.param_groups[1]["params"] == others[2:]
+    train(optimizer, params, 1, 2)
+    train(other, others, 1, 2)
+    assert_same(optimizer, other)
+
+
+def test_schedulers_go_on_with_the_optimizer() -> None:
+    optimizer, params = made("adamw, 8 bits", [])
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=20)
+    for step in range(4):
+        train(optimizer, params, step, 1)
+        scheduler.step()
+    other, others = made("adamw, 8 bits", copies(params))
+    second = torch.optim.lr_scheduler.OneCycleLR(other, max_lr=0.1, total_steps=20)
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    second.load_state_dict(scheduler.state_dict())
+    for step in range(4, 8):
+        train(optimizer, params, step, 1)
+        train(other, others, step, 1)
+        scheduler.step()
+        second.step()
+    assert optimizer.param_groups[0]["lr"] == other.param_groups[0]["lr"]
+    assert_same(optimizer, other)
+
+
+def test_half_a_run_in_32_bits_may_be_loaded() -> None:
+    """The states of one run, kept in float32, stay in float32 where the group says so."""
+    wide, params = made("adamw, 32 bits", [])
+    train(wide, params, 0, 2)
+    narrow, others = made("adamw, 8 bits", copies(params))
+    narrow.load_state_dict(through_a_file(wide.state_dict()))
+    train(wide, params, 2, 2)
+    train(narrow, others, 2, 2)
+    assert_same(wide, narrow)
+
+
+# ---- hooks
+
+
+def test_hooks_of_saving_and_loading_run() -> None:
+    optimizer, params = made("adamw, 8 bits", [])
+    train(optimizer, params, 0, 1)
+    events: list[str] = []
+    optimizer.register_state_dict_pre_hook(lambda _: events.append("before saving"))
+
+    def after_saving(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
+        events.append("after saving")
+        return {**saved, "extra": 1}
+
+    def before_loading(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
+        events.append("before loading")
+        assert saved.pop("extra") == 1
+        saved["param_groups"] = [{**group, "lr": 0.25} for group in saved["param_groups"]]
+        return saved
+
+    optimizer.register_state_dict_post_hook(after_saving)
+    optimizer.register_load_state_dict_pre_hook(before_loading)
+    optimizer.register_load_state_dict_post_hook(lambda _: events.append("after loading"))
+    saved = optimizer.state_dict()
+    assert saved["extra"] == 1
+    optimizer.load_state_dict(saved)
+    assert saved["extra"] == 1
+    assert saved["param_groups"][0]["lr"] == 1e-2
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+    assert events == ["before saving", "after saving", "before loading", "after loading"]
+
+
+# ---- what does not fit
+
+Damage = Callable[[dict[str, Any]], Any]
+
+
+def _state(key: str, change: Callable[[Any], Any]) -> Damage:
+    """Change one entry of the first parameter's state."""
+
+    def damage(saved: dict[str, Any]) -> None:
+        saved["state"][0][key] = change(saved["state"][0][key])
+
+    return damage
+
+
+def _about(key: str, value: Any) -> Damage:
+    return lambda saved: saved["bnbx"].update({key: value})
+
+
+# By what is wrong: how to do it to the state dict of an 8-bit AdamW, and words of the message.
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "truncated codes": (_state("m", lambda t: t[:-1]), r"'m'.*4999.*5000"),
+    "truncated absmax": (_state("v_absmax", lambda t: t[:-1]), r"'v_absmax'.*\(19,\).*\(20,\)"),
+    "absmax of another shape": (_state("m_absmax", lambda t: t[:, None]), r"'m_absmax'.*\(20, 1\)"),
+    "codes of another dtype": (_state("m", lambda t: t.to(torch.int8)), r"'m'.*int8.*uint8"),
+    "absmax of another dtype": (_state("v_absmax", lambda t: t.double()), r"'v_absmax'.*float64"),
+    "codes that are a list": (_state("m", lambda t: t.tolist()), "'m'"),
+    "negative step": (_state("step", lambda _: -1), "'step' is -1"),
+    "step that is a tensor": (_state("step", lambda _: torch.tensor(3.0)), "'step'"),
+    "no step": (lambda saved: saved["state"][0].pop("step"), "'step'"),
+    "no absmax": (lambda saved: saved["state"][0].pop("m_absmax"), "'m'"),
+    "no state": (lambda saved: saved["state"][0].pop("v"), "'v'"),
+    "one state too many": (lambda saved: saved["state"][0].update(z=torch.zeros(5000)), "'z'"),
+    "a state that is no table": (lambda saved: saved["state"].update({0: [1, 2]}), "parameter 0"),
+    "states of float32 groups": (
+        lambda saved: saved["param_groups"][0].update(bits=32),
+        "quantized.*float32",
+    ),
+    "another rule": (_about("rule", "lion"), "'lion'.*'adamw'"),
+    "another table": (_about("quant_types", {"dynamic8": "0"}), "'dynamic8'"),
+    "an unknown type": (_about("quant_types", {"nf5": "0"}), "'nf5'"),
+    "another format": (_about("format", 99), "99"),
+    "no word of bnbx": (lambda saved: saved.pop("bnbx"), "bnbx"),
+    "no states": (lambda saved: saved.pop("state"), "state"),
+    "no groups": (lambda saved: saved.pop("param_groups"), "param_groups"),
+    "a group too few": (lambda saved: saved["param_groups"].pop(), r"\[2\].*\[2, 2\]"),
+    "a parameter too many": (
+        lambda saved: saved["param_groups"][0]["params"].append(9),
+        r"\[3, 2\].*\[2, 2\]",
+    ),
+    "a value out of range": (lambda saved: saved["param_groups"][0].update(lr=-1.0), "lr=-1.0"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_a_state_dict_that_does_not_fit_changes_nothing(what: str) -> None:
+    optimizer, params = made("adamw, 8 bits", [])
+    train(optimizer, params, 0, 2)
+    damage, message = DAMAGES[what]
+    saved = copy.deepcopy(optimizer.state_dict())
+    damage(saved)
+    refuse(optimizer, params, saved, message)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.optim.AdamW,
+        lambda params: create("lion", params),
+        lambda params: create("adam", params),
+    ],
+    ids=["torch's AdamW", "lion", "adam"],
+)
+def test_the_state_dict_of_another_optimizer_changes_nothing(other: Any) -> None:
+    optimizer, params = made("adamw, 8 bits", [])
+    train(optimizer, params, 0, 2)
+    others = copies(params)
+    theirs = other([{"params": others[:2]}, {"params": others[2:]}])
+    train(theirs, others, 0, 2)
+    refuse(optimizer, params, theirs.state_dict(), "bnbx|'lion'|'adam'")
+
+
+def refuse(
+    optimizer: Optimizer8bit, params: list[Tensor], saved: dict[str, Any], message: str
+) -> None:
+    """Assert that `saved` is refused with `message`, and that the optimizer is as it was."""
+    before = copy.deepcopy(optimizer.state_dict())
+    values = [p.detach().clone() for p in params]
+    held = [optimizer.state[p] for p in params]
+    with pytest.raises(CheckpointError, match=f"(?s){message}"):
+        optimizer.load_state_dict(saved)
+    assert same_values(before, optimizer.state_dict())
+    assert all(equal(p.detach(), value) for p, value in zip(params, values, strict=True))
+    assert all(optimizer.state[p] is saved for p, saved in zip(params, held, strict=True))
+
+
+def same_values(a: Any, b: Any) -> bool:
+    """Whether two nests of tables, lists and tensors are the same."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same_values(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(same_values, a, b))
+    return equal(a, b)
+
+
+def test_a_changed_width_is_noticed_before_codes_are_misread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tensors made for one quant type cannot become those of another by a change of the group.
+
+    On the reference, because a native kernel would write past the end of the codes.
+    """
+    monkeypatch.setattr(engine, "launch", TARGETS["reference"])
+    for change in ({"bits": 32}, {"state_types": "linear8"}):
+        optimizer, params = made("adamw, 8 bits", [])
+        train(optimizer, params, 0, 2)
+        values = [p.detach().clone() for p in params]
+        optimizer.param_groups[0].update(change)
+        set_gradients(params, gradients(params))
+        with pytest.raises(ValueError, match="'m'"):
+            optimizer.step()
+        assert all(equal(p.detach(), value) for p, value in zip(params, values, strict=True))
+
+
+def test_checkpoint_of_a_whole_training_run(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(80, 80), torch.nn.Linear(80, 1))
+    optimizer = create("adamw", model.parameters())
+    path = tmp_path / "checkpoint.pt"
+
+    def loss_of_a_step() -> float:
+        optimizer.zero_grad()
+        loss = model(torch.ones(4, 80)).square().mean()
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    first = [loss_of_a_step() for _ in range(3)]
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+    rest = [loss_of_a_step() for _ in range(3)]
+    loaded = torch.load(path, weights_only=True)
+    model.load_state_dict(loaded["model"])
+    optimizer.load_state_dict(loaded["optimizer"])
+    assert [loss_of_a_step() for _ in range(3)] == rest
+    assert rest[-1] < first[0]

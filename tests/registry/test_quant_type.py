@@ -1,0 +1,204 @@
+"""The built-in tables are those that other libraries wrote into files; bad tables are refused."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import oracles
+from bnbx.errors import SpecError
+from bnbx.quant_types import dynamic8, linear8
+from bnbx.quant_types.grids import linspace, midpoints
+from bnbx.registry import QuantType, quant_types
+from bnbx.registry.quant_type import BLOCK_SIZES, Codebook, float32
+
+VALID: Mapping[str, Any] = dict(
+    name="q", summary="a type", bits=2, values=(-1.0, -0.25, 0.5, 1.0), block_size=64
+)
+
+
+def quant_type(**changes: Any) -> QuantType:
+    return QuantType(**{**VALID, **changes})
+
+
+def bits_of(values: list[float] | tuple[float, ...]) -> list[int]:
+    return [int(bits) for bits in np.asarray(values, np.float32).view(np.uint32)]
+
+
+# ---- the built-ins
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_dynamic8_is_the_table_of_bitsandbytes(signed: bool) -> None:
+    table = dynamic8.codebook(signed=signed).values
+    assert bits_of(table) == bits_of(oracles.bitsandbytes_dynamic_map(signed=signed))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_linear8_is_the_table_of_bitsandbytes(signed: bool) -> None:
+    table = linear8.codebook(signed=signed).values
+    assert bits_of(table) == bits_of(oracles.bitsandbytes_linear_map(signed=signed))
+
+
+@pytest.mark.parametrize("start_end_count", [(-1, 1, 255), (0, 1, 256), (0.1, 1, 3), (0.1, 1, 129)])
+def test_linspace_rounds_as_torch_does(start_end_count: tuple[float, float, int]) -> None:
+    import torch
+
+    start, end, count = start_end_count
+    assert linspace(start, end, count) == torch.linspace(start, end, count).tolist()
+
+
+def test_a_grid_of_one_is_its_start() -> None:
+    assert linspace(0.1, 1.0, 1) == [float32(0.1)]
+    assert midpoints([0.0, 0.5, 1.5]) == [0.25, 1.0]
+
+
+@pytest.mark.parametrize("found", [dynamic8, linear8], ids=lambda t: t.name)
+def test_types_for_8_bit_states_hold_zero_and_one_exactly(found: QuantType) -> None:
+    for signed in (True, False):
+        codebook = found.codebook(signed=signed)
+        assert codebook.values[codebook.zero_code] == 0.0
+        assert max(codebook.values) == 1.0
+        assert (min(codebook.values) < 0) is signed
+
+
+# ---- what follows from a table
+
+
+@pytest.mark.parametrize("found", list(quant_types()), ids=lambda t: t.name)
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_value_of_the_table_is_kept(found: QuantType, signed: bool) -> None:
+    codebook = found.codebook(signed=signed)
+    codes = [code_of(codebook, value) for value in codebook.values]
+    assert tuple(codebook.values[code] for code in codes) == codebook.values
+
+
+def code_of(codebook: Codebook, x: float) -> int:
+    return codebook.codes[sum(threshold < x for threshold in codebook.thresholds)]
+
+
+def test_thresholds_of_a_small_table() -> None:
+    codebook = Codebook((0.5, -1.0, 1.0, 0.0))
+    assert codebook.codes == (1, 3, 0, 2)
+    assert codebook.thresholds == (-0.5, 0.25, 0.75)
+    assert codebook.zero_code == 3
+    assert [code_of(codebook, x) for x in (-2, -0.5, -0.4, 0.25, 0.26, 9)] == [1, 1, 3, 3, 0, 2]
+
+
+def test_a_tie_goes_to_the_lower_value() -> None:
+    codebook = Codebook((-1.0, 0.0, 0.5, 1.0))
+    assert [code_of(codebook, x) for x in (-0.5, 0.25, 0.75)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("values", "zero_code"),
+    [
+        ((-1.0, -0.5, 0.5, 1.0), 1),  # a tie between two, the lower
+        ((-1.0, -0.5, 0.25, 1.0), 2),
+        ((-1.0, -0.25, 0.5, 1.0), 1),
+        ((0.25, 0.5, 0.75, 1.0), 0),
+        ((-0.25, -0.5, -0.75, -1.0), 0),
+        ((1.0, 0.0, -1.0, 0.5), 1),
+        ((-1.0, -0.0, 0.5, 1.0), 1),
+    ],
+)
+def test_zero_code(values: tuple[float, ...], zero_code: int) -> None:
+    codebook = Codebook(values)
+    assert codebook.zero_code == zero_code
+    assert codebook.zero_code == code_of(codebook, 0.0)
+    nearest = min(abs(value) for value in values)
+    assert abs(values[zero_code]) == nearest
+
+
+tables = st.integers(2, 8).flatmap(
+    lambda bits: st.lists(
+        st.floats(-1, 1, width=32), min_size=2**bits, max_size=2**bits, unique=True
+    )
+)
+
+
+@given(tables)
+def test_thresholds_are_midpoints_rounded_once(table: list[float]) -> None:
+    codebook = Codebook(tuple(table))
+    ascending = sorted(table)
+    assert [table[code] for code in codebook.codes] == ascending
+    assert list(codebook.thresholds) == sorted(codebook.thresholds)
+    for low, high, threshold in zip(ascending, ascending[1:], codebook.thresholds, strict=False):
+        assert threshold == float32((low + high) / 2)
+        assert low <= threshold <= high
+
+
+@given(st.floats(allow_nan=False, width=32) | st.floats(-1e38, 1e38))
+def test_float32_rounds_to_nearest(value: float) -> None:
+    assert struct.pack("<d", float32(value)) == struct.pack("<d", float(np.float32(value)))
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(bits=1, values=(0.0, 1.0)), "bits: Input should be greater than or equal to 2"),
+        (dict(bits=9), "bits: Input should be less than or equal to 8"),
+        (dict(values=(0.0, 1.0)), "values: 2 numbers for 2 bits; expected 4"),
+        (dict(bits=3), "values: 4 numbers for 3 bits; expected 8"),
+        (dict(values=()), "values: 0 numbers for 2 bits; expected 4"),
+        (dict(values=(-1.5, 0.0, 0.5, 1.0)), "values[0] = -1.5 is outside [-1, 1]"),
+        (dict(values=(-1.0, 0.0, 0.5, 1.5)), "values[3] = 1.5 is outside [-1, 1]"),
+        (dict(values=(-1.0, 0.0, 0.1, 1.0)), "values[2] = 0.1 is not a float32 number"),
+        (dict(values=(-1.0, 0.0, 1e-60, 1.0)), "values[2] = 1e-60 is not a float32 number"),
+        (dict(values=(-1.0, math.nan, 0.5, 1.0)), "values.1: Input should be a finite number"),
+        (dict(values=(-1.0, 0.0, 0.5, math.inf)), "values.3: Input should be a finite number"),
+        (dict(values=(1.0,) * 4), "values: expected at least two numbers"),
+        (dict(values=(-0.5, 0.0, 0.25, 0.5)), "the largest magnitude near 1"),
+        (
+            dict(unsigned_values=(-0.5, 0.0, 0.5, 1.0)),
+            "unsigned_values[0] = -0.5 is outside [0, 1]",
+        ),
+        (dict(unsigned_values=(0.0, 1.0)), "unsigned_values: 2 numbers for 2 bits; expected 4"),
+        (dict(unsigned_values=(0.0,) * 4), "unsigned_values: expected at least two numbers"),
+        (dict(block_size=0), f"block_size 0 is not one of {BLOCK_SIZES}"),
+        (dict(block_size=100), f"block_size 100 is not one of {BLOCK_SIZES}"),
+        (dict(block_size=8192), f"block_size 8192 is not one of {BLOCK_SIZES}"),
+        (dict(values="text"), "values: Input should be a valid tuple"),
+        (dict(extra=1), "extra: Extra inputs are not permitted"),
+    ],
+)
+def test_bad_types(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        quant_type(**changes)
+    assert str(caught.value).startswith("QuantType spec 'q': ")
+    assert message in str(caught.value)
+
+
+def test_float32_is_no_name_for_a_quant_type() -> None:
+    """It is what `state_types` calls a state that is not quantized."""
+    with pytest.raises(SpecError, match="float32"):
+        quant_type(name="float32")
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_block_sizes(block_size: int) -> None:
+    assert quant_type(block_size=block_size).block_size == block_size
+
+
+def test_without_an_unsigned_table_the_signed_one_serves() -> None:
+    one = quant_type()
+    assert one.codebook(signed=False).values == one.codebook(signed=True).values == one.values
+    two = quant_type(unsigned_values=(0.0, 0.25, 0.5, 1.0))
+    assert two.codebook(signed=True).values == two.values
+    assert two.codebook(signed=False).values == two.unsigned_values
+    assert two.codebook(signed=True) is two.codebook(signed=True)
+
+
+def test_the_largest_magnitude_may_be_a_little_under_one() -> None:
+    values = (-0.921875, 0.0, 0.5, 0.75)
+    assert quant_type(values=values).values == values
