@@ -238,7 +238,8 @@ def _line(run: npt.NDArray[np.float64], first: int) -> tuple[float, float]:
     """Slope and offset with slope * threshold[i] + offset = first + i + 1/2."""
     if run.size == 0:
         return 0.0, float(first)
-    slope = (run.size - 1) / float(run[-1] - run[0]) if run.size > 1 else 0.4 / float(run[0])
+    length = float(run[-1] - run[0])  # zero for one threshold, or one several times over
+    slope = (run.size - 1) / length if length > 0 else 0.4 / float(run[0])
     return slope, first + 0.5 - slope * float(run[0])
 
 
@@ -264,12 +265,13 @@ def _proven(segments: Segments, thresholds: F32) -> bool:
     """Whether every rank is right where the search is sure of it.
 
     Inside a run the computed place grows with x, so it is enough to look at both sides of every
-    threshold, and at the ends.
+    threshold, and at the ends. An unsure rank is that of a place just below or above it, so there
+    it may be one too high, never too low: else a wrong rank could follow that seems sure.
     """
     up, down = (np.nextafter(thresholds, np.float32(limit)) for limit in (2, -2))
     ends = np.array([0, 1, np.nextafter(np.float32(1), np.float32(2))], np.float32)
     x = np.concatenate([thresholds, up, down, ends, *([-ends] if segments.signed else [])])
+    x = x[~np.isin(np.abs(x), segments.cut) | (x > 0)] if segments.signed else x
     rank, unsure = search_segments(segments, x)
-    expected = np.searchsorted(thresholds, x, side="left")
-    apart = np.abs(rank - expected)
-    return bool((apart[~unsure] == 0).all() and apart.max() <= 1)
+    excess = rank - np.searchsorted(thresholds, x, side="left")
+    return bool(((excess == 0) | (unsure & (excess == 1))).all())

@@ -160,6 +160,17 @@ static inline i32 larger_magnitude(i32 largest, float x) {
   return magnitude > largest ? magnitude : largest;
 }
 
+// Ranks by a multiply-add inside the run of evenly spaced thresholds that x falls in; where one of the
+// values is too close to a tie to be sure, all go to the exact search. The sum with BIAS leaves the rank
+// in the mantissa above FRACTION bits of fraction, which are almost all zero near a tie. See `Segments`
+// in bnbx/kernels/codebook.py, which makes the tables and proves them, and has the same constants.
+// BIAS is 1.5 * 2**10 + 1/2, a float
+// whose last mantissa bit is 2**-13, and two such bits more: ties then lie in the middle of what
+// NEAR_TIE finds.
+enum { FRACTION = 13, NEAR_TIE = (1 << FRACTION) - 4 };
+static const float BIAS = 1536.5f + 2.0f / (1 << FRACTION);
+static const float SMALLEST_BINADE = 1.0f / (1 << 30) / 2.0f;
+
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VBMI__)
 #include <immintrin.h>
 
@@ -199,13 +210,6 @@ static inline void decode_block(const u8* codes, float absmax, const Tables* tab
   }
 }
 
-// Constants of find_ranks_in_segments, the same in codebook.py. BIAS is 1.5 * 2**10 + 1/2, a float
-// whose last mantissa bit is 2**-13, and two such bits more: ties then lie in the middle of what
-// NEAR_TIE finds.
-enum { FRACTION = 13, NEAR_TIE = (1 << FRACTION) - 4 };
-static const float BIAS = 1536.5f + 2.0f / (1 << FRACTION);
-static const float SMALLEST_BINADE = 1.0f / (1 << 30) / 2.0f;
-
 // find_rank for 16 values.
 template <class Type>
 static inline __m512i find_ranks(__m512 x, const Tables* tables) {
@@ -233,10 +237,6 @@ static __attribute__((noinline)) __m512i find_ranks_near_tie(__m512 x, const Tab
   return find_ranks<Type>(x, tables);
 }
 
-// Ranks by a multiply-add inside the run of evenly spaced thresholds that x falls in; where one
-// of the 16 values is too close to a tie to be sure, all go to the exact search. The sum with BIAS
-// leaves the rank in the mantissa above FRACTION bits of fraction, which are almost all zero near
-// a tie. See `Segments` in bnbx/kernels/codebook.py, which makes the tables and proves them.
 template <class Type>
 static inline __m512i find_ranks_in_segments(__m512 x, const Tables* tables) {
   const __m512 magnitude = Type::SIGNED ? _mm512_abs_ps(x) : x;
@@ -270,6 +270,55 @@ static inline void encode_block(const float* x, float inverse, const Tables* tab
     const __m512i rank = Type::SEGMENTS ? find_ranks_in_segments<Type>(scaled, tables) : find_ranks<Type>(scaled, tables);
     _mm_storeu_si128((__m128i*)(codes + i), _mm512_cvtepi32_epi8(rank));
   }
+}
+
+#elif defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+
+// A look-up of 8 indices in a table of 16: the last four bits of an index count.
+static inline __m256 look_up(const float* table, __m256i index) {
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+
+// As the function of this name above, for 8 values.
+template <class Type>
+static inline void find_ranks_in_segments(const float* values, float inverse, const Tables* tables, u32* ranks) {
+  const __m256 x = _mm256_mul_ps(_mm256_loadu_ps(values), _mm256_set1_ps(inverse));
+  const __m256 sign = _mm256_and_ps(x, _mm256_set1_ps(-0.0f));
+  const __m256 magnitude = Type::SIGNED ? _mm256_xor_ps(x, sign) : x;
+  const __m256 a = _mm256_max_ps(magnitude, _mm256_set1_ps(SMALLEST_BINADE));
+  const __m256i binade = _mm256_srli_epi32(_mm256_castps_si256(a), 24);
+  const __m256 cut = look_up(tables->cut, binade);
+  const __m256i below = _mm256_castps_si256(look_up((const float*)tables->index, binade));
+  const __m256i run = _mm256_sub_epi32(below, _mm256_castps_si256(_mm256_cmp_ps(a, cut, _CMP_GT_OQ)));
+  __m256 place = _mm256_fmadd_ps(a, look_up(tables->slope, run), look_up(tables->offset, run));
+  place = _mm256_min_ps(place, look_up(tables->high, run));
+  if (Type::SIGNED) {
+    place = _mm256_add_ps(_mm256_xor_ps(place, sign), _mm256_set1_ps(BIAS + Type::ZERO_CODE));
+    place = _mm256_max_ps(place, _mm256_set1_ps(BIAS));
+  }
+  const __m256i bits = _mm256_castps_si256(place);
+  const __m256i fraction = _mm256_and_si256(bits, _mm256_set1_epi32(NEAR_TIE));
+  __m256i unsure = _mm256_cmpeq_epi32(fraction, _mm256_setzero_si256());
+  if (Type::SIGNED) unsure = _mm256_or_si256(unsure, _mm256_castps_si256(_mm256_cmp_ps(a, cut, _CMP_EQ_OQ)));
+  _mm256_storeu_si256((__m256i*)ranks, _mm256_srli_epi32(bits, FRACTION));
+  if (__builtin_expect(_mm256_movemask_epi8(unsure) != 0, 0))
+    for (int i = 0; i < 8; ++i) ranks[i] = find_rank<Type>(values[i] * inverse, tables->entries, tables->thresholds);
+}
+
+template <class Type>
+static inline void decode_block(const u8* codes, float absmax, const Tables* tables, float* x) {
+  decode_block_plain<Type>(codes, absmax, tables, x);  // a gather is no faster: 8 loads are 8 loads
+}
+
+template <class Type>
+static inline void encode_block(const float* x, float inverse, const Tables* tables, u8* codes) {
+  if (!Type::SEGMENTS) return encode_block_plain<Type>(x, inverse, tables, codes);
+  u32 ranks[Type::BLOCK];
+  for (int i = 0; i < Type::BLOCK; i += 8) find_ranks_in_segments<Type>(x + i, inverse, tables, ranks + i);
+  for (int i = 0; i < Type::BLOCK; ++i) codes[i] = (u8)ranks[i];
 }
 
 #else

@@ -24,7 +24,8 @@ from bnbx.registry import (
     quant_types,
     rate,
 )
-from bnbx.registry.config import FLOAT32, OPTIONS, Layer, Resolved, check_known, resolve
+from bnbx.registry.config import OPTIONS, Layer, Resolved, check_known, resolve
+from bnbx.registry.quant_type import FLOAT32
 
 SPEC = Optimizer(
     name="r",

@@ -231,7 +231,7 @@ REFUSED: list[tuple[str, str]] = [
     # no Python at all
     *((text, SYNTAX) for text in (
         "p =", "p = g +", "= g", "p = g p", "p = 1__0", "p = 0777", "p = (g", "p = g)", "1 = g",
-        "p = 'text", "p = $g", "p = g; = p", "try: p = g", "class = g", "p = g\\",
+        "p = 'text", "p = $g", "p = g; = p", "try: p = g", "class = g",
     )),
     # not even text that a tokenizer takes
     ("p = \ud800", "element_code"),
