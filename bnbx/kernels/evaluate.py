@@ -23,14 +23,14 @@ def tensor_operations(dtype: Any, device: Any) -> Operations:
         wide = dtype is torch.float32 and getattr(device, "type", device) != "mps"
         return torch.sqrt(x.double()).to(dtype) if wide else torch.sqrt(x)
 
-    one, zero = (torch.tensor(x, dtype=dtype, device=device) for x in (1.0, 0.0))
+    one = torch.ones((), dtype=dtype, device=device)
     return {
         **COMMON,
         "number": lambda value: torch.tensor(value, dtype=dtype, device=device),
         "/": torch.div,
         "sqrt": sqrt,
         "abs": torch.abs,
-        "sign": lambda x: torch.where(x > 0, one, torch.where(x < 0, -one, zero)),
+        "sign": lambda x: torch.where(x > 0, one, torch.where(x < 0, -one, x)),
         "min": lambda a, b: torch.where(a < b, a, b),
         "max": lambda a, b: torch.where(a > b, a, b),
         "where": torch.where,

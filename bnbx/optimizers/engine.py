@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import ParamsT
 
-from bnbx.errors import CheckpointError, UnknownNameError
+from bnbx.errors import CheckpointError, OptionError, UnknownNameError
 from bnbx.kernels.batch import Batch, step_scalars
 from bnbx.kernels.launch import launch
 from bnbx.optimizers import state as states
@@ -25,6 +25,10 @@ from bnbx.registry.config import OPTIONS, Resolved, check_known, resolve
 from bnbx.registry.names import closest
 from bnbx.registry.optimizer import STEP
 
+# What torch's schedulers write into groups, which may be used again for a new optimizer.
+SCHEDULER_KEYS = frozenset(
+    "initial_lr base_lr max_lr min_lr swa_lr base_momentum max_momentum".split()
+)
 FORMAT = 1  # of state dicts; raised when their layout changes
 
 
@@ -97,7 +101,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         known = (*self.spec.arguments, *OPTIONS)
         for key in keys:
             near = closest(key, known)
-            if key not in known and near:
+            if near and key not in known and key not in SCHEDULER_KEYS:
                 raise UnknownNameError(
                     f"parameter group: {self.spec.name} has no argument {key!r}; "
                     f"did you mean {near!r}? It has: {', '.join(known)}"
@@ -186,26 +190,38 @@ class Optimizer8bit(torch.optim.Optimizer):
             state_dict = hook(self, state_dict) or state_dict
         self._check_format(state_dict)
         groups = _merged_groups(self.param_groups, state_dict["param_groups"])
-        loaded: dict[Tensor, dict[str, Any]] = {}
-        for number, (group, entry) in enumerate(
-            zip(groups, state_dict["param_groups"], strict=True)
-        ):
-            resolved = self._resolve(group)
-            for p, index in zip(group["params"], entry["params"], strict=True):
-                if saved := state_dict["state"].get(index):
-                    label = f"state dict, group {number}, parameter {index}"
-                    saved = {k: _to_device(value, p.device) for k, value in saved.items()}
-                    states.check_states(label, p, saved, self.spec.states, resolved)
-                    loaded[p] = saved
+        loaded = self._checked_states(groups, state_dict)
         self.param_groups = groups
         self.state.clear()
         self.state.update(loaded)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
+    def _checked_states(
+        self, groups: list[dict[str, Any]], state_dict: Mapping[str, Any]
+    ) -> dict[Tensor, states.ParameterState]:
+        """The saved states by parameter, on its device; nothing of the optimizer changes."""
+        loaded: dict[Tensor, states.ParameterState] = {}
+        for number, (group, entry) in enumerate(
+            zip(groups, state_dict["param_groups"], strict=True)
+        ):
+            try:
+                resolved = self._resolve(group)
+            except (OptionError, UnknownNameError) as error:
+                raise CheckpointError(f"state dict, group {number}: {error}") from None
+            for p, index in zip(group["params"], entry["params"], strict=True):
+                if saved := state_dict["state"].get(index):
+                    label = f"state dict, group {number}, parameter {index}"
+                    if not isinstance(saved, Mapping):
+                        raise CheckpointError(f"{label}: {saved!r}; expected a dict of states")
+                    saved = {k: _to_device(value, p.device) for k, value in saved.items()}
+                    states.check_states(label, p, saved, self.spec.states, resolved)
+                    loaded[p] = saved
+        return loaded
+
     def _check_format(self, state_dict: Mapping[str, Any]) -> None:
         about = state_dict.get("bnbx")
-        if not isinstance(about, Mapping) or "state" not in state_dict:
+        if not isinstance(about, Mapping) or not {"state", "param_groups"} <= set(state_dict):
             raise CheckpointError(
                 "this is no state dict of a bnbx optimizer: it has the keys "
                 f"{sorted(map(str, state_dict))}; expected 'state', 'param_groups' and 'bnbx'"
@@ -221,6 +237,11 @@ class Optimizer8bit(torch.optim.Optimizer):
                 f"{self.spec.name!r}"
             )
         for name, digest in about.get("quant_types", {}).items():
+            if name not in quant_types():
+                raise CheckpointError(
+                    f"the state dict has states of quant type {name!r}, which is not registered; "
+                    "install the plugin that brings it"
+                )
             if quant_types().get(name).digest != digest:
                 raise CheckpointError(
                     f"the state dict was written with another table for quant type {name!r}; its "

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from bnbx.errors import UnsupportedTensorError
 from bnbx.kernels.plan import DTYPES, Plan, make_plan
-from bnbx.kernels.signature import absmax_name
-from bnbx.optimizers.state import ParameterState, storage_types, tensor_names
+from bnbx.optimizers.state import ParameterState, storage_types, tensor_names, type_key
 from bnbx.registry import Optimizer as OptimizerSpec
 from bnbx.registry.config import Resolved
 from bnbx.registry.optimizer import STEP
@@ -115,7 +114,7 @@ class Slots:
         kernel_key: KernelKey,
     ) -> Slot:
         active = self.spec.active_states(resolved.switches)
-        quantized = tuple(absmax_name(s.name) in saved for s in active)
+        quantized = tuple(type_key(s.name) in saved for s in active)
         key = (kernel_key, p.dtype, g.dtype, quantized)
         types = storage_types(saved, active, resolved)
         if key not in self._plans:

@@ -1,8 +1,9 @@
 """The states of a parameter: how they are made, told apart, and checked when loaded.
 
-A quantized state is two tensors in `optimizer.state[p]`: the codes under the state's name (uint8,
-of the parameter's shape) and `<name>_absmax` (float32, one per block). A state without an absmax
-is a float32 tensor of the parameter's shape. `step` is a Python int, 1 after the first step.
+A quantized state is three entries of `optimizer.state[p]`: the codes under the state's name (uint8,
+of the parameter's shape), `<name>_absmax` (float32, one per block) and `<name>_type`, the quant
+type's name. A state without these is a float32 tensor of the parameter's shape. `step` is a Python
+int, 1 after the first step.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbx.errors import CheckpointError
+from bnbx.errors import CheckpointError, OptionError
 from bnbx.kernels.signature import absmax_name
 from bnbx.registry import QuantType, quant_types
 from bnbx.registry.config import Resolved
@@ -23,13 +24,18 @@ from bnbx.registry.quant_type import FLOAT32
 ParameterState = dict[str, Any]
 
 
+def type_key(state: str) -> str:
+    """Key of the name of the quant type that holds a state."""
+    return f"{state}_type"
+
+
 def quantized_type(name: str) -> QuantType | None:
     """The quant type of this name, None for "float32"."""
     return None if name == FLOAT32 else quant_types().get(name)
 
 
-def new_state(p: Tensor, state: State, resolved: Resolved) -> dict[str, Tensor]:
-    """The tensors of a fresh state of `p`: zero, before the first step."""
+def new_state(p: Tensor, state: State, resolved: Resolved) -> ParameterState:
+    """The entries of a fresh state of `p`: zero, before the first step."""
     quant_type = quantized_type(resolved.state_types[state.name])
     if quant_type is None or p.numel() < resolved.min_8bit_size:
         return {state.name: torch.zeros(p.shape, dtype=torch.float32, device=p.device)}
@@ -38,19 +44,28 @@ def new_state(p: Tensor, state: State, resolved: Resolved) -> dict[str, Tensor]:
     return {
         state.name: torch.full(p.shape, zero, dtype=torch.uint8, device=p.device),
         absmax_name(state.name): torch.zeros(blocks, dtype=torch.float32, device=p.device),
+        type_key(state.name): quant_type.name,
     }
 
 
 def storage_types(
     saved: Mapping[str, Any], states: tuple[State, ...], resolved: Resolved
 ) -> dict[str, QuantType | None]:
-    """How the states of a parameter are stored, by the tensors that are there."""
-    return {
-        state.name: quantized_type(resolved.state_types[state.name])
-        if absmax_name(state.name) in saved
-        else None
-        for state in states
-    }
+    """How the states of a parameter are stored.
+
+    Raises:
+        OptionError: a quantized state has another type than its group asks for by now.
+    """
+    types: dict[str, QuantType | None] = {}
+    for state in states:
+        held, wanted = saved.get(type_key(state.name)), resolved.state_types[state.name]
+        if held is not None and held != wanted:
+            raise OptionError(
+                f"state {state.name!r} is held in {held}, but its group now asks for {wanted}; "
+                "bits and state_types cannot change during a run"
+            )
+        types[state.name] = None if held is None else quantized_type(held)
+    return types
 
 
 def tensor_names(types: Mapping[str, QuantType | None]) -> tuple[str, ...]:
@@ -72,6 +87,7 @@ def check_states(
     step = saved.get(STEP)
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise CheckpointError(f"{label}: 'step' is {step!r}; expected a whole number >= 0")
+    types = {STEP}  # entries that are no tensors
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for state in states:
         shape = tuple(p.shape)
@@ -88,9 +104,15 @@ def check_states(
         expected[state.name] = (shape, torch.uint8)
         blocks = -(-p.numel() // quant_type.block_size)
         expected[absmax_name(state.name)] = ((blocks,), torch.float32)
+        types.add(type_key(state.name))
+        if saved.get(type_key(state.name)) != quant_type.name:
+            raise CheckpointError(
+                f"{label}: state {state.name!r} is held in {saved.get(type_key(state.name))!r}, "
+                f"but its group says {quant_type.name!r}"
+            )
     for key in expected.keys() - saved.keys():
         raise CheckpointError(f"{label}: {key!r} is missing; there are {sorted(saved)}")
-    for key in saved.keys() - expected.keys() - {STEP}:
+    for key in saved.keys() - expected.keys() - types:
         raise CheckpointError(f"{label}: unexpected {key!r}; expected {sorted(expected)}")
     for key, (shape, dtype) in expected.items():
         value = saved[key]

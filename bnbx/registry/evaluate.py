@@ -86,7 +86,7 @@ HOST: Operations = {
     "**": _power,
     "sqrt": lambda x: math.sqrt(x) if x >= 0 else math.nan,
     "abs": abs,
-    "sign": lambda x: float((x > 0) - (x < 0)),
+    "sign": lambda x: 1.0 if x > 0 else -1.0 if x < 0 else x,
     "exp": _exp,
     "log": _log,
     "min": lambda a, b: a if a < b else b,

@@ -61,7 +61,7 @@ class Hyper(Frozen):
                 raise OptionError(f"{name}={value!r}: expected True or False")
             return value
         try:
-            number = float(value)
+            number = math.nan if isinstance(value, str) else float(value)
         except (TypeError, ValueError, RuntimeError, OverflowError):
             raise OptionError(f"{name}={value!r}: expected a number {self.range}") from None
         inside = (
@@ -248,8 +248,8 @@ def _check_names(spec: Optimizer) -> None:
     seen: set[str] = {PARAMETER, GRADIENT, STEP}
     everything = [state.name for state in spec.states] + list(spec.hyper)
     for state in spec.states:
-        if state.name.endswith("_absmax"):
-            raise ValueError(f"state {state.name!r}: the ending _absmax is taken")
+        if state.name.endswith(("_absmax", "_type")):
+            raise ValueError(f"state {state.name!r}: the endings _absmax and _type are taken")
     for name in everything:
         check_name(name, "name")
         if name in seen:

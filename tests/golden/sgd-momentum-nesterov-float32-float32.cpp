@@ -57,10 +57,11 @@ DEVICE void from_float(float x, float16& to) {
 
 DEVICE float rule_sqrt(float x) { return root(x); }
 DEVICE float rule_abs(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
-DEVICE float rule_sign(float x) { return x > 0.0f ? 1.0f : (x < 0.0f ? -1.0f : 0.0f); }
+DEVICE float rule_sign(float x) { return x > 0.0f ? 1.0f : (x < 0.0f ? -1.0f : x); }
 DEVICE float rule_min(float a, float b) { return a < b ? a : b; }
 DEVICE float rule_max(float a, float b) { return a > b ? a : b; }
 
+// What this plan works on: its dtypes, the traits of its codebooks, and a row of the launch's table.
 typedef float Parameter;
 typedef float Gradient;
 enum { CHUNK = 1024 };  // elements that the chunk numbers in rows count by

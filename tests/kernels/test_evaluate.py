@@ -30,7 +30,7 @@ Oracle = Callable[..., Any]
 UNARY: dict[str, Oracle] = {
     "sqrt": np.sqrt,
     "abs": np.abs,
-    "sign": lambda x: np.where(x > 0, 1.0, np.where(x < 0, -1.0, 0.0)),
+    "sign": lambda x: np.where(x > 0, 1.0, np.where(x < 0, -1.0, x)),
 }
 HOST_UNARY: dict[str, Oracle] = {"exp": np.exp, "log": np.log}
 BINARY: dict[str, Oracle] = {"+": np.add, "-": np.subtract, "*": np.multiply, "/": np.divide}
