@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.optim.optimizer import ParamsT
 
@@ -31,10 +31,10 @@ __all__ = [
     "Lion32bit",
     "Optimizer8bit",
     "OptimizerFactory",
+    "RuleOptimizer",
     "SGD8bit",
     "SGD32bit",
     "create",
-    "optimizer_class",
 ]
 
 
@@ -96,62 +96,69 @@ def create(
     return factory if params is None else factory(params)
 
 
-def optimizer_class(name: str, rule: str, bits: int) -> type[Optimizer8bit]:
-    """A class of this name: `rule` with states of `bits`, positional arguments in spec order.
+class RuleOptimizer(Optimizer8bit):
+    """Base of the familiar classes: a rule and a width of its states, fixed by the class.
 
-    The class takes (params, *arguments of the rule, *, state_types, min_8bit_size), so code
-    written for torch.optim's class of that name works unchanged.
+        class AdamW8bit(RuleOptimizer, rule="adamw", bits=8): ...
+
+    takes (params, *arguments of the rule in its order, *, bits, state_types, min_8bit_size), so
+    code written for torch.optim's class of that name works unchanged.
     """
-    spec = optimizers().get(rule)
-    empty = inspect.Parameter.empty
-    parameters = [
-        inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD),
-        *(
-            inspect.Parameter(
-                argument,
-                inspect.Parameter.POSITIONAL_OR_KEYWORD,
-                default=empty if spec.default(argument) is None else spec.default(argument),
-            )
-            for argument in spec.arguments
-        ),
-        *(
-            inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=default)
-            for option, default in {**OPTIONS, "bits": bits}.items()
-        ),
-    ]
-    signature = inspect.Signature(parameters)
 
-    def construct(self: Optimizer8bit, params: ParamsT, *args: Any, **kwargs: Any) -> None:
-        check_known(spec, kwargs)
+    _spec: ClassVar[OptimizerSpec]
+
+    def __init_subclass__(cls, rule: str | None = None, bits: int = 8, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if rule is None:  # a user's subclass of one of these
+            return
+        spec = cls._spec = optimizers().get(rule)
+        cls.__signature__ = _signature(spec, bits)
+        cls.__doc__ = (
+            f"{spec.summary[0].upper()}{spec.summary[1:]}, {bits}-bit states ({spec.source}).\n\n"
+            "See `Optimizer8bit` for the arguments they have in common."
+        )
+
+    __signature__: ClassVar[inspect.Signature]
+
+    def __init__(self, params: ParamsT, *args: Any, **kwargs: Any) -> None:
+        check_known(self._spec, kwargs)
         try:
-            bound = signature.bind(params, *args, **kwargs)
+            bound = self.__signature__.bind(params, *args, **kwargs)
         except TypeError as error:
-            raise TypeError(f"{name}{signature}: {error}") from None
+            raise TypeError(f"{type(self).__name__}{self.__signature__}: {error}") from None
         bound.apply_defaults()
-        Optimizer8bit.__init__(self, rule=spec, **bound.arguments)
-
-    return type(
-        name,
-        (Optimizer8bit,),
-        {
-            "__init__": construct,
-            "__module__": __name__,
-            "__signature__": signature,
-            "__doc__": f"{spec.summary[0].upper()}{spec.summary[1:]}, {bits}-bit states "
-            f"({spec.source}).\n\nSee `Optimizer8bit` for the arguments they have in common.",
-        },
-    )
+        super().__init__(rule=self._spec, **bound.arguments)
 
 
-Adam = optimizer_class("Adam", "adam", bits=32)
-Adam8bit = optimizer_class("Adam8bit", "adam", bits=8)
-Adam32bit = optimizer_class("Adam32bit", "adam", bits=32)
-AdamW = optimizer_class("AdamW", "adamw", bits=32)
-AdamW8bit = optimizer_class("AdamW8bit", "adamw", bits=8)
-AdamW32bit = optimizer_class("AdamW32bit", "adamw", bits=32)
-Lion = optimizer_class("Lion", "lion", bits=32)
-Lion8bit = optimizer_class("Lion8bit", "lion", bits=8)
-Lion32bit = optimizer_class("Lion32bit", "lion", bits=32)
-SGD = optimizer_class("SGD", "sgd", bits=32)
-SGD8bit = optimizer_class("SGD8bit", "sgd", bits=8)
-SGD32bit = optimizer_class("SGD32bit", "sgd", bits=32)
+def _signature(spec: OptimizerSpec, bits: int) -> inspect.Signature:
+    """(params, *arguments of the rule, *, options)."""
+    empty, kinds = inspect.Parameter.empty, inspect.Parameter
+    parameters = [kinds("params", kinds.POSITIONAL_OR_KEYWORD)]
+    for argument in spec.arguments:
+        default = spec.default(argument)
+        parameters.append(
+            kinds(
+                argument,
+                kinds.POSITIONAL_OR_KEYWORD,
+                default=empty if default is None else default,
+            )
+        )
+    for option, default in {**OPTIONS, "bits": bits}.items():
+        parameters.append(kinds(option, kinds.KEYWORD_ONLY, default=default))
+    return inspect.Signature(parameters)
+
+
+# fmt: off
+class Adam(RuleOptimizer, rule="adam", bits=32): ...
+class Adam8bit(RuleOptimizer, rule="adam", bits=8): ...
+class Adam32bit(RuleOptimizer, rule="adam", bits=32): ...
+class AdamW(RuleOptimizer, rule="adamw", bits=32): ...
+class AdamW8bit(RuleOptimizer, rule="adamw", bits=8): ...
+class AdamW32bit(RuleOptimizer, rule="adamw", bits=32): ...
+class Lion(RuleOptimizer, rule="lion", bits=32): ...
+class Lion8bit(RuleOptimizer, rule="lion", bits=8): ...
+class Lion32bit(RuleOptimizer, rule="lion", bits=32): ...
+class SGD(RuleOptimizer, rule="sgd", bits=32): ...
+class SGD8bit(RuleOptimizer, rule="sgd", bits=8): ...
+class SGD32bit(RuleOptimizer, rule="sgd", bits=32): ...
+# fmt: on

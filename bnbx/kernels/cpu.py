@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from bnbx.kernels import threads
 from bnbx.kernels.batch import Batch
 from bnbx.kernels.cache import key_of, load_or_build
 from bnbx.kernels.codebook import tables
@@ -20,7 +19,6 @@ from bnbx.kernels.plan import Plan
 from bnbx.kernels.source import render
 
 TEMPLATE = "optimizer.cpp.j2"
-ELEMENTS_PER_THREAD = 32_768  # about 20 microseconds of work, what waking a thread may cost
 ALIGNMENT = 64  # a cache line, and the widest vector
 
 
@@ -76,8 +74,8 @@ def run(batches: Sequence[Batch]) -> None:
         )
     if jobs:
         table = np.array(jobs, np.int64)
-        threads, parallel = _threads(sum(t[0].numel() for b in batches for t in b.tensors))
-        kernels[0].library.bnbx_run(table.ctypes.data, len(jobs), threads, parallel)
+        count, parallel = threads.threads_for(sum(t[0].numel() for b in batches for t in b.tensors))
+        kernels[0].library.bnbx_run(table.ctypes.data, len(jobs), count, parallel)
 
 
 def aligned(array: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
@@ -87,43 +85,3 @@ def aligned(array: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     copy = room[start : start + array.nbytes]
     copy[:] = array
     return copy
-
-
-# ---- threads
-
-_forked = False
-
-
-def _after_fork() -> None:
-    global _forked  # noqa: PLW0603 - a fact about the process
-    _forked = True
-
-
-# The OpenMP pool does not survive a fork: a child that enters it waits forever. Torch's data
-# loader workers and forked trainers therefore step on one thread.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
-def _threads(elements: int) -> tuple[int, int | None]:
-    """How many threads to use for so many elements, and the address of the pool's entry."""
-    wanted = min(torch.get_num_threads(), elements // ELEMENTS_PER_THREAD)
-    parallel = _parallel() if wanted > 1 and not _forked else None
-    return (wanted if parallel else 1), parallel
-
-
-@lru_cache(maxsize=1)
-def _parallel() -> int | None:
-    """Address of GOMP_parallel in the OpenMP runtime that torch has loaded; None without one.
-
-    LLVM's libomp has that entry too, so this finds it on macOS as well.
-    """
-    bundled = Path(torch.__file__).parent / "lib"
-    names = ["libgomp.so.1", *map(str, sorted(bundled.glob("lib*omp*")))]
-    for name in names:
-        try:
-            entry = ctypes.CDLL(name).GOMP_parallel
-        except (OSError, AttributeError):
-            continue
-        return ctypes.cast(entry, ctypes.c_void_p).value
-    return None

@@ -17,6 +17,7 @@ from torch.optim.optimizer import ParamsT
 from bnbx.errors import CheckpointError, OptionError, UnknownNameError
 from bnbx.kernels.batch import Batch, step_scalars
 from bnbx.kernels.launch import launch
+from bnbx.kernels.threads import safe_after_fork
 from bnbx.optimizers import state as states
 from bnbx.optimizers.gather import Gathering, Slots, check_parameter
 from bnbx.registry import Optimizer as OptimizerSpec
@@ -139,6 +140,11 @@ class Optimizer8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with safe_after_fork():
+            self._update()
+        return loss
+
+    def _update(self) -> None:
         gathering = Gathering()
         for number, group in enumerate(self.param_groups):
             resolved = self._resolve(group)
@@ -157,7 +163,6 @@ class Optimizer8bit(torch.optim.Optimizer):
                 increment_version(p)
         for saved in gathering.stepped:
             saved[STEP] += 1
-        return loss
 
     def _states_of(self, p: Tensor, resolved: Resolved) -> states.ParameterState:
         saved: states.ParameterState = self.state[p]

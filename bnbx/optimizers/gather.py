@@ -116,7 +116,7 @@ class Slots:
         active = self.spec.active_states(resolved.switches)
         quantized = tuple(type_key(s.name) in saved for s in active)
         key = (kernel_key, p.dtype, g.dtype, quantized)
-        types = storage_types(saved, active, resolved)
+        types = storage_types(saved, active, resolved, p.numel())
         if key not in self._plans:
             self._plans[key] = make_plan(
                 self.spec, resolved.switches, DTYPE_NAMES[p.dtype], DTYPE_NAMES[g.dtype], types

@@ -49,22 +49,23 @@ def new_state(p: Tensor, state: State, resolved: Resolved) -> ParameterState:
 
 
 def storage_types(
-    saved: Mapping[str, Any], states: tuple[State, ...], resolved: Resolved
+    saved: Mapping[str, Any], states: tuple[State, ...], resolved: Resolved, numel: int
 ) -> dict[str, QuantType | None]:
-    """How the states of a parameter are stored.
+    """How the states of a parameter of `numel` elements are stored.
 
     Raises:
-        OptionError: a quantized state has another type than its group asks for by now.
+        OptionError: a state has another type than its group asks for by now.
     """
     types: dict[str, QuantType | None] = {}
     for state in states:
-        held, wanted = saved.get(type_key(state.name)), resolved.state_types[state.name]
-        if held is not None and held != wanted:
+        held = saved.get(type_key(state.name), FLOAT32)
+        wanted = resolved.state_types[state.name] if numel >= resolved.min_8bit_size else FLOAT32
+        if held != wanted:
             raise OptionError(
                 f"state {state.name!r} is held in {held}, but its group now asks for {wanted}; "
-                "bits and state_types cannot change during a run"
+                "bits, state_types and min_8bit_size cannot change during a run"
             )
-        types[state.name] = None if held is None else quantized_type(held)
+        types[state.name] = quantized_type(held)
     return types
 
 

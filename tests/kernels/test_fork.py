@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bnbx.kernels import cpu
+from bnbx.kernels import threads as kernel_threads
 from bnbx.optim import create
 from compiled import shared_cache
 
@@ -95,13 +95,13 @@ def test_results_do_not_depend_on_the_number_of_threads(
     threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    real = cpu._threads
+    real = kernel_threads.threads_for
 
     def seen(elements: int) -> tuple[int, int | None]:
         asked.append(real(elements)[0])
         return real(elements)
 
-    monkeypatch.setattr(cpu, "_threads", seen)
+    monkeypatch.setattr(kernel_threads, "threads_for", seen)
     found = []
     for count in (1, 2, 4):
         threads(count)
@@ -206,8 +206,22 @@ def test_the_children_were_forked_with_a_running_pool(threads: Callable[[int], N
     def forget() -> bytes:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(3)
-        cpu._forked = False
+        kernel_threads._forked = False
         return as_bytes(result())
 
     with pytest.raises(AssertionError, match="hung"):
         in_forked_child(forget)
+
+
+def test_a_forked_child_makes_states_of_a_large_parameter(threads: Callable[[int], None]) -> None:
+    """Torch fills large tensors in parallel, which a forked child cannot: it must not try."""
+    threads(2)
+    p = torch.nn.Parameter(torch.zeros(1_000_000))
+    p.grad = torch.ones(1_000_000)
+    result()
+
+    def first_step() -> bytes:
+        create("adamw", [p], lr=0.5).step()
+        return bytes([int(p.detach()[0] * -100), torch.get_num_threads()])
+
+    assert in_forked_child(first_step) == bytes([50, 2])

@@ -264,7 +264,7 @@ def test_all_classes_are_listed() -> None:
         if isinstance(getattr(optim, name), type)
         and issubclass(getattr(optim, name), Optimizer8bit)
     }
-    assert listed == {name for name, _, _ in CLASSES} | {"Optimizer8bit"}
+    assert listed == {name for name, _, _ in CLASSES} | {"Optimizer8bit", "RuleOptimizer"}
     assert {rule for _, rule, _ in CLASSES} == set(optimizers().names())
 
 

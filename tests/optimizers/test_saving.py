@@ -235,6 +235,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "step that is a tensor": (_state("step", lambda _: torch.tensor(3.0)), "'step'"),
     "no step": (lambda saved: saved["state"][0].pop("step"), "'step'"),
     "no absmax": (lambda saved: saved["state"][0].pop("m_absmax"), "'m'"),
+    "no type": (lambda saved: saved["state"][0].pop("m_type"), "'m'.*None.*'dynamic8'"),
+    "states of another type": (_state("m_type", lambda _: "linear8"), "'m'.*'linear8'.*'dynamic8'"),
     "no state": (lambda saved: saved["state"][0].pop("v"), "'v'"),
     "one state too many": (lambda saved: saved["state"][0].update(z=torch.zeros(5000)), "'z'"),
     "a state that is no table": (lambda saved: saved["state"].update({0: [1, 2]}), "parameter 0"),
