@@ -67,13 +67,13 @@ class Optimizer8bit(torch.optim.Optimizer):
     ) -> None:
         self.spec = optimizers().get(rule) if isinstance(rule, str) else rule
         options = {"bits": bits, "state_types": state_types, "min_8bit_size": min_8bit_size}
-        self._given = {**arguments, **options}
+        given = {**arguments, **options}
         check_known(self.spec, arguments)
         defaults = {a: self.spec.default(a) for a in self.spec.arguments}
-        resolve(self.spec, quant_types(), [("argument", self._given)])
+        resolve(self.spec, quant_types(), [("argument", given)])
         self._resolved: dict[Any, Resolved] = {}
         self._slots = Slots(self.spec)
-        super().__init__(params, {**defaults, **self._given})
+        super().__init__(params, {**defaults, **given})
 
     # ---- groups
 
@@ -254,7 +254,7 @@ class Optimizer8bit(torch.optim.Optimizer):
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "spec": self.spec, "_given": self._given}
+        return {**super().__getstate__(), "spec": self.spec}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._resolved = {}
