@@ -101,8 +101,7 @@ class RuleOptimizer(Optimizer8bit):
 
         class AdamW8bit(RuleOptimizer, rule="adamw", bits=8): ...
 
-    takes (params, *arguments of the rule in its order, *, bits, state_types, min_8bit_size), so
-    code written for torch.optim's class of that name works unchanged.
+    takes (params, *arguments of the rule in its order, *, bits, state_types, min_8bit_size).
     """
 
     _spec: ClassVar[OptimizerSpec]

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from bnbx.errors import UnsupportedTensorError
 from bnbx.kernels.evaluate import HOST, evaluate
 from bnbx.kernels.plan import Plan
 from bnbx.registry.optimizer import STEP
@@ -35,7 +36,13 @@ class Batch:
         table, chunks = [], 0
         for tensors in self.tensors:
             numel = tensors[0].numel()
-            table.append([*map(Tensor.data_ptr, tensors), numel, chunks])
+            pointers = [*map(Tensor.data_ptr, tensors)]
+            if numel and 0 in pointers:
+                raise UnsupportedTensorError(
+                    f"a tensor of {numel} elements has no memory: the storage of the parameter, "
+                    "of its gradient or of its state was freed"
+                )
+            table.append([*pointers, numel, chunks])
             chunks += -(-numel // chunk)
         width = len(table[0]) if table else 2
         table.append([0] * (width - 1) + [chunks])

@@ -26,7 +26,7 @@ from typing import TypeVar
 import filelock
 import platformdirs
 
-from bnbx.errors import BnbxWarning
+from bnbx.errors import BnbxWarning, CompileError
 
 T = TypeVar("T")
 Build = Callable[[Path, Path], None]  # source file, binary to write
@@ -42,7 +42,8 @@ def key_of(*parts: str) -> str:
 def cache_directory() -> Path:
     """BNBX_CACHE_DIR, or the user's cache directory of this platform."""
     chosen = os.environ.get("BNBX_CACHE_DIR")
-    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("bnbx"))
+    path = os.path.expanduser(chosen) if chosen else platformdirs.user_cache_dir("bnbx")  # noqa: PTH111 - it never raises
+    return Path(path).absolute()
 
 
 def load_or_build(key: str, source: str, suffix: str, build: Build, load: Callable[[Path], T]) -> T:
@@ -68,8 +69,14 @@ def load_or_build(key: str, source: str, suffix: str, build: Build, load: Callab
             )
     except OSError as error:
         _warn_once(str(directory), str(error.strerror or error))
-        with tempfile.TemporaryDirectory(prefix="bnbx-") as temporary:
-            return _build(Path(temporary), key, source, suffix, build, load)
+        try:
+            with tempfile.TemporaryDirectory(prefix="bnbx-") as temporary:
+                return _build(Path(temporary), key, source, suffix, build, load)
+        except OSError as second:
+            raise CompileError(
+                f"kernels can be kept neither in {directory} ({error}) nor in a temporary "
+                f"directory ({second})"
+            ) from None
 
 
 @lru_cache(maxsize=16)
@@ -102,8 +109,13 @@ def _build(
         text, binary, note = (temporary / f"{key}{end}" for end in (suffix, ".so", ".json"))
         text.write_text(source)
         build(text, binary)
+        if not binary.exists():
+            raise CompileError("the compiler succeeded, but wrote no library")
         note.write_text(json.dumps({"sha256": _checksum(binary), "source": text.name}))
-        kernel = load(binary)  # what does not load is never kept
+        try:
+            kernel = load(binary)  # what does not load is never kept
+        except AttributeError as error:
+            raise CompileError(f"the compiled library is not a kernel: {error}") from None
         for path in (text, binary, note):  # the note last: it vouches for the others
             path.replace(directory / path.name)
     return kernel

@@ -32,7 +32,10 @@ FLAGS = (
     "-fPIC",
     "-w",  # GCC 12's own AVX-512 headers warn about themselves
 )
-HOW_TO = "install g++ or clang++, or `pip install bnbx[compiler]`"
+HOW_TO = (
+    "install g++ or clang++, or `pip install bnbx[compiler]`; "
+    "unset BNBX_CXX if it names a compiler that does not work"
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,11 @@ class Compiler:
             numbered = "\n".join(
                 f"{n:4} {line}" for n, line in enumerate(source.read_text().splitlines(), 1)
             )
-            raise CompileError(f"{shlex.join(command)} failed:\n{done.stderr}\n{numbered}")
+            said = next((x for x in done.stderr.splitlines() if "error" in x), "")
+            raise CompileError(
+                f"{command[0]} failed with status {done.returncode} {said}\n"
+                f"{shlex.join(command)}\n{done.stderr}\n{numbered}"
+            )
 
 
 def find_compiler() -> Compiler:
@@ -111,7 +118,10 @@ def _find(chosen: str | None, cxx: str | None, path: str | None) -> Compiler:
 
 
 def _on_path(command: str) -> Compiler | None:
-    words = shlex.split(command)
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a quote that is not closed
+        return None
     where = shutil.which(words[0]) if words else None
     if where is None:
         return None

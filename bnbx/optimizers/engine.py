@@ -6,9 +6,11 @@ plans, and hands them to `bnbx.kernels.launch`. It knows no rule and no type by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import copy
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
@@ -65,6 +67,10 @@ class Optimizer8bit(torch.optim.Optimizer):
         min_8bit_size: int = OPTIONS["min_8bit_size"],
         **arguments: Any,
     ) -> None:
+        if isinstance(params, torch.nn.Module):
+            raise OptionError("params is a module; pass its parameters: model.parameters()")
+        if not isinstance(rule, (str, OptimizerSpec)):
+            raise OptionError(f"rule={rule!r}: expected a name or a bnbx.registry.Optimizer")
         self.spec = optimizers().get(rule) if isinstance(rule, str) else rule
         options = {"bits": bits, "state_types": state_types, "min_8bit_size": min_8bit_size}
         given = {**arguments, **options}
@@ -73,7 +79,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         resolve(self.spec, quant_types(), [("argument", given)])
         self._resolved: dict[Any, Resolved] = {}
         self._slots = Slots(self.spec)
-        super().__init__(params, {**defaults, **given})
+        super().__init__(params, {k: _plain(v) for k, v in {**defaults, **given}.items()})
 
     # ---- groups
 
@@ -87,6 +93,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         """
         if isinstance(param_group, Mapping):
             self._check_keys(key for key in param_group if key != "params")
+            param_group = {key: _plain(value) for key, value in param_group.items()}
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
@@ -156,8 +163,8 @@ class Optimizer8bit(torch.optim.Optimizer):
             plan, resolved = gathering.about[number, plan_id, step]
             batches.append(Batch(plan, step_scalars(plan, resolved.hyper, step), tensors))
         launch(batches)
-        for p, copy in gathering.copies:
-            p.copy_(copy)
+        for p, updated in gathering.copies:
+            p.copy_(updated)
         for p in gathering.updated:  # kernels write behind autograd's back; tell it
             if not p.is_inference():
                 increment_version(p)
@@ -187,20 +194,35 @@ class Optimizer8bit(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the states and the groups' values, exactly as they were saved.
 
+        As in torch, the saved values of groups win over those given here: learning rates, and the
+        type of states too (an 8-bit checkpoint makes an 8-bit optimizer).
+
         Raises:
             CheckpointError: it does not fit; then the optimizer is as before.
         """
-        state_dict = dict(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
-        self._check_format(state_dict)
-        groups = _merged_groups(self.param_groups, state_dict["param_groups"])
-        loaded = self._checked_states(groups, state_dict)
+        try:
+            groups, loaded = self._read(state_dict)
+        except (TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the state dict is malformed: {type(error).__name__}: {error}"
+            ) from error
+        self._slots.clear()
         self.param_groups = groups
         self.state.clear()
         self.state.update(loaded)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _read(
+        self, state_dict: dict[str, Any]
+    ) -> tuple[list[dict[str, Any]], dict[Tensor, states.ParameterState]]:
+        """The groups and states of a state dict, checked; nothing of the optimizer changes."""
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        self._check_format(state_dict)
+        groups = _merged_groups(self.param_groups, state_dict["param_groups"])
+        return groups, self._checked_states(groups, state_dict)
 
     def _checked_states(
         self, groups: list[dict[str, Any]], state_dict: Mapping[str, Any]
@@ -226,10 +248,13 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def _check_format(self, state_dict: Mapping[str, Any]) -> None:
         about = state_dict.get("bnbx")
+        if about is None and _has_our_groups(state_dict):
+            return  # torch.distributed.checkpoint keeps states and groups only
         if not isinstance(about, Mapping) or not {"state", "param_groups"} <= set(state_dict):
             raise CheckpointError(
-                "this is no state dict of a bnbx optimizer: it has the keys "
-                f"{sorted(map(str, state_dict))}; expected 'state', 'param_groups' and 'bnbx'"
+                "this is no state dict of a bnbx optimizer (of torch.optim or bitsandbytes, "
+                f"perhaps): it has the keys {sorted(map(str, state_dict))}; expected 'state', "
+                "'param_groups' and 'bnbx'"
             )
         if about.get("format") != FORMAT:
             raise CheckpointError(
@@ -262,12 +287,25 @@ class Optimizer8bit(torch.optim.Optimizer):
         super().__setstate__(state)
 
 
+def _has_our_groups(state_dict: Mapping[str, Any]) -> bool:
+    """Whether every group has the options that only bnbx writes."""
+    groups = state_dict.get("param_groups") or []
+    return "state" in state_dict and all(set(OPTIONS) <= set(g) for g in groups) and bool(groups)
+
+
 def _hashable(value: Any) -> Any:
     if isinstance(value, Mapping):
         return tuple(sorted(value.items()))
     if isinstance(value, list):
         return tuple(value)
-    return float(value) if isinstance(value, Tensor) else value
+    if isinstance(value, Tensor):
+        return float(value)
+    return value if isinstance(value, Hashable) else repr(value)
+
+
+def _plain(value: Any) -> Any:
+    """NumPy scalars as Python's own numbers, so that a checkpoint holds nothing else."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _to_device(value: Any, device: torch.device) -> Any:
@@ -288,6 +326,6 @@ def _merged_groups(
         )
     kept = ("params", "param_names")
     return [
-        {**old, **{k: v for k, v in new.items() if k not in kept}}
+        {**old, **copy.deepcopy({k: v for k, v in new.items() if k not in kept})}
         for old, new in zip(current, saved, strict=True)
     ]

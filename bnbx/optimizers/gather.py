@@ -17,7 +17,13 @@ from torch import Tensor
 
 from bnbx.errors import UnsupportedTensorError
 from bnbx.kernels.plan import DTYPES, Plan, make_plan
-from bnbx.optimizers.state import ParameterState, storage_types, tensor_names, type_key
+from bnbx.optimizers.state import (
+    ParameterState,
+    check_states,
+    storage_types,
+    tensor_names,
+    type_key,
+)
 from bnbx.registry import Optimizer as OptimizerSpec
 from bnbx.registry.config import Resolved
 from bnbx.registry.optimizer import STEP
@@ -36,7 +42,8 @@ class Slot:
     saved: ParameterState
     names: tuple[str, ...]
     tensors: tuple[Tensor, ...]
-    numel: int
+    sizes: tuple[int, ...]
+    shape: torch.Size
     dtypes: tuple[torch.dtype, torch.dtype]
 
     def fits(self, p: Tensor, g: Tensor, saved: ParameterState, kernel_key: KernelKey) -> bool:
@@ -46,9 +53,10 @@ class Slot:
             and self.saved is saved
             and p.dtype is self.dtypes[0]
             and g.dtype is self.dtypes[1]
-            and p.numel() == self.numel
-            and g.numel() == self.numel
+            and p.shape == self.shape
+            and g.shape == self.shape
             and all(map(is_, map(saved.get, self.names), self.tensors))
+            and tuple(map(Tensor.numel, self.tensors)) == self.sizes
         )
 
 
@@ -92,7 +100,7 @@ class Slots:
         if slot is None or not slot.fits(p, g, saved, kernel_key):
             slot = self._slots[p] = self._make(p, g, saved, resolved, kernel_key)
         to.stepped.append(saved)
-        if not slot.numel:
+        if not p.numel():
             return
         to.updated.append(p)
         target = p
@@ -113,26 +121,38 @@ class Slots:
         resolved: Resolved,
         kernel_key: KernelKey,
     ) -> Slot:
+        check_parameter(p)
         active = self.spec.active_states(resolved.switches)
+        if g.shape != p.shape:
+            raise UnsupportedTensorError(
+                f"a parameter of shape {tuple(p.shape)} has a gradient of shape {tuple(g.shape)}; "
+                "was p.data replaced? Make a new optimizer for the new shape"
+            )
+        held = [saved[s.name] for s in active if isinstance(saved.get(s.name), Tensor)]
+        if any(tensor.numel() != p.numel() for tensor in held):
+            raise UnsupportedTensorError(
+                f"a parameter of shape {tuple(p.shape)} has states of shape "
+                f"{[tuple(tensor.shape) for tensor in held]}; was p.data or optimizer.state "
+                "replaced? Make a new optimizer for the new shape"
+            )
+        types = storage_types(saved, active, resolved, p.numel())
         quantized = tuple(type_key(s.name) in saved for s in active)
         key = (kernel_key, p.dtype, g.dtype, quantized)
-        types = storage_types(saved, active, resolved, p.numel())
+        label = f"the state of a parameter of shape {tuple(p.shape)}"
+        check_states(label, p, saved, self.spec.states, resolved)
         if key not in self._plans:
             self._plans[key] = make_plan(
                 self.spec, resolved.switches, DTYPE_NAMES[p.dtype], DTYPE_NAMES[g.dtype], types
             )
         names = tensor_names(types)
         tensors = tuple(saved[name] for name in names)
-        numel = p.numel()
-        for name, tensor in zip(names, tensors, strict=True):
-            if (name in types and tensor.numel() != numel) or g.numel() != numel:
-                raise UnsupportedTensorError(
-                    f"a parameter of shape {tuple(p.shape)} has a gradient of shape "
-                    f"{tuple(g.shape)} and state {name!r} of shape {tuple(tensor.shape)}; was "
-                    "p.data replaced? Make a new optimizer for the new shape"
-                )
-        plan = self._plans[key]
-        return Slot(plan, kernel_key, saved, names, tensors, numel, (p.dtype, g.dtype))
+        sizes = tuple(map(Tensor.numel, tensors))
+        dtypes = (p.dtype, g.dtype)
+        return Slot(self._plans[key], kernel_key, saved, names, tensors, sizes, p.shape, dtypes)
+
+    def clear(self) -> None:
+        """Let go of all tensors."""
+        self._slots.clear()
 
 
 def check_parameter(p: Tensor) -> None:
@@ -146,10 +166,11 @@ def check_parameter(p: Tensor) -> None:
         raise UnsupportedTensorError(
             f"a parameter of shape {tuple(p.shape)} has layout {p.layout}; expected a dense tensor"
         )
-    if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+    span = 1 + sum((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
+    if span < p.numel():
         raise UnsupportedTensorError(
-            f"a parameter of shape {tuple(p.shape)} is expanded: several of its elements share "
-            "memory; pass the tensor that it was expanded from"
+            f"a parameter of shape {tuple(p.shape)} and strides {p.stride()} is expanded or "
+            "overlaps itself: several of its elements share memory; pass the tensor it is made from"
         )
 
 

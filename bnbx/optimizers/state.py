@@ -77,6 +77,14 @@ def tensor_names(types: Mapping[str, QuantType | None]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def describe(value: Any) -> str:
+    """A tensor's dtype, shape, strides and device, or the value itself."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return repr(value)[:200]
+    strides = value.stride()
+    return f"{value.dtype} of shape {tuple(value.shape)}, strides {strides}, on {value.device}"
+
+
 def check_states(
     label: str, p: Tensor, saved: Mapping[str, Any], states: tuple[State, ...], resolved: Resolved
 ) -> None:
@@ -100,7 +108,8 @@ def check_states(
         quant_type = quantized_type(resolved.state_types[state.name])
         if quant_type is None:
             raise CheckpointError(
-                f"{label}: state {state.name!r} is quantized, but its group says float32"
+                f"{label}: state {state.name!r} is quantized, but its group says float32; "
+                "bits and state_types cannot change during a run"
             )
         expected[state.name] = (shape, torch.uint8)
         blocks = -(-p.numel() // quant_type.block_size)
@@ -117,10 +126,10 @@ def check_states(
         raise CheckpointError(f"{label}: unexpected {key!r}; expected {sorted(expected)}")
     for key, (shape, dtype) in expected.items():
         value = saved[key]
-        if not isinstance(value, Tensor) or tuple(value.shape) != shape or value.dtype != dtype:
-            got = (
-                f"{value.dtype} of shape {tuple(value.shape)}"
-                if isinstance(value, Tensor)
-                else repr(value)
+        fits = isinstance(value, Tensor) and tuple(value.shape) == shape and value.dtype == dtype
+        if not fits or value.device != p.device or not value.is_contiguous():
+            got = describe(value)
+            raise CheckpointError(
+                f"{label}: {key!r} is {got}; expected {dtype} of shape {shape}, "
+                f"contiguous, on {p.device}"
             )
-            raise CheckpointError(f"{label}: {key!r} is {got}; expected {dtype} of shape {shape}")

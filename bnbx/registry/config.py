@@ -48,8 +48,9 @@ class Resolved:
 
     @cached_property
     def kernel_key(self) -> tuple[tuple[tuple[str, Any], ...], ...]:
-        """The part of it that kernels are compiled for."""
-        return tuple(self.switches.items()), tuple(self.state_types.items())
+        """The part of it that decides how states are stored and kernels compiled."""
+        sizes = (("min_8bit_size", self.min_8bit_size),)
+        return tuple(self.switches.items()), tuple(self.state_types.items()), sizes
 
 
 def resolve(spec: Optimizer, types: Catalog[QuantType], layers: Sequence[Layer]) -> Resolved:

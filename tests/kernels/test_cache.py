@@ -154,7 +154,7 @@ def test_nothing_is_kept_of_a_build_that_fails(directory: Path) -> None:
     with pytest.raises(CompileError):
         fetch(failing)
     assert not [path for path in directory.iterdir() if path.suffix != ".lock"]
-    with pytest.warns(BnbxWarning), pytest.raises(OSError, match="not a library"):
+    with pytest.warns(BnbxWarning), pytest.raises(CompileError, match="not a library"):
         load_or_build("key", SOURCE, ".cpp", Builder(), unloadable)
     assert not [path for path in directory.iterdir() if path.suffix != ".lock"]
     assert fetch(Builder()) == b"a kernel"

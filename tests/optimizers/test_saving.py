@@ -248,7 +248,12 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "another table": (_about("quant_types", {"dynamic8": "0"}), "'dynamic8'"),
     "an unknown type": (_about("quant_types", {"nf5": "0"}), "'nf5'"),
     "another format": (_about("format", 99), "99"),
-    "no word of bnbx": (lambda saved: saved.pop("bnbx"), "bnbx"),
+    "no word of bnbx": (
+        lambda saved: (saved.pop("bnbx"), [g.pop("bits") for g in saved["param_groups"]]),
+        "bnbx",
+    ),
+    "groups that are none": (lambda saved: saved.update(param_groups=[None]), "malformed"),
+    "tables that are none": (lambda saved: saved["bnbx"].update(quant_types=None), "malformed"),
     "no states": (lambda saved: saved.pop("state"), "state"),
     "no groups": (lambda saved: saved.pop("param_groups"), "param_groups"),
     "a group too few": (lambda saved: saved["param_groups"].pop(), r"\[2\].*\[2, 2\]"),
@@ -350,3 +355,22 @@ def test_checkpoint_of_a_whole_training_run(tmp_path: Path) -> None:
     optimizer.load_state_dict(loaded["optimizer"])
     assert [loss_of_a_step() for _ in range(3)] == rest
     assert rest[-1] < first[0]
+
+
+def test_states_and_groups_are_enough() -> None:
+    """torch.distributed.checkpoint hands on no other entries of a state dict."""
+    optimizer, params = made("adamw, 8 bits", [])
+    train(optimizer, params, 0, 2)
+    saved = optimizer.state_dict()
+    del saved["bnbx"]
+    other, _ = made("adamw, 8 bits", [])
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["bits"] == 8
+
+
+def test_a_tensor_learning_rate_is_not_shared_with_the_checkpoint() -> None:
+    first = create("adamw", [torch.zeros(3)], lr=torch.tensor(0.5))
+    second = create("adamw", [torch.zeros(3)])
+    second.load_state_dict(first.state_dict())
+    second.param_groups[0]["lr"].mul_(0.1)
+    assert float(first.param_groups[0]["lr"]) == 0.5
