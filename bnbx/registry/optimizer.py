@@ -20,7 +20,6 @@ from typing_extensions import Self
 from bnbx.errors import OptionError, RuleError
 from bnbx.registry.names import nearest
 from bnbx.registry.rule import (
-    FLOAT32_MAX,
     Call,
     Code,
     Name,
@@ -66,7 +65,7 @@ class Hyper(Frozen):
         except (TypeError, ValueError, RuntimeError, OverflowError):
             raise OptionError(f"{name}={value!r}: expected a number {self.range}") from None
         inside = (
-            abs(number) <= FLOAT32_MAX  # false for NaN
+            math.isfinite(number)
             and not (self.minimum is not None and number < self.minimum)
             and not (self.below is not None and number >= self.below)
             and not (self.positive and number <= 0)
