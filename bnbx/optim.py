@@ -12,11 +12,12 @@ from typing import Any, ClassVar
 
 from torch.optim.optimizer import ParamsT
 
-from bnbx.errors import NotYetError, OptionError
-from bnbx.optimizers.engine import Optimizer8bit
+from bnbx.errors import OptionError
+from bnbx.optimizers.engine import CONSTRUCTOR_ARGUMENTS, Optimizer8bit
 from bnbx.registry import Optimizer as OptimizerSpec
 from bnbx.registry import optimizers, quant_types
-from bnbx.registry.config import OPTIONS, check_known, resolve
+from bnbx.registry.config import check_known, resolve
+from bnbx.registry.options import OPTIONS, options_of, unaliased
 
 __all__ = [
     "SGD",
@@ -57,7 +58,8 @@ def create(
     bits: int = OPTIONS["bits"],
     state_types: str | Mapping[str, str] | None = None,
     min_8bit_size: int = OPTIONS["min_8bit_size"],
-    paged: bool = False,
+    paged: bool | str = False,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
     **arguments: Any,
 ) -> Any:
     """Make the optimizer of a rule: over `params`, or a factory to call with parameters later.
@@ -65,11 +67,15 @@ def create(
     Args:
         rule: a name ("adamw"; `bnbx.registry.optimizers().names()` lists them) or a spec.
         params: as for any torch optimizer; None for a factory.
-        bits: width of the states: 8, or 32 for float32.
+        bits: width of the states: 8, 4, or 32 for float32.
         state_types: quant type for all states, or by state ({"m": "linear8"}); overrides `bits`.
         min_8bit_size: parameters with fewer elements keep their states in float32.
-        paged: keep states in pageable memory; not in this version.
-        arguments: the rule's hyperparameters, such as lr and betas.
+        paged: keep states in memory-mapped files (on a CPU) or in host memory (on CUDA);
+            "managed" for CUDA's managed memory.
+        overrides: {pattern on parameter names: {argument: value}}, for which params have to be
+            named: `create("adamw", model.named_parameters(), overrides={"*embed*": {"bits": 32}})`.
+        arguments: the rule's hyperparameters, such as lr and betas, and the other options:
+            block_wise, percentile_clipping, skip_zeros, max_unorm, master, maximize, page_dir.
 
     Returns:
         An `Optimizer8bit`, or an `OptimizerFactory` if `params` is None.
@@ -77,22 +83,17 @@ def create(
     Raises:
         UnknownNameError: an unknown rule, argument, state or quant type; with the nearest.
         OptionError: a value out of range.
-        NotYetError: paged=True.
     """
     spec = optimizers().get(rule) if isinstance(rule, str) else rule
     if not isinstance(spec, OptimizerSpec):
         raise OptionError(f"rule={rule!r}: expected a name or a bnbx.registry.Optimizer")
     options = {"bits": bits, "state_types": state_types, "min_8bit_size": min_8bit_size}
-    chosen = {**arguments, **options}
-    check_known(spec, chosen)
-    required = {a: 1e-3 for a in spec.arguments if spec.default(a) is None and a not in chosen}
-    resolve(spec, quant_types(), [("create()", chosen), ("the factory's caller", required)])
-    if paged:
-        raise NotYetError(
-            "paged=True: paged states are not in this version of bnbx; leave paged out, the "
-            "rest of the call stays as it is"
-        )
-    factory = OptimizerFactory(spec, chosen)
+    chosen = {**arguments, **options, "paged": paged}
+    checked = {k: v for k, v in unaliased(chosen).items() if k not in CONSTRUCTOR_ARGUMENTS}
+    check_known(spec, checked)
+    required = {a: 1e-3 for a in spec.arguments if spec.required(a) and a not in chosen}
+    resolve(spec, quant_types(), [("create()", checked), ("the factory's caller", required)])
+    factory = OptimizerFactory(spec, {**chosen, "overrides": overrides})
     return factory if params is None else factory(params)
 
 
@@ -139,10 +140,10 @@ def _signature(spec: OptimizerSpec, bits: int) -> inspect.Signature:
             kinds(
                 argument,
                 kinds.POSITIONAL_OR_KEYWORD,
-                default=empty if default is None else default,
+                default=empty if spec.required(argument) else default,
             )
         )
-    for option, default in {**OPTIONS, "bits": bits}.items():
+    for option, default in {**options_of(spec), "bits": bits}.items():
         parameters.append(kinds(option, kinds.KEYWORD_ONLY, default=default))
     return inspect.Signature(parameters)
 

@@ -11,14 +11,15 @@ from bnbx.kernels import cuda
 from bnbx.kernels.batch import Batch
 from bnbx.kernels.codebook import tables
 from bnbx.kernels.plan import Plan
-from cuda_on_cpu import Kernel, compile_source
+from cuda_on_cpu import compile_source
 from cuda_on_cpu.build import Mode
+from cuda_on_cpu.launch import Module
 
 
 @lru_cache(maxsize=64)
-def kernel(plan: Plan, mode: Mode, arch: int) -> Kernel:
-    """The plan's kernel, compiled by g++ for the emulator."""
-    return compile_source(cuda.source(plan), mode, cuda_arch=arch).kernel("bnbx_update")
+def module(plan: Plan, mode: Mode, arch: int) -> Module:
+    """The plan's kernels, compiled by g++ for the emulator."""
+    return compile_source(cuda.source(plan), mode, cuda_arch=arch)
 
 
 def run(
@@ -29,17 +30,36 @@ def run(
     arch: int = 800,
     grid: int = 2,
 ) -> None:
-    """Update all batches, with the arguments that `cuda.run` would pass.
+    """Update all batches, with the launches and arguments of `cuda.run`.
 
     A grid smaller than the work makes every warp go around its loop.
     """
     for batch in batches:
+        plan = batch.plan
         table, chunks = batch.rows()
-        codebooks = [tables(s.codebook).pack() for s in batch.plan.codebooks]
-        kernel(batch.plan, mode, arch)(
-            grid,
-            cuda.THREADS,
-            [table, np.int64(len(table) - 1), np.int64(chunks), batch.scalars, *codebooks],
-            schedule=schedule,
-            buffers=[tensor for row in batch.tensors for tensor in row if tensor.numel()],
+        counts = (len(table) - 1, chunks)
+        # What is never written before it is read shows as NaN.
+        parts, values = (
+            np.full(-(-size // 8), np.nan) for size in cuda.measured_bytes(plan, *counts)
         )
+        found_inf = np.zeros(1, np.float32)
+        if batch.found_inf is not None:
+            found_inf[:] = float(batch.found_inf)
+        for launch in cuda.launches(
+            plan,
+            table,
+            counts,
+            batch.scalars,
+            batch.packed_inputs(),
+            found_inf,
+            (parts, values),
+            [tables(s.codebook).pack() for s in plan.codebooks],
+        ):
+            reached = {id(t): t for row in batch.tensors for t in row if t.numel()}
+            module(plan, mode, arch).kernel(f"bnbx_{launch.name}")(
+                grid,
+                cuda.THREADS,
+                list(launch.arguments),
+                schedule=schedule,
+                buffers=list(reached.values()),
+            )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bnbx.errors import OptionError
 from bnbx.kernels.batch import Batch, step_scalars
+from bnbx.kernels.packing import pack
 from bnbx.kernels.plan import Plan, Storage, make_plan
 from bnbx.registry import Optimizer, optimizers, quant_types
 from bnbx.registry.config import Resolved, resolve
@@ -45,14 +46,19 @@ def settings(spec: Optimizer) -> Iterator[Resolved]:
             continue
 
 
-def case(resolved: Resolved, spec: Optimizer, types: Mapping[str, str], dtype: str) -> Case:
-    """The plan for these state types; "float32" for none."""
+def case(
+    resolved: Resolved, spec: Optimizer, types: Mapping[str, str], dtype: str, **options: Any
+) -> Case:
+    """The plan for these state types, "float32" for none, and with these options of a plan."""
     found = {name: None if t == FLOAT32 else quant_types().get(t) for name, t in types.items()}
     active = [state.name for state in spec.active_states(resolved.switches)]
-    plan = make_plan(spec, resolved.switches, dtype, dtype, found)
+    found |= {state.name: None for state in spec.states if not state.quantized}
+    plan = make_plan(spec, resolved.switches, dtype, dtype, found, **options)
     switches = [name for name, on in resolved.switches.items() if on]
     states = [types[name] for name in active] or ["stateless"]
-    return Case("-".join([spec.name, *switches, *dict.fromkeys(states), dtype]), plan, resolved)
+    extra = [f"{name}_{value}" for name, value in options.items()]
+    names = [spec.name, *switches, *dict.fromkeys(states), dtype, *extra]
+    return Case("-".join(names), plan, resolved)
 
 
 def cases(dtypes: Sequence[str] = ("float32",)) -> list[Case]:
@@ -89,15 +95,21 @@ def make_batch(made: Case, sizes: Sequence[int] = SIZES, step: int = 3, seed: in
     plan = made.plan
     generator = torch.Generator().manual_seed(seed)
     tensors = []
+    gradient_scale = torch.tensor([0.75])
     for size in sizes:
         scale = torch.exp(torch.randn(size, generator=generator))
         p = torch.randn(size, generator=generator) * scale
         g = torch.randn(size, generator=generator) * scale * 1e-2
         row = [p.to(getattr(torch, plan.parameter)), g.to(getattr(torch, plan.gradient))]
+        if plan.master == "kahan":
+            row.append((row[0].float() * torch.rand(size, generator=generator) / 512).to(row[0]))
+        if plan.master == "residual":
+            row.append(torch.randint(-127, 128, (size,), generator=generator).to(torch.int8))
         for storage in plan.storages:
             row += random_state(storage, size, generator)
-        tensors.append(tuple(row))
-    return Batch(plan, step_scalars(plan, made.resolved.hyper, step), tensors)
+        tensors.append((*row, gradient_scale))
+    scalars, inputs = step_scalars(plan, made.resolved.hyper, step)
+    return Batch(plan, scalars, tensors, inputs, seed=0x12345678 + seed)
 
 
 def random_state(storage: Storage, size: int, generator: torch.Generator) -> list[Tensor]:
@@ -105,17 +117,15 @@ def random_state(storage: Storage, size: int, generator: torch.Generator) -> lis
     if storage.quant_type is None:
         value = torch.randn(size, generator=generator) * 1e-2
         return [value if storage.state.signed else value.square()]
-    blocks = -(-size // storage.block_size)
+    blocks = 1 if storage.whole else -(-size // storage.block_size)
     codes = torch.randint(0, 2**storage.quant_type.bits, (size,), generator=generator)
     absmax = torch.exp(4 * torch.randn(blocks, generator=generator) - 6)
-    return [codes.to(torch.uint8), absmax]
+    return [pack(codes.to(torch.uint8), storage.quant_type), absmax]
 
 
 def copy(batch: Batch) -> Batch:
     """The same batch on tensors of its own."""
-    return Batch(
-        batch.plan, batch.scalars, [tuple(t.clone() for t in row) for row in batch.tensors]
-    )
+    return replace(batch, tensors=[tuple(t.clone() for t in row) for row in batch.tensors])
 
 
 def assert_equal_bits(left: Batch, right: Batch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from bnbx.kernels.evaluate import Operations, evaluate
 from bnbx.kernels.lower import Lowered
 from bnbx.registry import Optimizer
-from bnbx.registry.optimizer import select
+from bnbx.registry.checks import select
 
 Switches = Mapping[str, bool]
 Values = Mapping[str, Any]

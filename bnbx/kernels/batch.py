@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,8 @@ from bnbx.kernels.evaluate import HOST, evaluate
 from bnbx.kernels.plan import Plan
 from bnbx.registry.optimizer import STEP
 
+F64 = npt.NDArray[np.float64]
+
 
 @dataclass
 class Batch:
@@ -23,12 +25,20 @@ class Batch:
         plan: what to run.
         scalars: float32 values in the order of the signature.
         tensors: per parameter its contiguous tensors, in the order of the signature's pointer
-            columns: p, g, then for each state its values, or its codes and absmax.
+            columns: p, g, its residual if the master has one, then for each state its values, or
+            its codes and absmax; then the number that gradients are multiplied by (float32).
+        inputs: float64 values in the order of the signature.
+        seed: of the noise that rounds stochastically; 32 bits.
+        found_inf: a number (float32, on the tensors' device) that stops the update where it is
+            not zero, or None.
     """
 
     plan: Plan
     scalars: npt.NDArray[np.float32]
     tensors: Sequence[tuple[Tensor, ...]]
+    inputs: F64 = field(default_factory=lambda: np.zeros(0))
+    seed: int = 0
+    found_inf: Tensor | None = None
 
     def rows(self) -> tuple[npt.NDArray[np.int64], int]:
         """The row table (with its closing row), and the number of chunks."""
@@ -48,17 +58,37 @@ class Batch:
         table.append([0] * (width - 1) + [chunks])
         return np.array(table, np.int64), chunks
 
+    def first_chunks(self) -> list[int]:
+        """The number of the chunk that each tensor begins with; noise is numbered by it."""
+        found, chunks = [], 0
+        for tensors in self.tensors:
+            found.append(chunks)
+            chunks += -(-tensors[0].numel() // self.plan.chunk)
+        return found
 
-def step_scalars(
-    plan: Plan, hyper: Mapping[str, float | bool], step: int
-) -> npt.NDArray[np.float32]:
-    """The kernel's scalars of a step: step_code and the scalar parts of element code.
+    def packed_inputs(self) -> F64:
+        """The inputs as a kernel gets them, the seed last."""
+        return np.append(self.inputs, float(self.seed))
 
-    Everything is computed in float64 and rounded once; what is beyond float32 is infinity.
-    """
+
+def step_values(plan: Plan, hyper: Mapping[str, float | bool], step: int) -> dict[str, float]:
+    """The hyperparameters, the step and the results of step_code, in float64."""
     values: dict[str, float] = {**hyper, STEP: step}
     for statement in plan.spec.step.statements:
         values[statement.target] = evaluate(statement.value, values, HOST)
+    return values
+
+
+def step_scalars(
+    plan: Plan, hyper: Mapping[str, float | bool], step: int
+) -> tuple[npt.NDArray[np.float32], F64]:
+    """The kernel's scalars of a step, and its inputs.
+
+    Everything is computed in float64, and scalars are rounded once; what is beyond float32 is
+    infinity.
+    """
+    values = step_values(plan, hyper, step)
     scalars = [evaluate(value, values, HOST) for value in plan.lowered.scalars.values()]
+    inputs = np.array([values[name] for name in plan.lowered.inputs], np.float64)
     with np.errstate(over="ignore"):
-        return np.array(scalars, np.float64).astype(np.float32)
+        return np.array(scalars, np.float64).astype(np.float32), inputs

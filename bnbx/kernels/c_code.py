@@ -1,14 +1,14 @@
 """Renders lowered statements as C, the part that C++ and CUDA have in common.
 
-Every operator is parenthesized and every constant is a float32 literal, so that the compiler has
-no order of evaluation or precision to choose. Calls go to `rule_*` functions that each target's
-template defines.
+Every operator is parenthesized and every constant is a literal of the precision at hand, so that
+the compiler has no order of evaluation or precision to choose. Calls go to `rule_*` functions
+that each target's template defines.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -35,32 +35,46 @@ def comment(text: str) -> str:
     return re.sub(r"[^ -~]|\\|\?\?/", " ", text).strip()
 
 
-def c_expression(expression: Expression) -> str:
-    """C text of a lowered expression."""
+def literal64(value: float) -> str:
+    """A float64 literal of this value."""
+    return repr(float(value))
+
+
+def c_expression(expression: Expression, literal: Callable[[float], str] = literal) -> str:
+    """C text of a lowered expression; its precision is that of its literals and names."""
+
+    def text(part: Expression) -> str:
+        return c_expression(part, literal)
+
     match expression:
         case Number(value):
             return literal(value) if value >= 0 else f"({literal(value)})"
         case Name(id):
             return id
         case Negate(operand):
-            return f"(-{c_expression(operand)})"
+            return f"(-{text(operand)})"
         case Binary(op, left, right) | Compare(op, left, right):
-            return f"({c_expression(left)} {op} {c_expression(right)})"
+            return f"({text(left)} {op} {text(right)})"
         case Call("where", (condition, yes, no)):
-            return f"({c_expression(condition)} ? {c_expression(yes)} : {c_expression(no)})"
+            return f"({text(condition)} ? {text(yes)} : {text(no)})"
         case Call(function, args):
-            return f"rule_{function}({', '.join(c_expression(arg) for arg in args)})"
+            return f"rule_{function}({', '.join(map(text, args))})"
 
 
-def c_statements(statements: Iterable[Statement], declared: Iterable[str]) -> list[str]:
+def c_statements(
+    statements: Iterable[Statement],
+    declared: Iterable[str],
+    c_type: str = "float",
+    literal: Callable[[float], str] = literal,
+) -> list[str]:
     """C lines for the statements, each with its rule text; names not in `declared` are declared."""
     seen = set(declared)
     lines = []
     for statement in statements:
-        value = c_expression(statement.value)
+        value = c_expression(statement.value, literal)
         if isinstance(statement.value, (Binary, Compare)):
             value = value[1:-1]
-        declare = "" if statement.target in seen else "float "
+        declare = "" if statement.target in seen else f"{c_type} "
         seen.add(statement.target)
         lines += [f"// {comment(statement.text)}", f"{declare}{statement.target} = {value};"]
     return lines

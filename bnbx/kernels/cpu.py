@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from bnbx.kernels.cache import key_of, load_or_build
 from bnbx.kernels.codebook import tables
 from bnbx.kernels.compiler import find_compiler
 from bnbx.kernels.plan import Plan
+from bnbx.kernels.signature import make_signature
 from bnbx.kernels.source import render
 
 TEMPLATE = "optimizer.cpp.j2"
@@ -31,7 +33,10 @@ class Kernel:
         key = key_of(source, *compiler.key())
         library = load_or_build(key, source, ".cpp", compiler.compile, _open)
         self.library = library
-        self.update = ctypes.cast(library.bnbx_update, ctypes.c_void_p).value or 0
+        passes = ("measure", "reduce") if plan.measured else ()
+        self.entries = {name: _address(library, name) for name in ("update", *passes)}
+        signature = make_signature(plan)
+        self.part_bytes, self.values_bytes = signature.part_bytes, signature.values_bytes
         self.tables = [aligned(tables(s.codebook).pack()) for s in plan.codebooks]
         self.table_pointers = np.array([t.ctypes.data for t in self.tables], np.int64)
 
@@ -43,6 +48,10 @@ def _open(path: Path) -> ctypes.CDLL:
     library.bnbx_run.restype = None
     _ = library.bnbx_update  # a library without it is refused here
     return library
+
+
+def _address(library: ctypes.CDLL, name: str) -> int:
+    return ctypes.cast(getattr(library, f"bnbx_{name}"), ctypes.c_void_p).value or 0
 
 
 @lru_cache(maxsize=256)
@@ -57,19 +66,28 @@ def kernel(plan: Plan) -> Kernel:
 
 def run(batches: Sequence[Batch]) -> None:
     """Update all batches in one native call, split over the threads by elements."""
+    batches = [b for b in batches if b.found_inf is None or not bool(b.found_inf)]
     kernels = [kernel(batch.plan) for batch in batches]
-    alive, jobs = [], []
+    alive: list[npt.NDArray[Any]] = []
+    jobs = []
+
+    def address(array: npt.NDArray[Any]) -> int:
+        alive.append(array)
+        return int(array.ctypes.data)
+
     for batch, compiled in zip(batches, kernels, strict=True):
         rows, chunks = batch.rows()
-        alive.append(rows)
+        room = (compiled.part_bytes * chunks, compiled.values_bytes * (len(rows) - 1))
         jobs.append(
             [
-                rows.ctypes.data,
+                address(rows),
                 len(rows) - 1,
                 chunks,
-                batch.scalars.ctypes.data,
+                address(batch.scalars),
+                address(batch.packed_inputs()),
                 compiled.table_pointers.ctypes.data,
-                compiled.update,
+                *(address(np.empty(-(-size // 8), np.float64)) for size in room),
+                *(compiled.entries.get(name, 0) for name in ("update", "measure", "reduce")),
             ]
         )
     if jobs:

@@ -1,12 +1,14 @@
 """The CUDA target: plans compiled by NVRTC through CuPy, launched on torch's current stream.
 
-One launch updates all tensors of a batch. A step never waits for the device: the row table and
+One launch updates all tensors of a batch; where the plan is measured, two more come before it. A
+step never waits for the device: the row table and
 the scalars travel from pinned memory on the same stream as the kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +20,7 @@ from bnbx.errors import TargetError
 from bnbx.kernels.batch import Batch
 from bnbx.kernels.codebook import tables
 from bnbx.kernels.plan import Plan
+from bnbx.kernels.signature import make_signature
 from bnbx.kernels.source import render
 
 TEMPLATE = "optimizer.cu.j2"
@@ -50,10 +53,11 @@ class Kernel:
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         cupy = _cupy()
+        names = ("measure", "reduce", "update") if plan.measured else ("update",)
         with torch.cuda.device(device):
             module = cupy.RawModule(code=source(plan), options=OPTIONS)
             try:
-                self.function = module.get_function("bnbx_update")
+                self.functions = {name: module.get_function(f"bnbx_{name}") for name in names}
             except cupy.cuda.compiler.CompileException as error:
                 raise TargetError(
                     f"NVRTC refused the kernel of {plan.describe()}: {error}"
@@ -61,6 +65,7 @@ class Kernel:
         self.tables = [
             torch.from_numpy(tables(s.codebook).pack()).to(device) for s in plan.codebooks
         ]
+        self.zero = torch.zeros(1, dtype=torch.float32, device=device)
         self.most_blocks = (
             torch.cuda.get_device_properties(device).multi_processor_count
             * BLOCKS_PER_MULTIPROCESSOR
@@ -89,23 +94,72 @@ def _kernel(plan: Plan, index: int) -> Kernel:
     return Kernel(plan, torch.device("cuda", index))
 
 
+@dataclass(frozen=True)
+class Launch:
+    """One kernel of a batch: its name, how many blocks it has work for, and its arguments."""
+
+    name: str
+    blocks: int
+    arguments: tuple[Any, ...]
+
+
+def launches(
+    plan: Plan,
+    rows: Any,
+    counts: tuple[int, int],
+    scalars: Any,
+    inputs: Any,
+    found_inf: Any,
+    room: tuple[Any, Any],
+    codebooks: Sequence[Any],
+) -> list[Launch]:
+    """The kernels that update a batch, in order; memory as the launcher holds it.
+
+    `counts` are those of rows and chunks, `room` is for parts and values (`measured_bytes`).
+    """
+    row_count, chunk_count = map(np.int64, counts)
+    blocks = -(-counts[1] * plan.chunk // PIECE // PIECES_PER_LAUNCHED_BLOCK)
+    start = (rows, row_count, chunk_count, scalars, inputs, found_inf)
+    if not plan.measured:
+        return [Launch("update", blocks, (*start, *codebooks))]
+    parts, values = room
+    return [
+        Launch("measure", blocks, (*start, parts, *codebooks)),
+        Launch("reduce", counts[0], (rows, row_count, inputs, found_inf, parts, values)),
+        Launch("update", blocks, (*start, values, *codebooks)),
+    ]
+
+
+def measured_bytes(plan: Plan, row_count: int, chunk_count: int) -> tuple[int, int]:
+    """Bytes for the parts and the values of a launch; at least one each."""
+    signature = make_signature(plan)
+    pieces = chunk_count * plan.chunk // PIECE
+    return max(signature.part_bytes * pieces, 8), max(signature.values_bytes * row_count, 8)
+
+
 def run(batches: Sequence[Batch]) -> None:
-    """Update all batches, one launch each, on the current stream of their device."""
+    """Update all batches, on the current stream of their device."""
     cupy = _cupy()
     for batch in batches:
         device = batch.tensors[0][0].device
         compiled = _kernel(batch.plan, device.index)
         table, chunks = batch.rows()
-        pieces = chunks * batch.plan.chunk // PIECE
-        if pieces == 0:
+        if chunks == 0:
             continue
-        rows, scalars = _send(table, device), _send(batch.scalars, device)
-        sizes = (np.int64(len(table) - 1), np.int64(chunks))
-        pointers = [np.uint64(t.data_ptr()) for t in (scalars, *compiled.tables)]
-        grid = min(-(-pieces // PIECES_PER_LAUNCHED_BLOCK), compiled.most_blocks)
+        counts = (len(table) - 1, chunks)
+        kept = [_send(array, device) for array in (table, batch.scalars, batch.packed_inputs())]
+        kept.append(compiled.zero if batch.found_inf is None else batch.found_inf.float())
+        sizes = measured_bytes(batch.plan, *counts)
+        kept += [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
+        rows, scalars, inputs, found_inf, parts, values = (np.uint64(t.data_ptr()) for t in kept)
+        codebooks = [np.uint64(t.data_ptr()) for t in compiled.tables]
         stream = torch.cuda.current_stream(device)
         with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream.cuda_stream):
-            compiled.function((grid,), (THREADS,), (np.uint64(rows.data_ptr()), *sizes, *pointers))
+            for each in launches(
+                batch.plan, rows, counts, scalars, inputs, found_inf, (parts, values), codebooks
+            ):
+                grid = min(each.blocks, compiled.most_blocks)
+                compiled.functions[each.name]((grid,), (THREADS,), each.arguments)
 
 
 def _send(array: Any, device: torch.device) -> Tensor:

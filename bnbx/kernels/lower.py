@@ -1,21 +1,23 @@
-"""Turns element code into what a kernel runs: vector statements, and scalars made on the host.
+"""Turns rule text into what a kernel runs: vector statements, and scalars made once.
 
 Whatever depends only on hyperparameters and the step (`1 - beta1`, `lr / c1`) is the same for
-every element, so it is computed once in float64 on the host and rounded to float32. Scalar
-factors of a product or quotient are gathered into one: `lr * (m / c1) / d` becomes
-`((lr / c1) * m) / d`, one multiplication and one division. Every target runs the lowered
-statements, the torch reference included, so all of them round alike; the tests hold them against
-the text as it was written, in float64.
+every element, so it is computed once in float64 on the host and rounded to float32. What depends
+on norms too (`lr * trust`) is computed once a tensor, in float64 on the device. Scalar factors of
+a product or quotient are gathered into one: `lr * (m / c1) / d` becomes `((lr / c1) * m) / d`,
+one multiplication and one division. Every target runs the lowered statements, the torch reference
+included, so all of them round alike; the tests hold them against the text as it was written, in
+float64.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bnbx.registry.optimizer import PARAMETER, Optimizer, select
+from bnbx.registry.checks import NORM, NUMEL, select
+from bnbx.registry.optimizer import GRADIENT, PARAMETER, STEP, Optimizer
 from bnbx.registry.rule import (
     Binary,
     Call,
@@ -25,18 +27,40 @@ from bnbx.registry.rule import (
     Negate,
     Number,
     Statement,
+    names,
 )
 
 ONE = Number(1.0)
+ZERO = Number(0.0)
 _MAX_NAME = 40
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """What a kernel runs for each element, and the host expressions it receives as scalars."""
+    """What a kernel runs.
 
-    statements: tuple[Statement, ...]
+    Attributes:
+        element: statements for each element, up to the new states.
+        apply: statements for each element that may need scalars of the tensor.
+        scalars: by name, host expressions that the kernel receives as float32.
+        tensor: statements in float64, once a tensor, between the two.
+        tensor_scalars: by name, expressions in float64, once a tensor, rounded to float32.
+        inputs: the hyperparameters and results of step_code that these read, as float64.
+        norms: the names of which they read the norm.
+    """
+
+    element: tuple[Statement, ...]
+    apply: tuple[Statement, ...]
     scalars: Mapping[str, Expression]
+    tensor: tuple[Statement, ...] = ()
+    tensor_scalars: Mapping[str, Expression] = ()  # type: ignore[assignment]
+    inputs: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
+
+    @property
+    def statements(self) -> tuple[Statement, ...]:
+        """All statements for each element, in order."""
+        return self.element + self.apply
 
 
 @dataclass(frozen=True)
@@ -47,32 +71,101 @@ class _Split:
     vector: Expression | None
 
 
-def lower(spec: Optimizer, switches: Mapping[str, bool]) -> Lowered:
-    """Lower the element code of `spec` with its switches fixed."""
-    return _Lowering(spec, switches).run()
+def lower(spec: Optimizer, switches: Mapping[str, bool], *, skip_zeros: bool = False) -> Lowered:
+    """Lower the sections of `spec` with its switches fixed.
+
+    With `skip_zeros`, elements whose gradient is zero keep their parameter and states.
+    """
+    return _Lowering(spec, switches).run(skip_zeros)
 
 
 class _Lowering:
     def __init__(self, spec: Optimizer, switches: Mapping[str, bool]) -> None:
         self.spec = spec
         self.switches = switches
-        self.stored = {PARAMETER, *(s.name for s in spec.active_states(switches))}
-        inputs = (*spec.hyper, "step", *spec.step.writes)
+        self.states = [state.name for state in spec.active_states(switches)]
+        inputs = (*spec.hyper, STEP, *spec.step.writes)
         self.known: dict[str, Expression] = {name: Name(name) for name in inputs}
+        self.of_tensor: set[str] = {NUMEL}
         self.scalars: dict[str, Expression] = {}
+        self.tensor_scalars: dict[str, Expression] = {}
         self.scalar_names: dict[Expression, str] = {}
 
-    def run(self) -> Lowered:
-        statements = []
-        for statement in self.spec.element.statements:
-            split = self.split(select(statement.value, self.switches))
-            if split.vector is None and statement.target not in self.stored:
+    def run(self, skip_zeros: bool) -> Lowered:
+        applied = [self.selected(s) for s in self.spec.apply.statements]
+        tensor = _live([self.selected(s) for s in self.spec.tensor.statements], applied)
+        norms = {n for s in tensor for n in names(s.value) if n.startswith(NORM)}
+        kept = {PARAMETER, *self.states, *(n.removeprefix(NORM) for n in norms)}
+        element = self.vectors(self.spec.element.statements, kept)
+        per_tensor = self.tensor_statements(tensor, norms)
+        apply = self.vectors(self.spec.apply.statements, {PARAMETER})
+        if skip_zeros:
+            element, apply = self.skipping(element, apply)
+        read = [s.value for s in per_tensor] + list(self.tensor_scalars.values())
+        found = dict.fromkeys(n for value in read for n in names(value))
+        return Lowered(
+            element=tuple(element),
+            apply=tuple(apply),
+            scalars=dict(self.scalars),
+            tensor=tuple(per_tensor),
+            tensor_scalars=dict(self.tensor_scalars),
+            inputs=tuple(n for n in found if n not in self.of_tensor),
+            norms=tuple(sorted(n.removeprefix(NORM) for n in norms)),
+        )
+
+    def selected(self, statement: Statement) -> Statement:
+        value = select(statement.value, self.switches)
+        return Statement(statement.target, value, statement.text)
+
+    def vectors(self, statements: Sequence[Statement], kept: set[str]) -> list[Statement]:
+        """Statements for each element; values that are the same for all of them become known."""
+        found = []
+        for statement in map(self.selected, statements):
+            split = self.split(statement.value)
+            if split.vector is None and statement.target not in kept:
                 self.known[statement.target] = split.scale or ONE
                 continue
             self.known.pop(statement.target, None)
             value = self.join(split)
-            statements.append(Statement(statement.target, value, statement.text))
-        return Lowered(tuple(statements), dict(self.scalars))
+            found.append(Statement(statement.target, value, statement.text))
+        return found
+
+    def tensor_statements(
+        self, statements: Sequence[Statement], norms: set[str]
+    ) -> list[Statement]:
+        """Statements once a tensor; what needs neither norms nor numel is the host's."""
+        self.of_tensor |= norms
+        self.known |= {name: Name(name) for name in (*norms, NUMEL)}
+        found = []
+        for statement in statements:
+            value = self.split(statement.value).scale or ONE
+            if self.is_of_tensor(value):
+                self.of_tensor.add(statement.target)
+                found.append(Statement(statement.target, value, statement.text))
+                value = Name(statement.target)
+            self.known[statement.target] = value
+        return found
+
+    def is_of_tensor(self, value: Expression) -> bool:
+        return any(name in self.of_tensor for name in names(value))
+
+    def skipping(
+        self, element: list[Statement], apply: list[Statement]
+    ) -> tuple[list[Statement], list[Statement]]:
+        """The statements, with the old values kept where the gradient is zero."""
+        text = "skip_zeros: what has no gradient stays as it is"
+        zero = Compare("==", Name(_before(GRADIENT)), ZERO)
+        saved = [
+            Statement(_before(name), Name(name), text)
+            for name in (GRADIENT, PARAMETER, *self.states)
+        ]
+
+        def restored(name: str) -> Statement:
+            return Statement(name, Call("where", (zero, Name(_before(name)), Name(name))), text)
+
+        element = [*saved, *element, *map(restored, self.states)]
+        (apply or element).append(restored(PARAMETER))
+        return element, apply
 
     def split(self, node: Expression) -> _Split:
         match node:
@@ -116,12 +209,12 @@ class _Lowering:
     def call(self, function: str, args: tuple[Expression, ...]) -> _Split:
         parts = [self.split(arg) for arg in args]
         if function == "where" and not isinstance(args[0], Compare):
-            parts[0] = self.split(Compare("!=", args[0], Number(0.0)))
+            parts[0] = self.split(Compare("!=", args[0], ZERO))
         if all(part.vector is None for part in parts):
             return _Split(Call(function, tuple(part.scale or ONE for part in parts)), None)
         if function == "where" and parts[0].vector is None:
-            truth = Call("where", (parts[0].scale or ONE, ONE, Number(0.0)))
-            condition: Expression = Compare("!=", self.reference(truth), Number(0.0))
+            truth = Call("where", (parts[0].scale or ONE, ONE, ZERO))
+            condition: Expression = Compare("!=", self.reference(truth), ZERO)
         else:
             condition = self.join(parts[0])
         return _Split(None, Call(function, (condition, *(self.join(p) for p in parts[1:]))))
@@ -141,10 +234,26 @@ class _Lowering:
         if isinstance(host, Negate) and isinstance(host.operand, Number):
             return Number(-host.operand.value)
         if host not in self.scalar_names:
-            name = _scalar_name(host, taken=self.scalars)
+            name = _scalar_name(host, taken=set(self.scalar_names.values()))
             self.scalar_names[host] = name
-            self.scalars[name] = host
+            (self.tensor_scalars if self.is_of_tensor(host) else self.scalars)[name] = host
         return Name(self.scalar_names[host])
+
+
+def _before(name: str) -> str:
+    """What the old value of `name` is called; no rule's name ends in an underscore."""
+    return f"{name}_before_"
+
+
+def _live(statements: list[Statement], readers: Sequence[Statement]) -> list[Statement]:
+    """The statements whose results are needed, in the end, by `readers`."""
+    needed = {name for reader in readers for name in names(reader.value)}
+    found = []
+    for statement in reversed(statements):
+        if statement.target in needed:
+            needed |= set(names(statement.value))
+            found.append(statement)
+    return found[::-1]
 
 
 def _product(a: Expression | None, b: Expression | None) -> Expression | None:
@@ -200,9 +309,9 @@ _WORDS = {"-": " minus ", "+": " plus ", "/": " over ", "*": " times ", ".": " p
 _WORDS |= {"=": " equals ", "<": " below ", ">": " above ", "!": " not "}
 
 
-def _scalar_name(host: Expression, taken: Mapping[str, Expression]) -> str:
+def _scalar_name(host: Expression, taken: set[str]) -> str:
     """A readable identifier. It ends in an underscore, so no rule can have written it itself."""
-    if isinstance(host, Call) and host.function == "where" and host.args[1:] == (ONE, Number(0.0)):
+    if isinstance(host, Call) and host.function == "where" and host.args[1:] == (ONE, ZERO):
         host = host.args[0]
     words = "".join(_WORDS.get(char, char) for char in text(host).replace("==", "="))
     name = re.sub(r"\W+", "_", words).strip("_").lower() + "_"

@@ -7,7 +7,7 @@ tested against.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -15,8 +15,13 @@ from torch import Tensor
 
 from bnbx.kernels.batch import Batch
 from bnbx.kernels.codebook import tables
-from bnbx.kernels.evaluate import evaluate, tensor_operations
+from bnbx.kernels.evaluate import Operations, evaluate, tensor_operations
+from bnbx.kernels.master import load, store
+from bnbx.kernels.packing import pack, unpack
 from bnbx.kernels.plan import Plan, Storage
+from bnbx.kernels.signature import RESIDUAL_TYPES
+from bnbx.registry.checks import NORM, NUMEL
+from bnbx.registry.rule import Statement
 
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
@@ -24,27 +29,64 @@ SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 def run(batches: Sequence[Batch]) -> None:
     """Update all batches, tensor by tensor."""
     for batch in batches:
-        for tensors in batch.tensors:
-            update(batch.plan, batch.scalars.tolist(), tensors)
+        if batch.found_inf is not None and bool(batch.found_inf):
+            continue
+        for number, chunk in enumerate(batch.first_chunks()):
+            update(batch, number, chunk * batch.plan.chunk)
 
 
-def update(plan: Plan, scalars: Sequence[float], tensors: Sequence[Tensor]) -> None:
-    """Update one parameter in place; `tensors` as in `Batch.tensors`."""
-    p, g = tensors[0], tensors[1]
-    device = p.device
-    operations = tensor_operations(torch.float32, device)
-    values = {"p": p.reshape(-1).float(), "g": g.reshape(-1).float()}
-    for name, number in zip(plan.lowered.scalars, scalars, strict=True):
-        values[name] = torch.tensor(number, dtype=torch.float32, device=device)
-    stored = list(_by_storage(plan, tensors[2:]))
+def update(batch: Batch, number: int, first_place: int) -> None:
+    """Update one parameter in place; `first_place` numbers its noise."""
+    plan, tensors = batch.plan, batch.tensors[number]
+    lowered, p, gradient_scale = plan.lowered, tensors[0], tensors[-1]
+    rest = list(tensors[2:-1])
+    residual = rest.pop(0).view(-1) if plan.master in RESIDUAL_TYPES else None
+    operations = tensor_operations(torch.float32, p.device)
+    values = {
+        "p": load(plan.master, p.reshape(-1), residual),
+        "g": tensors[1].reshape(-1).float() * gradient_scale,
+    }
+    for name, scalar in zip(lowered.scalars, batch.scalars.tolist(), strict=True):
+        values[name] = torch.tensor(scalar, dtype=torch.float32, device=p.device)
+    stored = list(_by_storage(plan, rest))
     for storage, parts in stored:
         values[storage.state.name] = _load(storage, parts, p.numel())
-    for statement in plan.lowered.statements:
+    _run(lowered.element, values, operations)
+    states = {s.state.name: values[s.state.name] for s, _ in stored}
+    values |= _tensor_values(plan, batch.inputs.tolist(), values)
+    _run(lowered.apply, values, operations)
+    for storage, parts in stored:
+        _store(storage, states[storage.state.name], parts)
+    flat = p.reshape(-1)
+    store(plan.master, values["p"], flat, residual, batch.seed, first_place)
+    p.copy_(flat.view_as(p))
+
+
+def _run(
+    statements: Sequence[Statement], values: dict[str, Tensor], operations: Operations
+) -> None:
+    for statement in statements:
         result = evaluate(statement.value, values, operations)
         values[statement.target] = result.expand_as(values["p"])
-    for storage, parts in stored:
-        _store(storage, values[storage.state.name], parts)
-    p.copy_(values["p"].view_as(p))
+
+
+def _tensor_values(
+    plan: Plan, inputs: Sequence[float], values: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The scalars of tensor_code, which runs in float64 where the device has it."""
+    lowered, device = plan.lowered, values["p"].device
+    if not lowered.tensor_scalars:
+        return {}
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    operations = tensor_operations(wide, device)
+    numbers = dict(zip(lowered.inputs, inputs, strict=True)) | {NUMEL: values["p"].numel()}
+    found = {n: torch.tensor(x, dtype=wide, device=device) for n, x in numbers.items()}
+    for name in lowered.norms:
+        found[NORM + name] = values[name].to(wide).square().sum().sqrt()
+    for statement in lowered.tensor:
+        found[statement.target] = evaluate(statement.value, found, operations)
+    scalars = lowered.tensor_scalars.items()
+    return {name: evaluate(value, found, operations).float() for name, value in scalars}
 
 
 def _by_storage(plan: Plan, tensors: Sequence[Tensor]) -> Iterator[tuple[Storage, list[Tensor]]]:
@@ -58,7 +100,7 @@ def _by_storage(plan: Plan, tensors: Sequence[Tensor]) -> Iterator[tuple[Storage
 def _load(storage: Storage, parts: list[Tensor], numel: int) -> Tensor:
     if storage.quant_type is None:
         return parts[0].reshape(-1)
-    return decode(storage, parts[0].reshape(-1), parts[1])[:numel]
+    return decode(storage, parts[0].reshape(-1), parts[1], numel)
 
 
 def _store(storage: Storage, value: Tensor, parts: list[Tensor]) -> None:
@@ -80,21 +122,25 @@ def _codebook(storage: Storage, device: torch.device) -> tuple[Tensor, Tensor, T
     return levels, thresholds, order, found.zero_code
 
 
-def decode(storage: Storage, codes: Tensor, absmax: Tensor) -> Tensor:
-    """Codes (numel,) uint8 and absmax (blocks,) float32 to values (numel,) float32."""
-    levels, *_ = _codebook(storage, codes.device)
-    scale = absmax.repeat_interleave(storage.block_size)[: codes.numel()]
+def decode(storage: Storage, packed: Tensor, absmax: Tensor, numel: int) -> Tensor:
+    """Packed codes (bytes,) uint8 and absmax (blocks,) float32 to values (numel,) float32."""
+    assert storage.quant_type is not None
+    levels, *_ = _codebook(storage, packed.device)
+    codes = unpack(packed, storage.quant_type, numel)
+    scale = absmax if storage.whole else absmax.repeat_interleave(storage.block_size)[:numel]
     return levels[codes.long()] * scale
 
 
 def encode(storage: Storage, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Values (numel,) float32 to codes (numel,) uint8 and absmax (blocks,) float32.
+    """Values (numel,) float32 to packed codes (bytes,) uint8 and absmax (blocks,) float32.
 
     A block with NaN or infinity gets absmax NaN; one whose largest magnitude is subnormal gets
     absmax 0. Both get the code of zero throughout.
     """
     _, thresholds, order, zero_code = _codebook(storage, values.device)
-    size, numel = storage.block_size, values.numel()
+    assert storage.quant_type is not None
+    numel = values.numel()
+    size = max(numel, 1) if storage.whole else storage.block_size
     padded = torch.nn.functional.pad(values, (0, -numel % size)).view(-1, size)
     # As integers, magnitudes compare like floats, and NaN is the largest.
     largest = (padded.view(torch.int32) & 0x7FFFFFFF).amax(1).view(torch.float32)
@@ -106,4 +152,4 @@ def encode(storage: Storage, values: Tensor) -> tuple[Tensor, Tensor]:
     scaled = torch.where(usable[:, None], padded * inverse[:, None], 0 * one)
     codes = order[torch.bucketize(scaled, thresholds)]
     codes = torch.where(usable[:, None], codes, torch.full_like(codes, zero_code))
-    return codes.view(-1)[:numel], absmax
+    return pack(codes.view(-1)[:numel], storage.quant_type), absmax

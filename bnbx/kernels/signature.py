@@ -1,7 +1,9 @@
 """The arguments of a kernel, in order: the one list that renderer and launcher share.
 
 A launch hands over a table with a row per tensor (pointers and sizes, 64 bits each), the scalars
-of the step, and the tables of each codebook (`Plan.codebooks`).
+of the step (float32), its inputs (float64), and the tables of each codebook (`Plan.codebooks`).
+Where a plan is measured, there is room for what the first pass finds: a `Part` for each chunk, and
+the values of each tensor.
 """
 
 from __future__ import annotations
@@ -10,6 +12,9 @@ from dataclasses import dataclass
 
 from bnbx.kernels.plan import Plan
 from bnbx.registry.rule import Expression
+
+RESIDUAL = "residual"
+RESIDUAL_TYPES = {"kahan": "Parameter", "residual": "i8"}
 
 
 @dataclass(frozen=True)
@@ -35,10 +40,17 @@ class Column:
 
 @dataclass(frozen=True)
 class Signature:
-    """Columns of the row table, and scalars."""
+    """Columns of the row table, scalars, inputs, and the sizes in bytes of what is measured.
+
+    `seeded` says that the inputs end with the seed of the step's noise.
+    """
 
     columns: tuple[Column, ...]
     scalars: tuple[tuple[str, Expression], ...]
+    inputs: tuple[str, ...]
+    seeded: bool
+    part_bytes: int
+    values_bytes: int
 
 
 def absmax_name(state: str) -> str:
@@ -49,11 +61,22 @@ def absmax_name(state: str) -> str:
 def make_signature(plan: Plan) -> Signature:
     """The signature that follows from a plan."""
     columns = [Column("p", "Parameter"), Column("g", "Gradient", writable=False)]
+    if plan.master in RESIDUAL_TYPES:
+        columns.append(Column(RESIDUAL, RESIDUAL_TYPES[plan.master]))
     for storage in plan.storages:
         name = storage.state.name
         if storage.quant_type is None:
             columns.append(Column(name, "float"))
         else:
             columns += [Column(name, "u8"), Column(absmax_name(name), "float")]
+    columns.append(Column("gradient_scale", "float", writable=False))
     columns += [Column("Numel", ""), Column("FirstChunk", "")]
-    return Signature(tuple(columns), tuple(plan.lowered.scalars.items()))
+    norms, whole = len(plan.lowered.norms), len(plan.whole)
+    return Signature(
+        columns=tuple(columns),
+        scalars=tuple(plan.lowered.scalars.items()),
+        inputs=plan.lowered.inputs,
+        seeded=plan.master == "stochastic",
+        part_bytes=8 * (norms + -(-whole // 2)),
+        values_bytes=4 * (len(plan.lowered.tensor_scalars) + 2 * whole),
+    )

@@ -11,11 +11,12 @@ from typing import Any
 
 import jinja2
 
-from bnbx.kernels.c_code import c_statements, comment
+from bnbx.kernels.c_code import c_expression, c_statements, comment, literal64
 from bnbx.kernels.codebook import tables
 from bnbx.kernels.lower import text
+from bnbx.kernels.packing import codes_per_byte
 from bnbx.kernels.plan import Plan, Storage
-from bnbx.kernels.signature import make_signature
+from bnbx.kernels.signature import RESIDUAL_TYPES, make_signature
 
 C_TYPES = {"float32": "float", "bfloat16": "bfloat16", "float16": "float16"}
 
@@ -42,33 +43,58 @@ def render(plan: Plan, template: str) -> str:
 
 
 def _names(plan: Plan) -> dict[str, Any]:
+    lowered, signature = plan.lowered, make_signature(plan)
     declared = ["p", "g", *(storage.state.name for storage in plan.storages)]
+    element = c_statements(lowered.element, declared)
+    written = [statement.target for statement in lowered.element]
+    load, store = _parameter(plan)
     return {
         "plan": plan,
         "title": comment(plan.describe()),
         "subtitle": comment(f"{plan.spec.summary} ({plan.spec.source or 'no source given'})."),
-        "signature": make_signature(plan),
+        "signature": signature,
         "parameter": C_TYPES[plan.parameter],
         "gradient": C_TYPES[plan.gradient],
-        "staged": plan.parameter == plan.gradient == "float16",
-        "scalars": [(name, text(value)) for name, value in plan.lowered.scalars.items()],
-        "statements": c_statements(plan.lowered.statements, declared),
+        "residual": RESIDUAL_TYPES.get(plan.master, ""),
+        "staged": plan.parameter == plan.gradient == "float16" and plan.master == "none",
+        "load_p": load,
+        "store_p": store,
+        "scalars": [(name, text(value)) for name, value in lowered.scalars.items()],
+        "tensor_scalars": [
+            (name, text(value), c_expression(value, literal64))
+            for name, value in lowered.tensor_scalars.items()
+        ],
+        "norms": lowered.norms,
+        "element_lines": element,
+        "tensor_lines": c_statements(lowered.tensor, (), "double", literal64),
+        "apply_lines": c_statements(lowered.apply, [*declared, *written]),
         "types": [_type(storage) for storage in plan.codebooks],
         "states": [(s, type_name(s) if s.quant_type else "") for s in plan.storages],
+        "tracked": [(s, type_name(s)) for s in plan.quantized if not s.whole],
     }
+
+
+def _parameter(plan: Plan) -> tuple[str, str]:
+    """How an element of the parameter is read, and how it is written."""
+    if plan.master in RESIDUAL_TYPES:
+        return "load_parameter(P[I], Residual[I])", "store_parameter(p, P[I], Residual[I]);"
+    if plan.master == "stochastic":
+        return "to_float(P[I])", "round_stochastically(p, noise(Seed, PLACE), P[I]);"
+    return "to_float(P[I])", "from_float(p, P[I]);"
 
 
 def type_name(storage: Storage) -> str:
     """Name of the traits struct of a quantized storage; states that share a codebook share it."""
     assert storage.quant_type is not None
     kind = "signed" if storage.state.signed else "unsigned"
-    return f"{storage.quant_type.name}_{kind}"
+    return f"{storage.quant_type.name}_{kind}" + ("_whole" if storage.whole else "")
 
 
 def _type(storage: Storage) -> dict[str, Any]:
     """The traits of a codebook, as the templates name them."""
     found = tables(storage.codebook)
     buckets, segments = found.buckets, found.segments
+    assert storage.quant_type is not None
     return {
         "name": type_name(storage),
         "block": storage.block_size,
@@ -78,6 +104,9 @@ def _type(storage: Storage) -> dict[str, Any]:
         "floor": f"{buckets.floor if buckets else 0:#010x}u",
         "ceiling": f"{buckets.ceiling if buckets else 0:#010x}u",
         "zero_code": found.zero_code,
+        "bits": storage.quant_type.bits,
+        "per_byte": codes_per_byte(storage.quant_type),
+        "whole": _bool(storage.whole),
         "signed": _bool(buckets is not None and buckets.signed),
         "ordered": _bool(found.ordered),
         "segments": _bool(segments is not None),

@@ -1,13 +1,13 @@
 """The one engine: a `torch.optim.Optimizer` that runs any rule on any quant types.
 
-It keeps states, resolves hyperparameters, gathers the tensors of a step into batches of equal
-plans, and hands them to `bnbx.kernels.launch`. It knows no rule and no type by name.
+It keeps states, resolves each parameter's values, gathers the tensors of a step into batches of
+equal plans, and hands them to `bnbx.kernels.launch`. It knows no rule and no type by name.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Hashable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,23 +16,29 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import ParamsT
 
-from bnbx.errors import CheckpointError, OptionError, UnknownNameError
-from bnbx.kernels.batch import Batch, step_scalars
-from bnbx.kernels.launch import launch
+from bnbx.errors import OptionError
+from bnbx.kernels.launch import Choice, choose, launch
 from bnbx.kernels.threads import safe_after_fork
+from bnbx.optimizers import saving
 from bnbx.optimizers import state as states
+from bnbx.optimizers.clipping import NORMS, clip_factor
 from bnbx.optimizers.gather import Gathering, Slots, check_parameter
+from bnbx.optimizers.modes import Modes
+from bnbx.optimizers.overrides import compile_overrides, split_names
+from bnbx.optimizers.paging import Pages
+from bnbx.optimizers.resolution import Resolution
+from bnbx.optimizers.scaling import Scaling
+from bnbx.optimizers.switches import check_implementation
 from bnbx.registry import Optimizer as OptimizerSpec
 from bnbx.registry import optimizers, quant_types
-from bnbx.registry.config import OPTIONS, Resolved, check_known, resolve
-from bnbx.registry.names import closest
+from bnbx.registry.config import Resolved, check_known, resolve
 from bnbx.registry.optimizer import STEP
+from bnbx.registry.options import unaliased
 
-# What torch's schedulers write into groups, which may be used again for a new optimizer.
-SCHEDULER_KEYS = frozenset(
-    "initial_lr base_lr max_lr min_lr swa_lr base_momentum max_momentum".split()
+# What the constructor takes beside the arguments that are resolved for each parameter.
+CONSTRUCTOR_ARGUMENTS = frozenset(
+    "params rule overrides page_dir foreach fused capturable differentiable".split()
 )
-FORMAT = 1  # of state dicts; raised when their layout changes
 
 
 class Optimizer8bit(torch.optim.Optimizer):
@@ -42,44 +48,60 @@ class Optimizer8bit(torch.optim.Optimizer):
         params: parameters, named parameters or groups of them, as for any torch optimizer; of
             dtype float32, bfloat16 or float16.
         rule: an optimizer's name in the registry, or a spec.
-        bits: width of the states: 32 for float32, else the bits of a default quant type (8).
-        state_types: a quant type's name for all states, or by state; overrides `bits`.
-        min_8bit_size: parameters with fewer elements keep their states in float32.
-        arguments: the rule's hyperparameters, such as lr; a group may override each of them,
-            and the options above.
+        overrides: {pattern on parameter names: {argument: value}}; see `bnbx.optimizers.overrides`.
+        page_dir: directory for the files of paged states; see `bnbx.optimizers.paging`.
+        foreach, fused: accepted as by torch.optim, where they choose between implementations of
+            one result; here every step is fused over all tensors.
+        capturable, differentiable: only False.
+        arguments: the rule's hyperparameters, such as lr, and the options of
+            `bnbx.registry.options`: bits, state_types, min_8bit_size, block_wise, ... A group may
+            override each of them.
 
     A parameter's gradient must have its device and shape. A NaN or infinite gradient spreads as in
     torch.optim to its own element at once; where the state is quantized, the block that holds the
-    element (256 elements) reads as NaN from the next step on, and no other block is touched.
+    element reads as NaN from the next step on, and no other block is touched.
 
     Raises:
         UnknownNameError, OptionError: before anything is allocated.
         UnsupportedTensorError: a parameter that cannot be updated.
     """
 
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler leaves unscaling to the step
+
     def __init__(
         self,
         params: ParamsT,
         rule: str | OptimizerSpec,
         *,
-        bits: int = OPTIONS["bits"],
-        state_types: str | Mapping[str, str] | None = None,
-        min_8bit_size: int = OPTIONS["min_8bit_size"],
+        overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        page_dir: str | os.PathLike[str] | None = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         **arguments: Any,
     ) -> None:
         if isinstance(params, torch.nn.Module):
             raise OptionError("params is a module; pass its parameters: model.parameters()")
         if not isinstance(rule, (str, OptimizerSpec)):
             raise OptionError(f"rule={rule!r}: expected a name or a bnbx.registry.Optimizer")
+        check_implementation(foreach, fused, capturable, differentiable)
         self.spec = optimizers().get(rule) if isinstance(rule, str) else rule
-        options = {"bits": bits, "state_types": state_types, "min_8bit_size": min_8bit_size}
-        given = {**arguments, **options}
-        check_known(self.spec, arguments)
-        defaults = {a: self.spec.default(a) for a in self.spec.arguments}
+        given = {name: _plain(value) for name, value in unaliased(arguments).items()}
+        check_known(self.spec, given)
         resolve(self.spec, quant_types(), [("argument", given)])
-        self._resolved: dict[Any, Resolved] = {}
+        self._resolution = Resolution(self.spec, given, compile_overrides(overrides))
+        self._pages = Pages(page_dir)
+        self._start()
+        super().__init__(_listed(params), dict(self._resolution.defaults))
+        self._resolution.patterns.check_named(self.param_groups)
+        self._resolution.patterns.check_all_used(self._resolution.parameter_names.values())
+
+    def _start(self) -> None:
+        """What is not saved or pickled."""
         self._slots = Slots(self.spec)
-        super().__init__(params, {k: _plain(v) for k, v in {**defaults, **given}.items()})
+        self._scaling = Scaling()
+        self._modes = Modes(self.spec)
 
     # ---- groups
 
@@ -92,77 +114,93 @@ class Optimizer8bit(torch.optim.Optimizer):
             UnsupportedTensorError: a parameter that cannot be updated.
         """
         if isinstance(param_group, Mapping):
-            self._check_keys(key for key in param_group if key != "params")
-            param_group = {key: _plain(value) for key, value in param_group.items()}
+            self._resolution.check_keys(key for key in param_group if key != "params")
+            given = {key: _plain(value) for key, value in unaliased(param_group).items()}
+            param_group = split_names(given)
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
-            self._resolve(group)
+            self._resolution.add_names(group)
+            resolved = self._resolution.of_group(group)
             for p in group["params"]:
                 check_parameter(p)
+                self._resolution.of(p, group, resolved)
         except Exception:
             self.param_groups.pop()
             raise
 
-    def _check_keys(self, keys: Iterable[str]) -> None:
-        """Groups may carry tags of their own (schedulers add some), but no near misses."""
-        known = (*self.spec.arguments, *OPTIONS)
-        for key in keys:
-            near = closest(key, known)
-            if near and key not in known and key not in SCHEDULER_KEYS:
-                raise UnknownNameError(
-                    f"parameter group: {self.spec.name} has no argument {key!r}; "
-                    f"did you mean {near!r}? It has: {', '.join(known)}"
-                )
+    def resolved(self, p: Tensor) -> Resolved:
+        """The values of one of the optimizer's parameters.
 
-    def _resolve(self, group: Mapping[str, Any]) -> Resolved:
-        """The group's values, checked again whenever one has changed."""
-        names = (*self.spec.arguments, *OPTIONS)
-        layer = {name: group[name] for name in names}
-        key = tuple(map(_hashable, layer.values()))
-        found = self._resolved.get(key)
-        if found is None:
-            if len(self._resolved) >= 256:  # a schedule makes a new learning rate every step
-                self._resolved.clear()
-            found = resolve(self.spec, quant_types(), [("param group", layer)])
-            self._resolved[key] = found
-        return found
+        Raises:
+            OptionError: it is none of them.
+        """
+        for group in self.param_groups:
+            if any(p is each for each in group["params"]):
+                return self._resolution.of(p, group, self._resolution.of_group(group))
+        raise OptionError(f"a tensor of shape {tuple(p.shape)} is no parameter of this optimizer")
+
+    def choice(self, p: Tensor) -> Choice:
+        """The target that updates a parameter, and why not a faster one; may compile its kernel."""
+        gradient = p.dtype if p.grad is None else p.grad.dtype
+        return choose(self._slots.plan(p, gradient, self.resolved(p)), p.device.type)
+
+    @property
+    def resolution(self) -> Resolution:
+        """What resolves the values of groups and parameters."""
+        return self._resolution
+
+    @property
+    def pages(self) -> Pages:
+        """What makes paged states."""
+        return self._pages
+
+    @property
+    def mode(self) -> str:
+        """ "train" or "eval"; see `eval`."""
+        return self._modes.mode
 
     # ---- the step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(
+        self, closure: Callable[[], Any] | None = None, *, grad_scale: Any = None
+    ) -> Any:
         """Update every parameter that has a gradient.
 
         Args:
             closure: computes the loss anew and returns it.
+            grad_scale: a number or tensor that gradients are divided by on the way in, as they
+                come out of a scaled loss; they themselves stay as they are.
 
         Returns:
             What the closure returned, else None.
 
         Raises:
             UnsupportedTensorError: a gradient that cannot be used; then nothing was updated.
+            OptionError: the optimizer is in evaluation mode.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._modes.check_training()
         with safe_after_fork():
-            self._update()
+            self._update(grad_scale)
         return loss
 
-    def _update(self) -> None:
+    def _update(self, grad_scale: Any) -> None:
+        self._scaling.settle()
+        found_inf = getattr(self, "found_inf", None)
+        if self._scaling.overflowed(found_inf):
+            return
+        scale = getattr(self, "grad_scale", None) if grad_scale is None else grad_scale
         gathering = Gathering()
-        for number, group in enumerate(self.param_groups):
-            resolved = self._resolve(group)
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._slots.add(gathering, number, p, self._states_of(p, resolved), resolved)
-        batches = []
-        for (number, plan_id, step), tensors in gathering.tensors.items():
-            plan, resolved = gathering.about[number, plan_id, step]
-            batches.append(Batch(plan, step_scalars(plan, resolved.hyper, step), tensors))
-        launch(batches)
+        for p, resolved in self._with_gradient():
+            saved = self._states_of(p, resolved)
+            factor = self._factor(p, saved, resolved, scale)
+            self._slots.add(gathering, p, p.grad, saved, resolved, factor)  # type: ignore[arg-type]
+        launch(gathering.batches(found_inf))
         for p, updated in gathering.copies:
             p.copy_(updated)
         for p in gathering.updated:  # kernels write behind autograd's back; tell it
@@ -170,162 +208,106 @@ class Optimizer8bit(torch.optim.Optimizer):
                 increment_version(p)
         for saved in gathering.stepped:
             saved[STEP] += 1
+        self._scaling.remember(found_inf, gathering.stepped)
+
+    def _with_gradient(self) -> Iterator[tuple[Tensor, Resolved]]:
+        for group in self.param_groups:
+            of_group = self._resolution.of_group(group)
+            for p in group["params"]:
+                if p.grad is not None:
+                    yield p, self._resolution.of(p, group, of_group)
+
+    def _factor(
+        self, p: Tensor, saved: states.ParameterState, resolved: Resolved, grad_scale: Any
+    ) -> Tensor:
+        """What the kernel multiplies a gradient by."""
+        factor = self._scaling.factor(p.device, resolved.options["maximize"], grad_scale)
+        percentile = resolved.options["percentile_clipping"]
+        if percentile < 100 and p.grad is not None:
+            factor = factor * clip_factor(p.grad, saved[NORMS], saved[STEP] + 1, percentile)
+        return factor
 
     def _states_of(self, p: Tensor, resolved: Resolved) -> states.ParameterState:
         saved: states.ParameterState = self.state[p]
         if not saved:
             saved[STEP] = 0
+        pages = self._pages if resolved.options["paged"] else None
         for state in self.spec.active_states(resolved.switches):
             if state.name not in saved:  # new, or switched on by a change of its hyperparameter
-                saved.update(states.new_state(p, state, resolved))
+                saved.update(states.new_state(p, state, resolved, pages))
+        for key in states.engine_entries(p, resolved):
+            if key not in saved:
+                saved.update(states.new_engine_state(p, key, resolved))
         return saved
+
+    # ---- evaluation
+
+    def eval(self) -> None:
+        """Turn the parameters into those to evaluate, for rules that tell them apart."""
+        self._modes.switch(self, "eval")
+
+    def train(self) -> None:
+        """Turn the parameters back into those to train; the mode of a new optimizer."""
+        self._modes.switch(self, "train")
 
     # ---- saving
 
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's, plus a "bnbx" entry that says which rule and tables the states belong to."""
-        saved = super().state_dict()
-        names = {n for g in self.param_groups for n in self._resolve(g).state_types.values()}
-        tables = {n: t.digest for n in sorted(names) if (t := states.quantized_type(n))}
-        saved["bnbx"] = {"format": FORMAT, "rule": self.spec.name, "quant_types": tables}
-        return saved
+    def state_dict(self, *, save_as: str = "bnbx") -> dict[str, Any]:
+        """As torch's, plus a "bnbx" entry that says which rule and tables the states belong to.
+
+        Args:
+            save_as: "bnbx", or "bitsandbytes" for what its optimizers load.
+
+        Raises:
+            OptionError: another name.
+            CheckpointError: that format cannot hold these states.
+        """
+        self._scaling.settle()
+        return saving.written(self, super().state_dict(), save_as)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the states and the groups' values, exactly as they were saved.
+        """Take over states, and the hyperparameters of groups.
 
-        As in torch, the saved values of groups win over those given here: learning rates, and the
-        type of states too (an 8-bit checkpoint makes an 8-bit optimizer).
+        As in torch, the saved hyperparameters win over those given here. How states are stored
+        (bits, state_types, paged, ...) is this optimizer's choice: states of another type are
+        converted, with a warning.
 
         Raises:
             CheckpointError: it does not fit; then the optimizer is as before.
         """
-        try:
-            groups, loaded = self._read(state_dict)
-        except (TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
-            raise CheckpointError(
-                f"the state dict is malformed: {type(error).__name__}: {error}"
-            ) from error
+        groups, loaded = saving.read(self, state_dict)
+        self._modes.mode = saving.mode_of(state_dict)
         self._slots.clear()
         self.param_groups = groups
         self.state.clear()
         self.state.update(loaded)
+        self._resolution.clear()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _read(
-        self, state_dict: dict[str, Any]
-    ) -> tuple[list[dict[str, Any]], dict[Tensor, states.ParameterState]]:
-        """The groups and states of a state dict, checked; nothing of the optimizer changes."""
-        state_dict = dict(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
-        self._check_format(state_dict)
-        groups = _merged_groups(self.param_groups, state_dict["param_groups"])
-        return groups, self._checked_states(groups, state_dict)
-
-    def _checked_states(
-        self, groups: list[dict[str, Any]], state_dict: Mapping[str, Any]
-    ) -> dict[Tensor, states.ParameterState]:
-        """The saved states by parameter, on its device; nothing of the optimizer changes."""
-        loaded: dict[Tensor, states.ParameterState] = {}
-        for number, (group, entry) in enumerate(
-            zip(groups, state_dict["param_groups"], strict=True)
-        ):
-            try:
-                resolved = self._resolve(group)
-            except (OptionError, UnknownNameError) as error:
-                raise CheckpointError(f"state dict, group {number}: {error}") from None
-            for p, index in zip(group["params"], entry["params"], strict=True):
-                if saved := state_dict["state"].get(index):
-                    label = f"state dict, group {number}, parameter {index}"
-                    if not isinstance(saved, Mapping):
-                        raise CheckpointError(f"{label}: {saved!r}; expected a dict of states")
-                    saved = {k: _to_device(value, p.device) for k, value in saved.items()}
-                    states.check_states(label, p, saved, self.spec.states, resolved)
-                    loaded[p] = saved
-        return loaded
-
-    def _check_format(self, state_dict: Mapping[str, Any]) -> None:
-        about = state_dict.get("bnbx")
-        if about is None and _has_our_groups(state_dict):
-            return  # torch.distributed.checkpoint keeps states and groups only
-        if not isinstance(about, Mapping) or not {"state", "param_groups"} <= set(state_dict):
-            raise CheckpointError(
-                "this is no state dict of a bnbx optimizer (of torch.optim or bitsandbytes, "
-                f"perhaps): it has the keys {sorted(map(str, state_dict))}; expected 'state', "
-                "'param_groups' and 'bnbx'"
-            )
-        if about.get("format") != FORMAT:
-            raise CheckpointError(
-                f"the state dict has format {about.get('format')!r}; this version of bnbx "
-                f"reads format {FORMAT}. Load it with the version that wrote it."
-            )
-        if about.get("rule") != self.spec.name:
-            raise CheckpointError(
-                f"the state dict is of rule {about.get('rule')!r}, this optimizer is "
-                f"{self.spec.name!r}"
-            )
-        for name, digest in about.get("quant_types", {}).items():
-            if name not in quant_types():
-                raise CheckpointError(
-                    f"the state dict has states of quant type {name!r}, which is not registered; "
-                    "install the plugin that brings it"
-                )
-            if quant_types().get(name).digest != digest:
-                raise CheckpointError(
-                    f"the state dict was written with another table for quant type {name!r}; its "
-                    "codes would be read as other numbers"
-                )
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "spec": self.spec}
+        self._scaling.settle()
+        own = {"spec": self.spec, "_resolution": self._resolution, "_pages": self._pages}
+        return {**super().__getstate__(), **own, "_modes": self._modes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._resolved = {}
-        self._slots = Slots(state["spec"])
+        self.spec = state["spec"]
+        self._start()
         super().__setstate__(state)
+        self._resolution.clear()
 
 
-def _has_our_groups(state_dict: Mapping[str, Any]) -> bool:
-    """Whether every group has the options that only bnbx writes."""
-    groups = state_dict.get("param_groups") or []
-    return "state" in state_dict and all(set(OPTIONS) <= set(g) for g in groups) and bool(groups)
-
-
-def _hashable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return tuple(sorted(value.items()))
-    if isinstance(value, list):
-        return tuple(value)
-    if isinstance(value, Tensor):
-        return float(value)
-    return value if isinstance(value, Hashable) else repr(value)
+def _listed(params: Any) -> Any:
+    """Parameters that torch takes: pairs of names and tensors go into a group of their own."""
+    if isinstance(params, (Tensor, Mapping)):
+        return params
+    params = list(params)
+    if params and all(isinstance(item, tuple) for item in params):
+        return [{"params": params}]
+    return params
 
 
 def _plain(value: Any) -> Any:
     """NumPy scalars as Python's own numbers, so that a checkpoint holds nothing else."""
     return value.item() if isinstance(value, np.generic) else value
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    """A copy of a tensor, contiguous and on the parameter's device; anything else as it is."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.to(device, copy=True, memory_format=torch.contiguous_format)
-
-
-def _merged_groups(
-    current: list[dict[str, Any]], saved: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """The saved groups' values with the current groups' parameters."""
-    sizes = [[len(g["params"]) for g in groups] for groups in (current, saved)]
-    if sizes[0] != sizes[1]:
-        raise CheckpointError(
-            f"the state dict has groups of {sizes[1]} parameters, the optimizer has {sizes[0]}"
-        )
-    kept = ("params", "param_names")
-    return [
-        {**old, **copy.deepcopy({k: v for k, v in new.items() if k not in kept})}
-        for old, new in zip(current, saved, strict=True)
-    ]

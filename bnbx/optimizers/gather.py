@@ -1,4 +1,4 @@
-"""Gathers the tensors of a step into batches: parameters of one group, plan and step count.
+"""Gathers the tensors of a step into batches: parameters of equal values, plan and step count.
 
 What does not change from step to step (the plan, which state tensors there are) is kept per
 parameter in a slot, and used only while everything it was made from is still the same object.
@@ -16,13 +16,16 @@ import torch
 from torch import Tensor
 
 from bnbx.errors import UnsupportedTensorError
+from bnbx.kernels.batch import Batch, step_scalars
 from bnbx.kernels.plan import DTYPES, Plan, make_plan
+from bnbx.kernels.signature import RESIDUAL, RESIDUAL_TYPES
 from bnbx.optimizers.state import (
     ParameterState,
+    check_held,
     check_states,
-    storage_types,
+    master_of,
+    storage_of,
     tensor_names,
-    type_key,
 )
 from bnbx.registry import Optimizer as OptimizerSpec
 from bnbx.registry.config import Resolved
@@ -30,7 +33,6 @@ from bnbx.registry.optimizer import STEP
 
 DTYPE_NAMES: Mapping[torch.dtype, str] = {getattr(torch, name): name for name in DTYPES}
 _STRIDED = torch.strided
-KernelKey = tuple[tuple[tuple[str, Any], ...], ...]
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Slot:
     """What a parameter's step needs besides pointers."""
 
     plan: Plan
-    kernel_key: KernelKey
+    kernel_key: Any
     saved: ParameterState
     names: tuple[str, ...]
     tensors: tuple[Tensor, ...]
@@ -46,7 +48,7 @@ class Slot:
     shape: torch.Size
     dtypes: tuple[torch.dtype, torch.dtype]
 
-    def fits(self, p: Tensor, g: Tensor, saved: ParameterState, kernel_key: KernelKey) -> bool:
+    def fits(self, p: Tensor, g: Tensor, saved: ParameterState, kernel_key: Any) -> bool:
         """Whether nothing that the slot was made from has changed."""
         return (
             self.kernel_key is kernel_key
@@ -60,7 +62,7 @@ class Slot:
         )
 
 
-BatchKey = tuple[int, int, int]  # group, plan (by identity), step
+BatchKey = tuple[int, int, int]  # resolved values and plan (both by identity), step
 
 
 class Gathering:
@@ -73,6 +75,22 @@ class Gathering:
         self.updated: list[Tensor] = []
         self.stepped: list[ParameterState] = []
 
+    def batches(self, found_inf: Tensor | None) -> list[Batch]:
+        """What is to be launched."""
+        made = []
+        for number, (key, tensors) in enumerate(self.tensors.items()):
+            plan, resolved = self.about[key]
+            step = key[2]
+            scalars, inputs = step_scalars(plan, resolved.hyper, step)
+            made.append(Batch(plan, scalars, tensors, inputs, seed_of(step, number), found_inf))
+        return made
+
+
+def seed_of(step: int, number: int) -> int:
+    """The seed of the noise of a step's batch: 32 bits, far apart for neighbors."""
+    mixed = (step * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03) & (2**64 - 1)
+    return ((mixed ^ (mixed >> 29)) * 0xBF58476D1CE4E5B9 >> 32) & 0xFFFFFFFF
+
 
 class Slots:
     """The slots of an optimizer's parameters."""
@@ -81,24 +99,23 @@ class Slots:
         self.spec = spec
         self._slots: dict[Tensor, Slot] = {}
         self._plans: dict[Any, Plan] = {}
-        self._kernel_keys: dict[KernelKey, KernelKey] = {}
+        self._kernel_keys: dict[Any, Any] = {}
 
     def add(
-        self, to: Gathering, number: int, p: Tensor, saved: ParameterState, resolved: Resolved
+        self,
+        to: Gathering,
+        p: Tensor,
+        g: Tensor,
+        saved: ParameterState,
+        resolved: Resolved,
+        gradient_scale: Tensor,
     ) -> None:
-        """Add a parameter of group `number`, which has a gradient, with its states.
+        """Add a parameter with its gradient and states; `gradient_scale` is what multiplies g.
 
         Raises:
             UnsupportedTensorError: the gradient cannot be used.
         """
-        g = p.grad
-        assert g is not None
-        if g.layout is not _STRIDED or g.device != p.device or g.dtype not in DTYPE_NAMES:
-            refuse_gradient(p)
-        kernel_key = self._kernel_keys.setdefault(resolved.kernel_key, resolved.kernel_key)
-        slot = self._slots.get(p)
-        if slot is None or not slot.fits(p, g, saved, kernel_key):
-            slot = self._slots[p] = self._make(p, g, saved, resolved, kernel_key)
+        slot = self.slot(p, g, saved, resolved)
         to.stepped.append(saved)
         if not p.numel():
             return
@@ -107,48 +124,61 @@ class Slots:
         if not p.is_contiguous():
             target = p.contiguous()
             to.copies.append((p, target))
-        key = (number, id(slot.plan), saved[STEP] + 1)
+        key = (id(resolved), id(slot.plan), saved[STEP] + 1)
         if key not in to.tensors:
             to.tensors[key] = []
             to.about[key] = (slot.plan, resolved)
-        to.tensors[key].append((target, g.contiguous(), *slot.tensors))
+        to.tensors[key].append((target, g.contiguous(), *slot.tensors, gradient_scale))
+
+    def slot(self, p: Tensor, g: Tensor, saved: ParameterState, resolved: Resolved) -> Slot:
+        """The slot of a parameter, made anew if anything has changed."""
+        if g.layout is not _STRIDED or g.device != p.device or g.dtype not in DTYPE_NAMES:
+            refuse_gradient(p, g)
+        kernel_key = self._kernel_keys.setdefault(resolved.kernel_key, resolved.kernel_key)
+        slot = self._slots.get(p)
+        if slot is None or not slot.fits(p, g, saved, kernel_key):
+            slot = self._slots[p] = self._make(p, g, saved, resolved, kernel_key)
+        return slot
 
     def _make(
-        self,
-        p: Tensor,
-        g: Tensor,
-        saved: ParameterState,
-        resolved: Resolved,
-        kernel_key: KernelKey,
+        self, p: Tensor, g: Tensor, saved: ParameterState, resolved: Resolved, kernel_key: Any
     ) -> Slot:
         check_parameter(p)
-        active = self.spec.active_states(resolved.switches)
         if g.shape != p.shape:
             raise UnsupportedTensorError(
                 f"a parameter of shape {tuple(p.shape)} has a gradient of shape {tuple(g.shape)}; "
                 "was p.data replaced? Make a new optimizer for the new shape"
             )
-        held = [saved[s.name] for s in active if isinstance(saved.get(s.name), Tensor)]
-        if any(tensor.numel() != p.numel() for tensor in held):
-            raise UnsupportedTensorError(
-                f"a parameter of shape {tuple(p.shape)} has states of shape "
-                f"{[tuple(tensor.shape) for tensor in held]}; was p.data or optimizer.state "
-                "replaced? Make a new optimizer for the new shape"
-            )
-        types = storage_types(saved, active, resolved, p.numel())
-        quantized = tuple(type_key(s.name) in saved for s in active)
-        key = (kernel_key, p.dtype, g.dtype, quantized)
+        active = self.spec.active_states(resolved.switches)
+        storages = tuple(storage_of(state, resolved, p.numel()) for state in active)
+        check_held(saved, storages)
         label = f"the state of a parameter of shape {tuple(p.shape)}"
-        check_states(label, p, saved, self.spec.states, resolved)
+        check_states(label, p, saved, self.spec, resolved)
+        quantized = tuple(storage.quant_type is not None for storage in storages)
+        key = (kernel_key, p.dtype, g.dtype, quantized)
         if key not in self._plans:
-            self._plans[key] = make_plan(
-                self.spec, resolved.switches, DTYPE_NAMES[p.dtype], DTYPE_NAMES[g.dtype], types
-            )
-        names = tensor_names(types)
+            self._plans[key] = self.plan(p, g.dtype, resolved)
+        plan = self._plans[key]
+        names = tensor_names(storages)
+        names = (RESIDUAL, *names) if plan.master in RESIDUAL_TYPES else names
         tensors = tuple(saved[name] for name in names)
         sizes = tuple(map(Tensor.numel, tensors))
         dtypes = (p.dtype, g.dtype)
-        return Slot(self._plans[key], kernel_key, saved, names, tensors, sizes, p.shape, dtypes)
+        return Slot(plan, kernel_key, saved, names, tensors, sizes, p.shape, dtypes)
+
+    def plan(self, p: Tensor, gradient: torch.dtype, resolved: Resolved) -> Plan:
+        """The plan of a parameter with these values."""
+        active = self.spec.active_states(resolved.switches)
+        return make_plan(
+            self.spec.clipped if resolved.clip else self.spec,
+            resolved.switches,
+            DTYPE_NAMES[p.dtype],
+            DTYPE_NAMES[gradient],
+            {s.name: storage_of(s, resolved, p.numel()).quant_type for s in active},
+            block_wise=bool(resolved.options["block_wise"]),
+            master=master_of(p, resolved),
+            skip_zeros=bool(resolved.options["skip_zeros"]),
+        )
 
     def clear(self) -> None:
         """Let go of all tensors."""
@@ -174,12 +204,9 @@ def check_parameter(p: Tensor) -> None:
         )
 
 
-def refuse_gradient(p: Tensor) -> None:
+def refuse_gradient(p: Tensor, g: Tensor) -> None:
     """Raise UnsupportedTensorError about the gradient of `p`."""
-    g = p.grad
-    assert g is not None
     raise UnsupportedTensorError(
         f"the gradient of a parameter of shape {tuple(p.shape)} is {g.dtype}, {g.layout}, on "
         f"{g.device}; expected a dense tensor of {', '.join(map(str, DTYPE_NAMES))} on {p.device}"
-        + ("; make the layer with sparse=False" if g.layout is not _STRIDED else "")
     )

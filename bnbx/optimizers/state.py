@@ -1,79 +1,198 @@
 """The states of a parameter: how they are made, told apart, and checked when loaded.
 
-A quantized state is three entries of `optimizer.state[p]`: the codes under the state's name (uint8,
-of the parameter's shape), `<name>_absmax` (float32, one per block) and `<name>_type`, the quant
-type's name. A state without these is a float32 tensor of the parameter's shape. `step` is a Python
+A quantized state is three entries of `optimizer.state[p]`: the codes under the state's name
+(uint8, of the parameter's shape; one-dimensional where several codes share a byte),
+`<name>_absmax` (float32, one per block, or one in all) and `<name>_type`, the quant type's name. A
+state without these is a float32 tensor of the parameter's shape. `residual` is what a 16-bit
+parameter's master keeps beside it, `gnorm_vec` the last 100 gradient norms. `step` is a Python
 int, 1 after the first step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bnbx.errors import CheckpointError, OptionError
-from bnbx.kernels.signature import absmax_name
+from bnbx.kernels.master import residual_dtype
+from bnbx.kernels.packing import codes_per_byte, packed_size
+from bnbx.kernels.plan import Storage
+from bnbx.kernels.reference import decode, encode
+from bnbx.kernels.signature import RESIDUAL, absmax_name
+from bnbx.optimizers.clipping import HISTORY, NORMS
+from bnbx.optimizers.paging import Pages
+from bnbx.registry import Optimizer as OptimizerSpec
 from bnbx.registry import QuantType, quant_types
 from bnbx.registry.config import Resolved
-from bnbx.registry.optimizer import STEP, State
+from bnbx.registry.optimizer import PARAMETER, STEP, State
 from bnbx.registry.quant_type import FLOAT32
 
 ParameterState = dict[str, Any]
+WHOLE = "/tensor"  # ends the type's label where one absmax serves the whole tensor
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor that is kept for a parameter."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return self.shape.numel() * self.dtype.itemsize
 
 
 def type_key(state: str) -> str:
-    """Key of the name of the quant type that holds a state."""
+    """Key of the label of the quant type that holds a state."""
     return f"{state}_type"
 
 
-def quantized_type(name: str) -> QuantType | None:
-    """The quant type of this name, None for "float32"."""
-    return None if name == FLOAT32 else quant_types().get(name)
+def label_of(storage: Storage) -> str:
+    """What is written under `type_key`; "float32" for a state that is not quantized."""
+    if storage.quant_type is None:
+        return FLOAT32
+    return storage.quant_type.name + (WHOLE if storage.whole else "")
 
 
-def new_state(p: Tensor, state: State, resolved: Resolved) -> ParameterState:
-    """The entries of a fresh state of `p`: zero, before the first step."""
-    quant_type = quantized_type(resolved.state_types[state.name])
-    if quant_type is None or p.numel() < resolved.min_8bit_size:
-        return {state.name: torch.zeros(p.shape, dtype=torch.float32, device=p.device)}
-    zero = quant_type.codebook(signed=state.signed).zero_code
-    blocks = -(-p.numel() // quant_type.block_size)
+def storage_of(state: State, resolved: Resolved, numel: int) -> Storage:
+    """How a state of a parameter with `numel` elements is to be stored."""
+    name = resolved.state_types[state.name]
+    if name == FLOAT32 or numel < resolved.min_8bit_size:
+        return Storage(state, None)
+    return Storage(state, quant_types().get(name), bool(resolved.options["block_wise"]))
+
+
+def master_of(p: Tensor, resolved: Resolved) -> str:
+    """The master of a parameter; only 16-bit ones need any."""
+    return str(resolved.options["master"]) if p.dtype in HALF_DTYPES else "none"
+
+
+def blocks_of(storage: Storage, numel: int) -> int:
+    """How many absmax a quantized state has."""
+    return min(numel, 1) if storage.whole else -(-numel // storage.block_size)
+
+
+def entries_of(storage: Storage, shape: torch.Size) -> dict[str, Entry]:
+    """The tensors of one state, by key."""
+    name, quant_type = storage.state.name, storage.quant_type
+    if quant_type is None:
+        return {name: Entry(shape, torch.float32)}
+    numel = shape.numel()
+    packed = codes_per_byte(quant_type) > 1
+    codes = torch.Size([packed_size(quant_type, numel)]) if packed else shape
+    blocks = torch.Size([blocks_of(storage, numel)])
     return {
-        state.name: torch.full(p.shape, zero, dtype=torch.uint8, device=p.device),
-        absmax_name(state.name): torch.zeros(blocks, dtype=torch.float32, device=p.device),
-        type_key(state.name): quant_type.name,
+        name: Entry(codes, torch.uint8),
+        absmax_name(name): Entry(blocks, torch.float32),
     }
 
 
-def storage_types(
-    saved: Mapping[str, Any], states: tuple[State, ...], resolved: Resolved, numel: int
-) -> dict[str, QuantType | None]:
-    """How the states of a parameter of `numel` elements are stored.
+def engine_entries(p: Tensor, resolved: Resolved) -> dict[str, Entry]:
+    """The tensors that the engine keeps beside the rule's states, by key."""
+    found = {}
+    dtype = residual_dtype(master_of(p, resolved), p.dtype)
+    if dtype is not None:
+        found[RESIDUAL] = Entry(p.shape, dtype)
+    if resolved.options["percentile_clipping"] < 100:
+        found[NORMS] = Entry(torch.Size([HISTORY]), torch.float32)
+    return found
 
-    Raises:
-        OptionError: a state has another type than its group asks for by now.
-    """
-    types: dict[str, QuantType | None] = {}
-    for state in states:
-        held = saved.get(type_key(state.name), FLOAT32)
-        wanted = resolved.state_types[state.name] if numel >= resolved.min_8bit_size else FLOAT32
-        if held != wanted:
+
+def layout(p: Tensor, spec: OptimizerSpec, resolved: Resolved) -> dict[str, Entry]:
+    """All tensors that `p` has or will have, by key."""
+    found: dict[str, Entry] = {}
+    for state in spec.active_states(resolved.switches):
+        found |= entries_of(storage_of(state, resolved, p.numel()), p.shape)
+    return found | engine_entries(p, resolved)
+
+
+def state_bytes(p: Tensor, spec: OptimizerSpec, resolved: Resolved) -> dict[str, int]:
+    """Bytes of each tensor that `p` has or will have, by key."""
+    return {key: entry.bytes for key, entry in layout(p, spec, resolved).items()}
+
+
+def new_state(p: Tensor, state: State, resolved: Resolved, pages: Pages | None) -> ParameterState:
+    """The entries of a fresh state of `p`, before the first step."""
+    storage = storage_of(state, resolved, p.numel())
+    entries = entries_of(storage, p.shape)
+    if state.initial == PARAMETER:
+        value = p.detach().to(torch.float32, copy=True).contiguous()
+        return {state.name: value if pages is None else pages.copy_of(value)}
+    number = float(resolved.hyper[state.initial]) if state.initial else 0.0
+    if storage.quant_type is None:
+        return {state.name: _full(entries[state.name], number, p, pages)}
+    codes, absmax = encode(storage, torch.full((1,), number))
+    code = int(codes[0]) >> (8 - 8 // codes_per_byte(storage.quant_type))
+    return {
+        state.name: _full(entries[state.name], _repeated(code, storage.quant_type), p, pages),
+        absmax_name(state.name): _full(
+            entries[absmax_name(state.name)], float(absmax[0]), p, pages
+        ),
+        type_key(state.name): label_of(storage),
+    }
+
+
+def _repeated(code: int, quant_type: QuantType) -> int:
+    """A byte full of a code."""
+    return sum(code << (quant_type.bits * i) for i in range(codes_per_byte(quant_type)))
+
+
+def _full(entry: Entry, value: float, p: Tensor, pages: Pages | None) -> Tensor:
+    if pages is not None:
+        return pages.zeros(entry.shape, entry.dtype, value)
+    return torch.full(entry.shape, value, dtype=entry.dtype, device=p.device)
+
+
+def values_of(storage: Storage, saved: Mapping[str, Any], shape: torch.Size) -> Tensor:
+    """The values of a state of a parameter of `shape`, in float32."""
+    name = storage.state.name
+    if storage.quant_type is None:
+        return torch.as_tensor(saved[name])
+    packed, absmax = saved[name].reshape(-1), saved[absmax_name(name)]
+    return decode(storage, packed, absmax, shape.numel()).view(shape)
+
+
+def encoded(storage: Storage, values: Tensor) -> dict[str, Tensor]:
+    """The tensors of a state with these values (float32), by key."""
+    name = storage.state.name
+    if storage.quant_type is None:
+        return {name: values}
+    codes, absmax = encode(storage, values.reshape(-1))
+    shape = entries_of(storage, values.shape)[name].shape
+    return {name: codes.view(shape), absmax_name(name): absmax}
+
+
+def new_engine_state(p: Tensor, key: str, resolved: Resolved) -> ParameterState:
+    """A fresh tensor of `engine_entries`."""
+    entry = engine_entries(p, resolved)[key]
+    return {key: torch.zeros(entry.shape, dtype=entry.dtype, device=p.device)}
+
+
+def check_held(saved: Mapping[str, Any], storages: tuple[Storage, ...]) -> None:
+    """Raise OptionError if a state is stored in another way than its parameter asks for by now."""
+    for storage in storages:
+        held = saved.get(type_key(storage.state.name), FLOAT32)
+        if held != label_of(storage):
             raise OptionError(
-                f"state {state.name!r} is held in {held}, but its group now asks for {wanted}; "
-                "bits, state_types and min_8bit_size cannot change during a run"
+                f"state {storage.state.name!r} is held in {held}, but its parameter now asks for "
+                f"{label_of(storage)}; bits, state_types, block_wise and min_8bit_size cannot "
+                "change during a run (load_state_dict into a new optimizer converts)"
             )
-        types[state.name] = quantized_type(held)
-    return types
 
 
-def tensor_names(types: Mapping[str, QuantType | None]) -> tuple[str, ...]:
+def tensor_names(storages: tuple[Storage, ...]) -> tuple[str, ...]:
     """Keys of the state tensors in the order of a kernel's columns."""
     names: list[str] = []
-    for name, quant_type in types.items():
-        names += [name] if quant_type is None else [name, absmax_name(name)]
+    for storage in storages:
+        name = storage.state.name
+        names += [name] if storage.quant_type is None else [name, absmax_name(name)]
     return tuple(names)
 
 
@@ -86,7 +205,7 @@ def describe(value: Any) -> str:
 
 
 def check_states(
-    label: str, p: Tensor, saved: Mapping[str, Any], states: tuple[State, ...], resolved: Resolved
+    label: str, p: Tensor, saved: Mapping[str, Any], spec: OptimizerSpec, resolved: Resolved
 ) -> None:
     """Raise CheckpointError if `saved` cannot be the states of `p`: a kernel trusts their sizes.
 
@@ -96,40 +215,39 @@ def check_states(
     step = saved.get(STEP)
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise CheckpointError(f"{label}: 'step' is {step!r}; expected a whole number >= 0")
-    types = {STEP}  # entries that are no tensors
-    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for state in states:
-        shape = tuple(p.shape)
-        if state.name not in saved and not resolved.active(state):
-            continue
-        if absmax_name(state.name) not in saved:
-            expected[state.name] = (shape, torch.float32)
-            continue
-        quant_type = quantized_type(resolved.state_types[state.name])
-        if quant_type is None:
-            raise CheckpointError(
-                f"{label}: state {state.name!r} is quantized, but its group says float32; "
-                "bits and state_types cannot change during a run"
-            )
-        expected[state.name] = (shape, torch.uint8)
-        blocks = -(-p.numel() // quant_type.block_size)
-        expected[absmax_name(state.name)] = ((blocks,), torch.float32)
-        types.add(type_key(state.name))
-        if saved.get(type_key(state.name)) != quant_type.name:
-            raise CheckpointError(
-                f"{label}: state {state.name!r} is held in {saved.get(type_key(state.name))!r}, "
-                f"but its group says {quant_type.name!r}"
-            )
-    for key in expected.keys() - saved.keys():
+    types: dict[str, str] = {}
+    expected = engine_entries(p, resolved)
+    for state in spec.states:
+        if state.name in saved or resolved.active(state):
+            storage = storage_of(state, resolved, p.numel())
+            expected |= entries_of(storage, p.shape)
+            if storage.quant_type is not None:
+                types[type_key(state.name)] = label_of(storage)
+    known = expected.keys() | types.keys() | {STEP, RESIDUAL, NORMS}
+    for key in (expected.keys() | types.keys()) - saved.keys():
         raise CheckpointError(f"{label}: {key!r} is missing; there are {sorted(saved)}")
-    for key in saved.keys() - expected.keys() - types:
+    for key in saved.keys() - known:
         raise CheckpointError(f"{label}: unexpected {key!r}; expected {sorted(expected)}")
-    for key, (shape, dtype) in expected.items():
-        value = saved[key]
-        fits = isinstance(value, Tensor) and tuple(value.shape) == shape and value.dtype == dtype
-        if not fits or value.device != p.device or not value.is_contiguous():
-            got = describe(value)
+    for key, held in types.items():
+        if saved[key] != held:
             raise CheckpointError(
-                f"{label}: {key!r} is {got}; expected {dtype} of shape {shape}, "
-                f"contiguous, on {p.device}"
+                f"{label}: {key!r} is {saved[key]!r}, but its parameter asks for {held!r}"
             )
+    for key, entry in expected.items():
+        _check_tensor(f"{label}: {key!r}", saved[key], entry, p, resolved)
+
+
+def _check_tensor(label: str, value: Any, entry: Entry, p: Tensor, resolved: Resolved) -> None:
+    fits = (
+        isinstance(value, Tensor)
+        and value.shape == entry.shape
+        and value.dtype == entry.dtype
+        and value.is_contiguous()
+    )
+    # The pages of a paged run lie in the memory of the host.
+    near = fits and (value.device == p.device or bool(resolved.options["paged"]))
+    if not near:
+        raise CheckpointError(
+            f"{label} is {describe(value)}; expected {entry.dtype} of shape "
+            f"{tuple(entry.shape)}, contiguous, on {p.device}"
+        )

@@ -4,17 +4,8 @@ from __future__ import annotations
 
 from bnbx.registry.catalog import Catalog
 from bnbx.registry.hookspecs import hookimpl
-from bnbx.registry.optimizer import (
-    Constraint,
-    Hyper,
-    Optimizer,
-    State,
-    flag,
-    fraction,
-    number,
-    positive,
-    rate,
-)
+from bnbx.registry.hyper import Hyper, flag, fraction, number, positive, rate, steps
+from bnbx.registry.optimizer import Constraint, Optimizer, State
 from bnbx.registry.plugins import plugins
 from bnbx.registry.quant_type import QuantType
 
@@ -34,6 +25,7 @@ __all__ = [
     "positive",
     "quant_types",
     "rate",
+    "steps",
 ]
 
 

@@ -1,8 +1,8 @@
 """Resolves what a user asked for into what the engine does: a pure function over the registry.
 
-Values come in layers (spec defaults, then the constructor's arguments, then a parameter group);
-a later layer wins, and every resolved value remembers the layer it came from. Nothing is
-allocated before everything has been resolved.
+Values come in layers (spec defaults, then the constructor's arguments, then a parameter group,
+then overrides); a later layer wins, and every resolved value remembers the layer it came from.
+Nothing is allocated before everything has been resolved.
 """
 
 from __future__ import annotations
@@ -16,41 +16,51 @@ from bnbx.errors import OptionError, UnknownNameError
 from bnbx.registry.catalog import Catalog
 from bnbx.registry.evaluate import HOST, evaluate
 from bnbx.registry.names import nearest
-from bnbx.registry.optimizer import Optimizer, State
+from bnbx.registry.optimizer import CLIP, UPDATE, Optimizer, State
+from bnbx.registry.options import OPTIONS, check_option, options_of
 from bnbx.registry.quant_type import FLOAT32, QuantType
 from bnbx.registry.rule import parse_condition
 
-OPTIONS: Mapping[str, Any] = {"bits": 8, "state_types": None, "min_8bit_size": 4096}
 Layer = tuple[str, Mapping[str, Any]]
+DEFAULT = "default"
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """What one group of parameters gets.
+    """What a parameter gets.
 
     Attributes:
         hyper: value by hyperparameter, packs unpacked.
         switches: truth of the hyperparameters that are compiled in.
         state_types: quant type name by state, "float32" for none.
-        min_8bit_size: tensors with fewer elements keep their states in float32.
+        options: value by option; see `bnbx.registry.options`.
+        clip: whether the rule runs in its clipped form.
         origins: the layer that each argument's value came from.
     """
 
     hyper: Mapping[str, float | bool]
     switches: Mapping[str, bool]
     state_types: Mapping[str, str]
-    min_8bit_size: int
+    options: Mapping[str, Any]
+    clip: bool
     origins: Mapping[str, str]
+
+    @property
+    def min_8bit_size(self) -> int:
+        """Tensors with fewer elements keep their states in float32."""
+        return int(self.options["min_8bit_size"])
 
     def active(self, state: State) -> bool:
         """Whether the state exists with these hyperparameters."""
         return state.when is None or self.switches[state.when]
 
     @cached_property
-    def kernel_key(self) -> tuple[tuple[tuple[str, Any], ...], ...]:
+    def kernel_key(self) -> tuple[Any, ...]:
         """The part of it that decides how states are stored and kernels compiled."""
-        sizes = (("min_8bit_size", self.min_8bit_size),)
-        return tuple(self.switches.items()), tuple(self.state_types.items()), sizes
+        chosen = ("min_8bit_size", "block_wise", "skip_zeros", "master")
+        options = tuple((name, self.options[name]) for name in chosen)
+        switches, types = tuple(self.switches.items()), tuple(self.state_types.items())
+        return switches, types, options, self.clip
 
 
 def resolve(spec: Optimizer, types: Catalog[QuantType], layers: Sequence[Layer]) -> Resolved:
@@ -60,32 +70,59 @@ def resolve(spec: Optimizer, types: Catalog[QuantType], layers: Sequence[Layer])
         UnknownNameError: a key that is no argument, or a quant type or state that is not there.
         OptionError: a value out of range, or a required one missing.
     """
-    values: dict[str, Any] = {**OPTIONS, **{a: spec.default(a) for a in spec.arguments}}
-    origins = dict.fromkeys(values, "default")
+    values = {**options_of(spec), **{a: spec.default(a) for a in spec.arguments}}
+    origins = dict.fromkeys(values, DEFAULT)
     for origin, layer in layers:
-        check_known(spec, layer)
+        check_known(spec, layer, origin)
         values.update(layer)
         origins.update(dict.fromkeys(layer, origin))
+    try:
+        return _resolved(spec, types, values, origins)
+    except OptionError as error:
+        names = [name for name in values if f"{name}=" in str(error)]
+        told = {origins[name] for name in names} - {DEFAULT, "argument"}
+        where = f" (from {', '.join(sorted(told))})" if told else ""
+        raise OptionError(f"{error}{where}") from None
+
+
+def _resolved(
+    spec: Optimizer, types: Catalog[QuantType], values: Mapping[str, Any], origins: dict[str, str]
+) -> Resolved:
     hyper = _hyper(spec, values)
     for constraint in spec.constraints:
         if not evaluate(parse_condition(constraint.condition), hyper, HOST):
             raise OptionError(f"{spec.name}: {constraint.message}")
+    options = {name: check_option(name, values[name]) for name in OPTIONS if name not in spec.hyper}
+    clip = options.get(CLIP, 0.0) > 0
+    if clip:
+        _check_clip(spec)
+        hyper[CLIP] = float(options[CLIP])
     return Resolved(
         hyper=hyper,
         switches={name: bool(hyper[name]) for name in spec.switches},
         state_types=_state_types(spec, types, values["bits"], values["state_types"]),
-        min_8bit_size=_size(values["min_8bit_size"]),
+        options=options,
+        clip=clip,
         origins=origins,
     )
 
 
-def check_known(spec: Optimizer, names: Iterable[str]) -> None:
+def _check_clip(spec: Optimizer) -> None:
+    if not spec.can_clip:
+        raise OptionError(
+            f"{spec.name}: {CLIP} needs a rule that writes its update as {UPDATE!r} in "
+            "element_code and p in apply_code; this one does not"
+        )
+
+
+def check_known(spec: Optimizer, names: Iterable[str], origin: str = "argument") -> None:
     """Raise UnknownNameError for a name that is neither an argument of `spec` nor an option."""
-    known = (*spec.arguments, *OPTIONS)
+    prefix = "" if origin == "argument" else f"{origin}: "
+    known = (*spec.arguments, *options_of(spec))
     for name in names:
         if name not in known:
             raise UnknownNameError(
-                f"{spec.name} has no argument {name!r}{nearest(name, known)}; "
+                f"{prefix}{spec.name} has no argument {name!r}{nearest(name, known)}; "
                 f"it has: {', '.join(known)}"
             )
 
@@ -94,7 +131,7 @@ def _hyper(spec: Optimizer, values: Mapping[str, Any]) -> dict[str, float | bool
     found: dict[str, Any] = {}
     for argument in spec.arguments:
         value = values[argument]
-        if value is None:
+        if value is None and spec.required(argument):
             raise OptionError(f"{spec.name}: {argument} is required")
         if argument in spec.packs:
             found.update(_unpack(spec, argument, value))
@@ -123,7 +160,7 @@ def _state_types(
     spec: Optimizer, types: Catalog[QuantType], bits: Any, chosen: Any
 ) -> dict[str, str]:
     default = FLOAT32 if bits == 32 and not isinstance(bits, bool) else _default_type(types, bits)
-    states = [state.name for state in spec.states]
+    states = [state.name for state in spec.states if state.quantized]
     if chosen is None:
         chosen = {}
     if isinstance(chosen, str):
@@ -133,12 +170,13 @@ def _state_types(
     for state, name in chosen.items():
         if state not in states:
             raise UnknownNameError(
-                f"{spec.name} has no state {state!r}{nearest(str(state), states)}; "
+                f"{spec.name} has no state {state!r} to quantize{nearest(str(state), states)}; "
                 f"it has: {', '.join(states) or '(none)'}"
             )
         if name != FLOAT32:
             types.get(name)
-    return {state: chosen.get(state, default) for state in states}
+    found = {state: chosen.get(state, default) for state in states}
+    return {state.name: found.get(state.name, FLOAT32) for state in spec.states}
 
 
 def _default_type(types: Catalog[QuantType], bits: Any) -> str:
@@ -150,9 +188,3 @@ def _default_type(types: Catalog[QuantType], bits: Any) -> str:
             "for other quant types pass state_types"
         )
     return found.name
-
-
-def _size(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise OptionError(f"min_8bit_size={value!r}: expected a whole number >= 0")
-    return value

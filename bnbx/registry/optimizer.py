@@ -1,14 +1,12 @@
 """The optimizer spec: states, hyperparameters and rule text.
 
 From it come the C++ and CUDA kernels, the torch reference, the constructor's signature, the
-checks of its arguments and the layout of its state. All checks that need no values are made here,
-when the spec is made.
+checks of its arguments and the layout of its state. All checks that need no values are made
+when the spec is made; see `bnbx.registry.checks`.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Mapping
 from functools import cached_property
 from types import MappingProxyType
@@ -17,112 +15,47 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, PlainSerializer, model_validator
 from typing_extensions import Self
 
-from bnbx.errors import OptionError, RuleError
-from bnbx.registry.names import nearest
-from bnbx.registry.rule import (
-    Call,
-    Code,
-    Name,
-    Statement,
-    check_name,
-    names,
-    parse,
-    parse_condition,
-)
+from bnbx.registry.checks import bare_conditions, check_spec
+from bnbx.registry.hyper import Hyper, rate
+from bnbx.registry.rule import Code, parse
 from bnbx.registry.spec import Frozen, Spec
 
-PARAMETER, GRADIENT, STEP = "p", "g", "step"
-MAX_SWITCHES = 6
-# What users pass beside a rule's hyperparameters.
-ENGINE_ARGUMENTS = ("params", "rule", "paged", "bits", "state_types", "min_8bit_size")
+PARAMETER, GRADIENT, STEP, UPDATE = "p", "g", "step", "u"
+CLIP = "max_unorm"
 
 
-class Hyper(Frozen):
-    """A hyperparameter: its default (None: required) and the values it may take.
-
-    A flag is compiled into the kernel, as is the truth of any hyperparameter that the rule uses
-    bare as a condition; all other values reach the kernel at launch.
-    """
-
-    default: float | bool | None
-    minimum: float | None = None
-    below: float | None = None
-    positive: bool = False
-    flag: bool = False
-
-    def check(self, name: str, value: Any) -> float | bool:
-        """Return `value` as a number this hyperparameter can take.
-
-        Raises:
-            OptionError: saying what it can take.
-        """
-        if self.flag:
-            if not isinstance(value, bool):
-                raise OptionError(f"{name}={value!r}: expected True or False")
-            return value
-        try:
-            number = math.nan if isinstance(value, str) else float(value)
-        except (TypeError, ValueError, RuntimeError, OverflowError):
-            raise OptionError(f"{name}={value!r}: expected a number {self.range}") from None
-        inside = (
-            math.isfinite(number)
-            and not (self.minimum is not None and number < self.minimum)
-            and not (self.below is not None and number >= self.below)
-            and not (self.positive and number <= 0)
-        )
-        if isinstance(value, bool) or not inside:
-            raise OptionError(f"{name}={value!r}: expected a number {self.range}")
-        return number
-
-    @property
-    def range(self) -> str:
-        """The allowed values in words."""
-        if self.flag:
-            return "True or False"
-        parts = [f">= {self.minimum:g}"] if self.minimum is not None else []
-        parts += ["> 0"] if self.positive else []
-        parts += [f"< {self.below:g}"] if self.below is not None else []
-        return " and ".join(parts) or "(finite)"
-
-
-def rate(default: float | None = None) -> Hyper:
-    """A number >= 0, such as a learning rate or a weight decay."""
-    return Hyper(default=default, minimum=0.0)
-
-
-def fraction(default: float | None = None) -> Hyper:
-    """A number in [0, 1), such as a decay rate."""
-    return Hyper(default=default, minimum=0.0, below=1.0)
-
-
-def positive(default: float | None = None) -> Hyper:
-    """A number > 0."""
-    return Hyper(default=default, positive=True)
-
-
-def number(default: float | None = None) -> Hyper:
-    """Any finite number."""
-    return Hyper(default=default)
-
-
-def flag(default: bool) -> Hyper:
-    """True or False, compiled into the kernel."""
-    return Hyper(default=default, flag=True)
+FrozenTable = Annotated[
+    Mapping[str, str],
+    AfterValidator(lambda table: MappingProxyType(dict(table))),
+    PlainSerializer(dict),
+]
 
 
 class State(Frozen):
-    """A tensor kept per parameter, of the parameter's shape, zero before the first step.
+    """A tensor kept per parameter, of the parameter's shape.
 
     Attributes:
         name: as the rule text uses it, and the key in `optimizer.state[p]`.
         signed: False if it never goes below zero; an unsigned quant table then has twice the
             resolution.
         when: name of a hyperparameter; the state exists only while that is not zero.
+        initial: its value before the first step: a hyperparameter's, "p" for that of the
+            parameter, or None for zero.
+        quantized: False for a state that is as precise as the parameter itself and stays float32
+            whatever type is asked for.
+        saved_as: its key in checkpoints of other libraries, by library; `key[i]` is the i-th of
+            several states that are stacked under one key.
     """
 
     name: str
     signed: bool = True
     when: str | None = None
+    initial: str | None = None
+    quantized: bool = True
+    saved_as: FrozenTable = Field(default_factory=dict, validate_default=True)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.signed, self.when, self.initial, self.quantized))
 
 
 class Constraint(Frozen):
@@ -147,12 +80,22 @@ PackTable = Annotated[
 class Optimizer(Spec):
     """An update rule.
 
-    `step_code` runs on the host in float64 once a step and sees the hyperparameters and `step`
-    (1 on the first). `element_code` runs on the device in float32 for each element and sees
-    also `p` (the parameter), `g` (its gradient), the states, and the results of `step_code`; it
-    must write `p` and every state. Scalar parts of element code (`1 - beta1`, `lr / c1`) are
-    computed in float64 on the host too, rounded once. `packs` joins hyperparameters into tuples
-    that users pass and groups store under one name, such as betas.
+    Attributes:
+        step_code: runs on the host in float64 once a step; sees the hyperparameters and `step` (1
+            on the first).
+        element_code: runs on the device in float32 for each element; sees also `p` (the
+            parameter), `g` (its gradient), the states, and the results of step_code. It writes
+            every state. Scalar parts of it (`1 - beta1`, `lr / c1`) are computed in float64 on
+            the host, rounded once.
+        tensor_code: runs on the device in float64 once a tensor, after element_code has run for
+            all of its elements; sees `numel` and, for any name x of element_code, `norm_x`, the
+            Euclidean norm of x over the tensor.
+        apply_code: runs for each element after tensor_code, and sees what both have computed. `p`
+            is written in apply_code if there is one, else in element_code.
+        eval_code, train_code: what `optimizer.eval()` and `optimizer.train()` do to `p`, for
+            rules whose parameters in training are not the ones to evaluate.
+        packs: joins hyperparameters into tuples that users pass and groups store under one name,
+            such as betas.
     """
 
     states: tuple[State, ...] = ()
@@ -161,6 +104,10 @@ class Optimizer(Spec):
     constraints: tuple[Constraint, ...] = ()
     step_code: str = ""
     element_code: str
+    tensor_code: str = ""
+    apply_code: str = ""
+    eval_code: str = ""
+    train_code: str = ""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -178,14 +125,31 @@ class Optimizer(Spec):
         return parse(self.element_code, "element_code")
 
     @cached_property
+    def tensor(self) -> Code:
+        """Parsed `tensor_code`."""
+        return parse(self.tensor_code, "tensor_code")
+
+    @cached_property
+    def apply(self) -> Code:
+        """Parsed `apply_code`."""
+        return parse(self.apply_code, "apply_code")
+
+    @cached_property
+    def modes(self) -> Mapping[str, Code]:
+        """Parsed `eval_code` and `train_code`, by mode."""
+        codes = {"eval": self.eval_code, "train": self.train_code}
+        return {mode: parse(code, f"{mode}_code") for mode, code in codes.items()}  # type: ignore[arg-type]
+
+    @cached_property
+    def sections(self) -> tuple[Code, ...]:
+        """The sections that a step runs, in order."""
+        return (self.step, self.element, self.tensor, self.apply)
+
+    @cached_property
     def switches(self) -> tuple[str, ...]:
         """Hyperparameters whose truth is compiled in: flags, and conditions of states."""
-        bare = {
-            name
-            for statement in (*self.element.statements, *self.step.statements)
-            for name in _bare_conditions(statement)
-            if name in self.hyper
-        }
+        statements = [s for code in self.sections for s in code.statements]
+        bare = {name for s in statements for name in bare_conditions(s) if name in self.hyper}
         bare |= {state.when for state in self.states if state.when}
         bare |= {name for name, hyper in self.hyper.items() if hyper.flag}
         return tuple(name for name in self.hyper if name in bare)
@@ -197,147 +161,44 @@ class Optimizer(Spec):
         return tuple(dict.fromkeys(packed.get(name, name) for name in self.hyper))
 
     def default(self, argument: str) -> Any:
-        """The default of an argument, None if it is required."""
+        """The default of an argument, None if it is required or optional."""
         if argument not in self.packs:
             return self.hyper[argument].default
         values = tuple(self.hyper[name].default for name in self.packs[argument])
         return None if None in values else values
 
+    def required(self, argument: str) -> bool:
+        """Whether users have to give an argument."""
+        return any(self.hyper[name].required for name in self.packs.get(argument, (argument,)))
+
     def active_states(self, switches: Mapping[str, bool]) -> tuple[State, ...]:
         """The states that exist when the switches have these truth values."""
         return tuple(s for s in self.states if s.when is None or switches[s.when])
 
+    @property
+    def clips_itself(self) -> bool:
+        """Whether the rule has a `max_unorm` of its own."""
+        return CLIP in self.hyper
 
-def _bare_conditions(statement: Statement) -> list[str]:
-    found: list[str] = []
+    @property
+    def can_clip(self) -> bool:
+        """Whether the norm of its update can be bounded: it has an update `u` and apply_code."""
+        return not self.clips_itself and UPDATE in self.element.writes and bool(self.apply_code)
 
-    def visit(node: Any) -> None:
-        if isinstance(node, Call):
-            if node.function == "where" and isinstance(node.args[0], Name):
-                found.append(node.args[0].id)
-            for arg in node.args:
-                visit(arg)
-        for attribute in ("operand", "left", "right"):
-            if hasattr(node, attribute):
-                visit(getattr(node, attribute))
+    @cached_property
+    def clipped(self) -> Optimizer:
+        """The rule with the norm of its update bounded by max_unorm times that of the parameter.
 
-    visit(statement.value)
-    return found
-
-
-def check_spec(spec: Optimizer) -> None:
-    """Raise RuleError or ValueError if the parts of `spec` contradict each other."""
-    _check_names(spec)
-    host = {*spec.hyper, STEP}
-    _check_reads("step_code", spec.step, host)
-    states = {state.name for state in spec.states}
-    known = {*host, PARAMETER, GRADIENT, *states, *spec.step.writes}
-    _check_reads("element_code", spec.element, known)
-    clash = set(spec.step.writes) & {*host, PARAMETER, GRADIENT, *states}
-    clash |= set(spec.element.writes) & {*host, *spec.step.writes}
-    if clash:
-        raise RuleError(f"{_list(clash)}: a rule may not assign to its inputs")
-    unwritten = {PARAMETER, *states} - set(spec.element.writes)
-    if unwritten:
-        raise RuleError(f"element_code never writes {_list(unwritten)}")
-    _check_everything_read(spec)
-    _check_switches(spec)
-
-
-def _check_names(spec: Optimizer) -> None:
-    seen: set[str] = {PARAMETER, GRADIENT, STEP}
-    everything = [state.name for state in spec.states] + list(spec.hyper)
-    for state in spec.states:
-        if state.name.endswith(("_absmax", "_type")):
-            raise ValueError(f"state {state.name!r}: the endings _absmax and _type are taken")
-    for name in everything:
-        check_name(name, "name")
-        if name in seen:
-            raise ValueError(f"the name {name!r} is used twice (p, g and step are taken)")
-        seen.add(name)
-    for name in spec.packs:
-        check_name(name, "pack")
-        if name in seen:
-            raise ValueError(f"pack {name!r} has the name of something else")
-    if taken := {*spec.hyper, *spec.packs} & {*ENGINE_ARGUMENTS}:
-        raise ValueError(f"{_list(taken)}: the engine has an argument of this name")
-    packed = [name for members in spec.packs.values() for name in members]
-    strangers = [name for name in packed if name not in spec.hyper]
-    strangers += [s.when for s in spec.states if s.when and s.when not in spec.hyper]
-    if strangers:
-        raise ValueError(
-            f"{_list(strangers)}: no such hyperparameter{nearest(strangers[0], spec.hyper)}"
+        As bitsandbytes' max_unorm, but a parameter that is zero throughout may leave zero.
+        """
+        scale = (
+            f"clip_u = where(norm_p > 0, where(norm_u > {CLIP} * norm_p, "
+            f"{CLIP} * norm_p / norm_u, 1), 1)"
         )
-    if len(set(packed)) != len(packed):
-        raise ValueError("a hyperparameter is in two packs")
-    for name, hyper in spec.hyper.items():
-        if hyper.default is not None:
-            hyper.check(f"default of {name}", hyper.default)
-
-
-def _check_reads(section: str, code: Code, known: set[str]) -> None:
-    written: set[str] = set()
-    for statement in code.statements:
-        for name in names(statement.value):
-            if name not in known and name not in written:
-                options = sorted(known | written)
-                raise RuleError(
-                    f"{section}: {name!r} is not known here{nearest(name, options)}; "
-                    f"known: {', '.join(options)}\n    {statement.text}"
-                )
-        written.add(statement.target)
-
-
-def _check_everything_read(spec: Optimizer) -> None:
-    read = {
-        name for s in (*spec.step.statements, *spec.element.statements) for name in names(s.value)
-    }
-    read |= {s.when for s in spec.states if s.when}
-    for constraint in spec.constraints:
-        condition = set(names(parse_condition(constraint.condition)))
-        if strangers := condition - set(spec.hyper):
-            raise ValueError(f"constraint reads {_list(strangers)}: no such hyperparameter")
-    unread = {*spec.hyper, *spec.step.writes, GRADIENT} - read
-    if unread:
-        raise RuleError(f"{_list(unread)}: declared or computed, but never read")
-
-
-def _check_switches(spec: Optimizer) -> None:
-    """With a state switched off, its name is a plain variable: it must be written before use."""
-    if len(spec.switches) > MAX_SWITCHES:
-        raise ValueError(f"{len(spec.switches)} switches; at most {MAX_SWITCHES}: {spec.switches}")
-    for truth in itertools.product((False, True), repeat=len(spec.switches)):
-        switches = dict(zip(spec.switches, truth, strict=True))
-        absent = {s.name for s in spec.states} - {s.name for s in spec.active_states(switches)}
-        for statement in spec.element.statements:
-            early = absent & set(names(select(statement.value, switches)))
-            if early:
-                off = ", ".join(name for name, on in switches.items() if not on)
-                raise RuleError(
-                    f"state {_list(early)} does not exist when {off} is off, but is read\n"
-                    f"    {statement.text}"
-                )
-            absent.discard(statement.target)
-
-
-def select(expression: Any, switches: Mapping[str, bool]) -> Any:
-    """Replace each `where` on a switch by the branch that is taken."""
-    if isinstance(expression, Call):
-        condition = expression.args[0]
-        if (
-            expression.function == "where"
-            and isinstance(condition, Name)
-            and condition.id in switches
-        ):
-            return select(expression.args[1 if switches[condition.id] else 2], switches)
-        return Call(expression.function, tuple(select(arg, switches) for arg in expression.args))
-    if hasattr(expression, "operand"):
-        return type(expression)(select(expression.operand, switches))
-    if hasattr(expression, "left"):
-        left, right = select(expression.left, switches), select(expression.right, switches)
-        return type(expression)(expression.op, left, right)
-    return expression
-
-
-def _list(items: Any) -> str:
-    return ", ".join(repr(item) for item in sorted(items))
+        return self.model_copy(
+            update=dict(
+                hyper={**self.hyper, CLIP: rate(0.0)},
+                tensor_code=f"{self.tensor_code}\n{scale}",
+                apply_code=f"{UPDATE} = clip_u * {UPDATE}\n{self.apply_code}",
+            )
+        )

@@ -23,7 +23,16 @@ from typing import Literal
 
 from bnbx.errors import RuleError
 
-Section = Literal["step_code", "element_code", "constraint"]
+Section = Literal[
+    "step_code",
+    "element_code",
+    "tensor_code",
+    "apply_code",
+    "eval_code",
+    "train_code",
+    "constraint",
+]
+HOST_SECTIONS = ("step_code", "constraint")
 
 FUNCTIONS = {"sqrt": 1, "abs": 1, "sign": 1, "exp": 1, "log": 1, "min": 2, "max": 2, "where": 3}
 HOST_FUNCTIONS = frozenset({"exp", "log"})
@@ -51,7 +60,8 @@ RESERVED = frozenset(
     throw true try typedef typeid typename union unsigned using virtual void volatile wchar_t while
     xor xor_eq half char8_t char16_t char32_t concept consteval constinit const_cast co_await
     co_return co_yield decltype noexcept nullptr requires static_assert static_cast thread_local
-    to_float from_float larger_magnitude""".split()
+    to_float from_float larger_magnitude noise round_stochastically load_parameter store_parameter
+    place_of""".split()
 )
 NAME = re.compile(r"[a-z][a-z0-9_]*(?<!_)\Z")
 FLOAT32_MAX = 3.4028234663852886e38
@@ -211,7 +221,7 @@ class _Reader:
     def __init__(self, lines: list[str], section: Section) -> None:
         self.lines = lines
         self.section: Section = section
-        self.host = section != "element_code"
+        self.host = section in HOST_SECTIONS
 
     def statement(self, node: ast.stmt) -> Statement:
         match node:

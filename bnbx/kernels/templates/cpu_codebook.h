@@ -22,6 +22,40 @@ static inline void encode_block_plain(const float* x, float inverse, const Table
   for (int i = 0; i < Type::BLOCK; ++i) codes[i] = (u8)(Type::ORDERED ? rank[i] : tables->order[rank[i]]);
 }
 
+// Codes in bytes of their own to codes packed in bytes, the first in the highest bits, and back.
+template <class Type>
+static inline void unpack_codes(const u8* packed, int count, u8* codes) {
+  if (Type::PER_BYTE == 1) {
+    __builtin_memcpy(codes, packed, count);
+    return;
+  }
+  const int whole = count / Type::PER_BYTE;
+  for (int i = 0; i < whole; ++i)
+    for (int j = 0; j < Type::PER_BYTE; ++j)
+      codes[i * Type::PER_BYTE + j] = (u8)((packed[i] >> (8 - Type::BITS * (j + 1))) & ((1 << Type::BITS) - 1));
+  for (int i = whole * Type::PER_BYTE; i < count; ++i)
+    codes[i] = (u8)((packed[whole] >> (8 - Type::BITS * (i % Type::PER_BYTE + 1))) & ((1 << Type::BITS) - 1));
+}
+
+template <class Type>
+static inline void pack_codes(const u8* codes, int count, u8* packed) {
+  if (Type::PER_BYTE == 1) {
+    __builtin_memcpy(packed, codes, count);
+    return;
+  }
+  const int whole = count / Type::PER_BYTE;
+  for (int i = 0; i < whole; ++i) {
+    u32 byte = 0;
+    for (int j = 0; j < Type::PER_BYTE; ++j) byte |= (u32)codes[i * Type::PER_BYTE + j] << (8 - Type::BITS * (j + 1));
+    packed[i] = (u8)byte;
+  }
+  if (whole * Type::PER_BYTE < count) {
+    u32 byte = 0;
+    for (int i = whole * Type::PER_BYTE; i < count; ++i) byte |= (u32)codes[i] << (8 - Type::BITS * (i % Type::PER_BYTE + 1));
+    packed[whole] = (u8)byte;
+  }
+}
+
 static inline i32 larger_magnitude(i32 largest, float x) {
   const i32 magnitude = (i32)(bits_of(x) & 0x7fffffffu);
   return magnitude > largest ? magnitude : largest;
@@ -57,8 +91,37 @@ alignas(64) static const u8 interleave[64] = {
     8, 9, 10, 11, 24, 25, 26, 27, 40, 41, 42, 43, 56, 57, 58, 59,
     12, 13, 14, 15, 28, 29, 30, 31, 44, 45, 46, 47, 60, 61, 62, 63};
 
+// Tables of 16 values are one register: a permute decodes 16 codes.
+template <class Type>
+static inline void decode_narrow_block(const u8* codes, float absmax, const Tables* tables, float* x) {
+  const __m512 levels = _mm512_loadu_ps(tables->levels), scale = _mm512_set1_ps(absmax);
+  for (int i = 0; i < Type::BLOCK; i += 16) {
+    const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i)));
+    _mm512_storeu_ps(x + i, _mm512_mul_ps(_mm512_permutexvar_ps(index, levels), scale));
+  }
+}
+
+// And a search by halving has four steps, each a permute and a comparison.
+template <class Type>
+static inline void encode_narrow_block(const float* x, float inverse, const Tables* tables, u8* codes) {
+  const __m512 thresholds = _mm512_loadu_ps(tables->thresholds), scale = _mm512_set1_ps(inverse);
+  const __m512i order = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)tables->order));
+  for (int i = 0; i < Type::BLOCK; i += 16) {
+    const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + i), scale);
+    __m512i rank = _mm512_setzero_si512();
+    for (int half = 8; half > 0; half /= 2) {
+      const __m512i probe = _mm512_add_epi32(rank, _mm512_set1_epi32(half - 1));
+      const __m512 threshold = _mm512_permutexvar_ps(probe, thresholds);
+      rank = _mm512_mask_add_epi32(rank, _mm512_cmp_ps_mask(threshold, scaled, _CMP_LT_OQ), rank, _mm512_set1_epi32(half));
+    }
+    if (!Type::ORDERED) rank = _mm512_permutexvar_epi32(rank, order);
+    _mm_storeu_si128((__m128i*)(codes + i), _mm512_cvtepi32_epi8(rank));
+  }
+}
+
 template <class Type>
 static inline void decode_block(const u8* codes, float absmax, const Tables* tables, float* x) {
+  if (Type::BITS <= 4) return decode_narrow_block<Type>(codes, absmax, tables, x);
   const __m512i lanes = _mm512_load_si512(interleave);
   const __m512 scale = _mm512_set1_ps(absmax);
   for (int i = 0; i < Type::BLOCK; i += 64) {
@@ -130,6 +193,7 @@ static inline __m512i find_ranks_in_segments(__m512 x, const Tables* tables) {
 
 template <class Type>
 static inline void encode_block(const float* x, float inverse, const Tables* tables, u8* codes) {
+  if (Type::BITS <= 4) return encode_narrow_block<Type>(x, inverse, tables, codes);
   if (Type::SHIFT == 0 || !Type::ORDERED) return encode_block_plain<Type>(x, inverse, tables, codes);
   const __m512 scale = _mm512_set1_ps(inverse);
   for (int i = 0; i < Type::BLOCK; i += 16) {

@@ -14,15 +14,25 @@ DEVICE u32 largest_of_lanes(u32 x) {
   return x;
 }
 
+// Values by code in shared memory, for a pass that only decodes.
+template <class Type>
+struct Levels {
+  float levels[1 << Type::BITS];
+
+  DEVICE_MEMBER void fill(const Tables* tables) {
+    for (int i = threadIdx.x; i < (1 << Type::BITS); i += LANES * WARPS) levels[i] = tables->levels[i];
+  }
+};
+
 // A codebook in shared memory: values by code, and the table of the search.
 template <class Type>
 struct Shared {
-  float levels[256];
+  float levels[1 << Type::BITS];
   u32 search[Type::SHIFT ? Type::ENTRIES : 256];
 
   DEVICE_MEMBER void fill(const Tables* tables) {
     const u32* from = Type::SHIFT ? tables->entries : (const u32*)tables->thresholds;
-    for (int i = threadIdx.x; i < 256; i += LANES * WARPS) levels[i] = tables->levels[i];
+    for (int i = threadIdx.x; i < (1 << Type::BITS); i += LANES * WARPS) levels[i] = tables->levels[i];
     for (int i = threadIdx.x; i < (int)(sizeof(search) / sizeof(u32)); i += LANES * WARPS) search[i] = from[i];
   }
 };
@@ -34,16 +44,43 @@ struct Layout {
   static constexpr bool WHOLE = Type::BLOCK == PIECE;                               // both vectors in one block
 };
 
+// Codes of this lane, unpacked; those that do not exist are zero's. Its four neighbors lie in bytes
+// of their own.
+template <class Type>
+DEVICE void load_codes(const u8* from, i64 left, bool aligned, u8 (&codes)[PER_LANE]) {
+  if (Type::PER_BYTE == 1) return load_piece(from, left, aligned, (u8)Type::ZERO_CODE, codes);
+#pragma unroll
+  for (int i = 0; i < PER_LANE; ++i) {
+    const int place = place_of(i);
+    const u32 byte = place < left ? from[place / Type::PER_BYTE] : 0u;
+    const u32 code = (byte >> (8 - Type::BITS * (place % Type::PER_BYTE + 1))) & ((1u << Type::BITS) - 1u);
+    codes[i] = place < left ? (u8)code : (u8)Type::ZERO_CODE;
+  }
+}
+
+template <class Type>
+DEVICE void store_codes(u8* to, i64 left, bool aligned, const u8 (&codes)[PER_LANE]) {
+  if (Type::PER_BYTE == 1) return store_piece(to, left, aligned, codes);
+#pragma unroll
+  for (int i = 0; i < PER_LANE; i += Type::PER_BYTE) {
+    u32 byte = 0;
+#pragma unroll
+    for (int e = 0; e < Type::PER_BYTE; ++e)
+      if (place_of(i + e) < left) byte |= (u32)codes[i + e] << (8 - Type::BITS * (e + 1));
+    if (place_of(i) < left) to[place_of(i) / Type::PER_BYTE] = (u8)byte;
+  }
+}
+
 template <class Type>
 DEVICE void decode_piece(const u8 (&codes)[PER_LANE], const float* absmax, i64 left,
-                         const Shared<Type>& shared, float (&x)[PER_LANE]) {
+                         const float* levels, float (&x)[PER_LANE]) {
 #pragma unroll
   for (int j = 0; j < VECTORS; ++j) {
     const int at = j * STRIDE + (threadIdx.x & 31) * VECTOR;
-    const float scale = at < left ? absmax[at / Type::BLOCK] : 0.0f;
+    const float scale = at < left ? absmax[Type::WHOLE ? 0 : at / Type::BLOCK] : 0.0f;
 #pragma unroll
     for (int e = 0; e < VECTOR; ++e)
-      x[j * VECTOR + e] = shared.levels[codes[j * VECTOR + e]] * scale;
+      x[j * VECTOR + e] = levels[codes[j * VECTOR + e]] * scale;
   }
 }
 
@@ -75,5 +112,17 @@ DEVICE void encode_piece(const float (&x)[PER_LANE], i64 left, const Shared<Type
       codes[j * VECTOR + e] = scale.inverse > 0.0f ? code : (u8)Type::ZERO_CODE;
     }
     if (at % Type::BLOCK == 0 && at < left) absmax[at / Type::BLOCK] = scale.absmax;
+  }
+}
+
+// The same where the absmax is that of the whole tensor.
+template <class Type>
+DEVICE void encode_whole_piece(const float (&x)[PER_LANE], u32 largest, const Shared<Type>& shared,
+                               const Tables* tables, u8 (&codes)[PER_LANE]) {
+  const Scale scale = make_scale(largest);
+#pragma unroll
+  for (int i = 0; i < PER_LANE; ++i) {
+    const u8 code = encode<Type>(x[i] * scale.inverse, shared.search, (const float*)shared.search, tables->order);
+    codes[i] = scale.inverse > 0.0f ? code : (u8)Type::ZERO_CODE;
   }
 }

@@ -38,4 +38,14 @@ DEVICE void store_piece(T* to, i64 left, bool aligned, const T (&from)[PER_LANE]
   }
 }
 
+// The place in its piece of this lane's element i.
+DEVICE int place_of(int i) { return i / VECTOR * STRIDE + (threadIdx.x & 31) * VECTOR + i % VECTOR; }
+
+// The sum over all lanes of a warp, the same in each.
+DEVICE double sum_of_lanes(double x) {
+#pragma unroll
+  for (int distance = LANES / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
+  return x;
+}
+
 DEVICE bool is_aligned(const void* pointer) { return ((unsigned long long)pointer & 15u) == 0; }

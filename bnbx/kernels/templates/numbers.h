@@ -1,7 +1,9 @@
 // Numbers, as C++ and CUDA kernels share them. The target defines before this: DEVICE (how a function
-// is declared), bits_of and float_of (a float's bits), and root (a correctly rounded square root).
+// is declared), bits_of and float_of (a float's bits), and root and root64 (correctly rounded square
+// roots).
 
 typedef unsigned char u8;
+typedef signed char i8;
 typedef unsigned short u16;
 typedef int i32;
 typedef unsigned int u32;
@@ -52,3 +54,9 @@ DEVICE float rule_abs(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
 DEVICE float rule_sign(float x) { return x > 0.0f ? 1.0f : (x < 0.0f ? -1.0f : x); }
 DEVICE float rule_min(float a, float b) { return a < b ? a : b; }
 DEVICE float rule_max(float a, float b) { return a > b ? a : b; }
+
+DEVICE double rule_sqrt(double x) { return root64(x); }
+DEVICE double rule_abs(double x) { return x < 0.0 ? -x : x; }
+DEVICE double rule_sign(double x) { return x > 0.0 ? 1.0 : (x < 0.0 ? -1.0 : x); }
+DEVICE double rule_min(double a, double b) { return a < b ? a : b; }
+DEVICE double rule_max(double a, double b) { return a > b ? a : b; }

@@ -1,20 +1,28 @@
-"""Adam: arXiv:1412.6980, algorithm 1; weight decay is L2, added to the gradient, as in torch."""
+"""Adam: arXiv:1412.6980, algorithm 1; weight decay is L2, added to the gradient, as in torch.
+
+amsgrad: arXiv:1904.09237, algorithm 2, on the uncorrected second moment as torch has it.
+"""
 
 from __future__ import annotations
 
-from bnbx.registry import Optimizer, State, fraction, rate
+from bnbx.registry import Optimizer, State, flag, fraction, rate
 
 adam = Optimizer(
     name="adam",
     summary="adaptive moments, L2 weight decay",
     source="arXiv:1412.6980",
-    states=(State(name="m"), State(name="v", signed=False)),
+    states=(
+        State(name="m", saved_as={"torch": "exp_avg", "bitsandbytes": "state1"}),
+        State(name="v", signed=False, saved_as={"torch": "exp_avg_sq", "bitsandbytes": "state2"}),
+        State(name="vmax", signed=False, when="amsgrad", saved_as={"torch": "max_exp_avg_sq"}),
+    ),
     hyper=dict(
         lr=rate(1e-3),
         beta1=fraction(0.9),
         beta2=fraction(0.999),
         eps=rate(1e-8),
         weight_decay=rate(0.0),
+        amsgrad=flag(False),
     ),
     packs=dict(betas=("beta1", "beta2")),
     step_code="""
@@ -25,6 +33,10 @@ adam = Optimizer(
         g = g + weight_decay * p
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g * g
-        p = p - lr * (m / c1) / (sqrt(v) / c2 + eps)
+        vmax = where(amsgrad, max(vmax, v), v)
+        u = (m / c1) / (sqrt(vmax) / c2 + eps)
+    """,
+    apply_code="""
+        p = p - lr * u
     """,
 )

@@ -8,7 +8,7 @@ lion = Optimizer(
     name="lion",
     summary="sign of an interpolated momentum",
     source="arXiv:2302.06675",
-    states=(State(name="m"),),
+    states=(State(name="m", saved_as={"bitsandbytes": "state1"}),),
     hyper=dict(
         lr=rate(1e-4),
         beta1=fraction(0.9),
@@ -17,8 +17,11 @@ lion = Optimizer(
     ),
     packs=dict(betas=("beta1", "beta2")),
     element_code="""
-        p = p * (1 - lr * weight_decay)
-        p = p - lr * sign(beta1 * m + (1 - beta1) * g)
+        u = sign(beta1 * m + (1 - beta1) * g)
         m = beta2 * m + (1 - beta2) * g
+    """,
+    apply_code="""
+        p = p * (1 - lr * weight_decay)
+        p = p - lr * u
     """,
 )

@@ -8,7 +8,13 @@ sgd = Optimizer(
     name="sgd",
     summary="stochastic gradient descent, with (Nesterov) momentum",
     source="Sutskever et al., ICML 2013; torch.optim.SGD",
-    states=(State(name="m", when="momentum"),),
+    states=(
+        State(
+            name="m",
+            when="momentum",
+            saved_as={"torch": "momentum_buffer", "bitsandbytes": "state1"},
+        ),
+    ),
     hyper=dict(
         lr=rate(1e-3),
         momentum=rate(0.0),
@@ -25,6 +31,9 @@ sgd = Optimizer(
     element_code="""
         g = g + weight_decay * p
         m = where(momentum, where(step == 1, g, momentum * m + (1 - dampening) * g), g)
-        p = p - lr * where(nesterov, g + momentum * m, m)
+        u = where(nesterov, g + momentum * m, m)
+    """,
+    apply_code="""
+        p = p - lr * u
     """,
 )

@@ -1,0 +1,68 @@
+// What keeps the bits that a 16-bit parameter loses when it is stored. bnbx/kernels/master.py says
+// the same with torch operations.
+
+// ---- stochastic rounding: up with the probability that makes the mean right
+
+// 32 evenly distributed bits by seed and place: two rounds of multiply and shift.
+DEVICE u32 noise(u32 seed, i64 place) {
+  u32 x = (u32)place ^ ((u32)(place >> 32) * 0x9e3779b1u) ^ seed;
+  x ^= x >> 16;
+  x *= 0x7feb352du;
+  x ^= x >> 15;
+  x *= 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+DEVICE void round_stochastically(float x, u32 random, bfloat16& to) {
+  const u32 bits = bits_of(x);
+  const bool finite = (bits & 0x7fffffffu) < 0x7f800000u;
+  from_float(finite ? float_of((bits + (random & 0xffffu)) & 0xffff0000u) : x, to);
+}
+
+DEVICE void round_stochastically(float x, u32 random, float16& to) {
+  const u32 bits = bits_of(x), magnitude = bits & 0x7fffffffu;
+  // Below 2**-14 the steps are 2**-24 throughout.
+  const float places = float_of(magnitude) * 16777216.0f + (float)(random >> 8) * (1.0f / 16777216.0f);
+  const float small = (float)(i32)(magnitude < 0x38800000u ? places : 0.0f) * (1.0f / 16777216.0f);
+  const u32 large = (magnitude + (random & 0x1fffu)) & 0xffffe000u;
+  const u32 rounded = magnitude < 0x38800000u ? bits_of(small) : large;
+  from_float(magnitude < 0x7f800000u ? float_of(rounded | (bits & 0x80000000u)) : x, to);
+}
+
+// ---- Kahan: the rounding error of the last store, in the parameter's dtype, is added back
+
+template <class T>
+DEVICE float load_parameter(T p, T error) { return to_float(p) + to_float(error); }
+
+template <class T>
+DEVICE void store_parameter(float x, T& p, T& error) {
+  from_float(x, p);
+  const float lost = x - to_float(p);
+  from_float(rule_abs(lost) < float_of(0x7f800000u) ? lost : 0.0f, error);
+}
+
+// ---- residual: the same error as a fraction of half a step of the parameter, in 8 bits
+
+DEVICE float half_step(bfloat16 p) {
+  const u32 exponent = (p.bits >> 7) & 0xffu;
+  return exponent < 16u || exponent == 0xffu ? 0.0f : float_of((exponent - 8u) << 23);
+}
+
+DEVICE float half_step(float16 p) {
+  const u32 exponent = (p.bits >> 10) & 0x1fu;
+  return exponent == 0x1fu ? 0.0f : float_of(((exponent < 1u ? 1u : exponent) + 101u) << 23);
+}
+
+template <class T>
+DEVICE float load_parameter(T p, i8 error) {
+  return to_float(p) + (float)error * (1.0f / 127.0f) * half_step(p);
+}
+
+template <class T>
+DEVICE void store_parameter(float x, T& p, i8& error) {
+  from_float(x, p);
+  const float half = half_step(p);
+  float part = half > 0.0f ? (x - to_float(p)) * (1.0f / half) * 127.0f : 0.0f;
+  part = rule_min(rule_max(part, -127.0f), 127.0f);
+  error = (i8)(i32)((part + 12582912.0f) - 12582912.0f);  // 1.5 * 2**23: rounds to a whole number
+}
