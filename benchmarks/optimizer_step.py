@@ -9,20 +9,18 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import machine, report
 from benchmarks.cases import CASES
+from benchmarks.command import INTERRUPTED, introduce, part, progress, words, writable
 from benchmarks.contenders import CONTENDERS
 from benchmarks.process import ProcessError, Report, call
 from benchmarks.results import Job, Measurement, Startup, count
@@ -34,9 +32,6 @@ DTYPES = ("float32", "bfloat16")
 OVERHEAD_S = 10.0
 """Of a configuration: starting a process, importing the libraries, filling the tensors."""
 STARTUP_REPEAT_S = 8.0
-BUSY = 0.5  # load average before this benchmark adds its own
-INTERRUPTED = 130  # as shells report Ctrl-C
-Advance = Callable[[str, str, float], None]  # configuration, activity, configurations done
 
 HELP = f"""Time AdamW's step: bnbx in 8 bits, torch's fused, bitsandbytes' and torchao's in 8 bits.
 
@@ -72,24 +67,9 @@ class Findings:
             report.write_json(self.path, self.machine, self.measurements, self.startup)
 
 
-def _words(text: str, known: tuple[str, ...], option: str) -> tuple[str, ...]:
-    chosen = tuple(word.strip() for word in text.split(","))
-    for word in chosen:
-        if word not in known:
-            raise typer.BadParameter(f"{word!r} is none of {', '.join(known)}.", param_hint=option)
-    return tuple(dict.fromkeys(chosen))
-
-
 def _thread_counts(text: str) -> tuple[int, ...]:
-    counts = _words(text, tuple(map(str, range(1, CORES + 1))), "--threads")
+    counts = words(text, tuple(map(str, range(1, CORES + 1))), "--threads")
     return tuple(map(int, counts))
-
-
-def _writable(path: Path | None) -> Path | None:
-    """Refuse, before minutes of measuring, a file that could not be written after them."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise typer.BadParameter(f"{path}: expected the name of a file in an existing folder.")
-    return path
 
 
 @app.command(help=HELP)
@@ -114,17 +94,17 @@ def main(
     ] = 5,
     json: Annotated[
         Path | None,
-        typer.Option(callback=_writable, help="Write machine, medians and every time here."),
+        typer.Option(callback=writable, help="Write machine, medians and every time here."),
     ] = None,
 ) -> None:
     """Measure what was asked for; HELP is what the user reads."""
-    cases = _words(case, (*CASES, STARTUP), "--case")
-    contenders = _words(only, tuple(CONTENDERS), "--only")
+    cases = words(case, (*CASES, STARTUP), "--case")
+    contenders = words(only, tuple(CONTENDERS), "--only")
     jobs = [
         Job(name, kind, count, contenders, seconds)
         for name in cases
         if name != STARTUP
-        for kind in _words(dtype, DTYPES, "--dtype")
+        for kind in words(dtype, DTYPES, "--dtype")
         for count in _thread_counts(threads)
     ]
     console = Console()
@@ -146,12 +126,7 @@ def main(
 
 def _introduce(console: Console, about: dict[str, object], jobs: list[Job], repeats: int) -> None:
     """The machine, and how long this will take."""
-    for name, value in about.items():
-        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
-        console.print(f"{name.replace('_', ' ')}: {text}", markup=False, highlight=False)
-    load = os.getloadavg()[0]
-    if load > BUSY:
-        console.print(f"Programs are running already (load average {load:.1f}): expect noise.")
+    introduce(console, about)
     compiling = sum(
         CASES[job.case].torchao_first_step
         for job in jobs
@@ -166,14 +141,14 @@ def _introduce(console: Console, about: dict[str, object], jobs: list[Job], repe
 
 
 def _run(console: Console, findings: Findings, jobs: list[Job], repeats: int) -> None:
-    with _progress(console, len(jobs) + bool(repeats)) as advance:
+    with progress(console, len(jobs) + bool(repeats)) as advance:
         for number, job in enumerate(jobs):
-            done = _measure(job, _part(advance, job.title(), number))
+            done = _measure(job, part(advance, job.title(), number))
             findings.measurements.append(done)
             findings.save()
             console.print(report.table(done))
         if repeats:
-            findings.startup = measure_startup(repeats, _part(advance, STARTUP, len(jobs)))
+            findings.startup = measure_startup(repeats, part(advance, STARTUP, len(jobs)))
             findings.save()
             console.print(report.startup_table(findings.startup))
     if jobs:
@@ -181,12 +156,7 @@ def _run(console: Console, findings: Findings, jobs: list[Job], repeats: int) ->
             console.print(line, highlight=False, markup=False)
 
 
-def _part(advance: Advance, title: str, number: int) -> Report:
-    """The progress of one configuration, as progress of the whole."""
-    return lambda what, fraction: advance(title, what, number + fraction)
-
-
-def _measure(job: Job, progress: Report) -> Measurement:
+def _measure(job: Job, tell: Report) -> Measurement:
     """The job, done in a process with empty kernel caches."""
     with tempfile.TemporaryDirectory(prefix="bnbx-benchmark-") as caches:
         environment = {
@@ -194,29 +164,8 @@ def _measure(job: Job, progress: Report) -> Measurement:
             "BNBX_CACHE_DIR": f"{caches}/bnbx",
             "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor",
         }
-        done: Measurement = call("benchmarks.worker", "measure", job, environment, progress)
+        done: Measurement = call("benchmarks.worker", "measure", job, environment, tell)
         return done
-
-
-@contextmanager
-def _progress(console: Console, total: int) -> Iterator[Advance]:
-    """A bar over all configurations; where there is no terminal, a line for each of them."""
-    if not (console.is_interactive and console.file.isatty()):
-        began: set[str] = set()
-
-        def say(title: str, _what: str, _done: float) -> None:
-            if title not in began:
-                console.print(f"{title} ...", highlight=False)
-                began.add(title)
-
-        yield say
-        return
-    columns = (BarColumn(bar_width=16), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda title, what, done: progress.update(
-            task, description=f"{title}: {what}", completed=done
-        )
 
 
 if __name__ == "__main__":

@@ -65,17 +65,17 @@ def _figures(measurement: Measurement, row: Row) -> tuple[str, ...]:
     ratios = measurement.ratios(row, REFERENCE)
     return (
         f"{len(row.times)}" + (f" /{row.period}" if row.period > 1 else ""),
-        _three_digits(row.median_s * 1e3),
-        _three_digits(row.min_s * 1e3),
+        three_digits(row.median_s * 1e3),
+        three_digits(row.min_s * 1e3),
         f"{row.median_s * 1e9 / measurement.parameters:.2f}",
-        _three_digits(median(ratios)) if ratios else "-",
-        "-".join(map(_three_digits, middle_half(ratios))) if ratios else "-",
+        three_digits(median(ratios)) if ratios else "-",
+        "-".join(map(three_digits, middle_half(ratios))) if ratios else "-",
         f"{row.first_step_s:.2f}",
         f"{row.state_bytes / measurement.parameters:.2f}",
     )
 
 
-def _three_digits(value: float) -> str:
+def three_digits(value: float) -> str:
     """Three digits or more: the machine is not steady enough for the fourth."""
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
@@ -125,17 +125,16 @@ def write_json(
 
 
 def _measurement_json(measurement: Measurement) -> dict[str, Any]:
-    rows = [_row_json(measurement, row) for row in measurement.rows]
+    rows = [row_json(row, measurement.ratios(row, REFERENCE)) for row in measurement.rows]
     return asdict(measurement) | {"rows": rows}
 
 
-def _row_json(measurement: Measurement, row: Row) -> dict[str, Any]:
-    """Times become two lists, since JSON has no numbers as keys."""
+def row_json(row: Row, ratios: list[float]) -> dict[str, Any]:
+    """A row with its medians. Times become two lists, since JSON has no numbers as keys."""
     found = asdict(row)
     del found["times"]
     if row.problem is not None:
         return found
-    ratios = measurement.ratios(row, REFERENCE)
     return found | {
         "median_s": row.median_s,
         "min_s": row.min_s,

@@ -93,10 +93,15 @@ class Measurement:
 
     def ratios(self, row: Row, reference: str) -> list[float]:
         """The row's time over the reference's, round by round; empty if either did not run."""
-        for other in self.rows:
-            if other.key == reference:
-                return ratios(row.times, other.times)
-        return []
+        return ratios_within(self.rows, row, reference)
+
+
+def ratios_within(rows: list[Row], row: Row, reference: str) -> list[float]:
+    """The row's time over that of the row `reference`, round by round; empty without these."""
+    for other in rows:
+        if other.key == reference:
+            return ratios(row.times, other.times)
+    return []
 
 
 @dataclass

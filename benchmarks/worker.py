@@ -9,13 +9,14 @@ import importlib
 import resource
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from os import getloadavg
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import CASES
+from benchmarks.cases import CASES, Shape
 from benchmarks.contenders import CONTENDERS, REFERENCE, Contender
 from benchmarks.process import Report
 from benchmarks.results import Job, Measurement, Row
@@ -48,40 +49,74 @@ class Gradients:
             tensor.copy_(self._pool[place : place + tensor.numel()].view_as(tensor))
 
 
+@dataclass
+class Trial:
+    """What came of timing contenders; their optimizers are still there to be looked at."""
+
+    rows: list[Row]
+    optimizers: dict[str, torch.optim.Optimizer]
+    load_average: float
+    renewal_s: float
+    peak_rss_bytes: int
+
+
 def measure(job: Job, report: Report) -> Measurement:
     """Time the steps of all of the job's contenders.
 
     Raises:
         Exception: whatever bnbx or torch raises; a peer's error becomes its row's problem.
     """
+    case = CASES[job.case]
+    chosen = {key: CONTENDERS[key] for key in job.contenders}
+    trial = attempt(chosen, case.shapes, job.dtype, job.threads, job.seconds, report)
+    return Measurement(
+        job,
+        len(case.shapes),
+        case.parameters,
+        trial.load_average,
+        trial.renewal_s,
+        trial.peak_rss_bytes,
+        trial.rows,
+    )
+
+
+def attempt(
+    contenders: Mapping[str, Contender],
+    shapes: Sequence[Shape],
+    dtype: str,
+    threads: int,
+    seconds: float,
+    report: Report,
+) -> Trial:
+    """Time the steps of contenders on their own copies of parameters of these shapes.
+
+    Raises:
+        Exception: what a contender raises that is not optional.
+    """
     load = getloadavg()[0]
-    torch.set_num_threads(job.threads)
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     # Where bnbx falls back to plain torch operations it warns; that is not what is measured here.
     warnings.simplefilter("error", BnbxWarning)
-    case = CASES[job.case]
-    dtype: torch.dtype = getattr(torch, job.dtype)
-    values = [(torch.randn(shape) * PARAMETER_SCALE).to(dtype) for shape in case.shapes]
+    kind: torch.dtype = getattr(torch, dtype)
+    values = [(torch.randn(shape) * PARAMETER_SCALE).to(kind) for shape in shapes]
     gradients = Gradients(values)
     rows, optimizers = [], {}
-    for key in job.contenders:
+    for key, contender in contenders.items():
         report(f"first step of {key}", 0.0)
-        row, optimizer = _first_step(key, values, gradients.tensors)
+        row, optimizer = _first_step(key, contender, values, gradients.tensors)
         rows.append(row)
         if optimizer is not None:
             optimizers[key] = optimizer
     del values
     renewal = timed(gradients.renew)
-    _time_rounds(job, rows, optimizers, gradients, renewal, report)
-    return Measurement(
-        job, len(case.shapes), case.parameters, load, renewal, _peak_rss_bytes(), rows
-    )
+    _time_rounds(seconds, rows, optimizers, gradients, renewal, report)
+    return Trial(rows, optimizers, load, renewal, _peak_rss_bytes())
 
 
 def _first_step(
-    key: str, values: list[Tensor], gradients: list[Tensor]
+    key: str, contender: Contender, values: list[Tensor], gradients: list[Tensor]
 ) -> tuple[Row, torch.optim.Optimizer | None]:
-    contender = CONTENDERS[key]
     if not contender.installed():
         return Row(key, problem=contender.advice()), None
     parameters = [torch.nn.Parameter(value.clone()) for value in values]
@@ -100,7 +135,7 @@ def _first_step(
 
 
 def _time_rounds(
-    job: Job,
+    seconds: float,
     rows: list[Row],
     optimizers: dict[str, torch.optim.Optimizer],
     gradients: Gradients,
@@ -117,9 +152,7 @@ def _time_rounds(
     steps = {key: optimizer.step for key, optimizer in optimizers.items()}
     every = periods(costs, renewal, REFERENCE)
     report("timing", 0.0)
-    times = run_rounds(
-        steps, every, gradients.renew, job.seconds, lambda done: report("timing", done)
-    )
+    times = run_rounds(steps, every, gradients.renew, seconds, lambda done: report("timing", done))
     for row in rows:
         if row.key in times:
             row.period, row.times = every[row.key], times[row.key]

@@ -39,6 +39,14 @@ class CheckpointError(BnbxError, ValueError):
     """A state dict does not fit the optimizer it is loaded into."""
 
 
+class PagingError(BnbxError, OSError):
+    """Paged states cannot be kept: no space, no permission, or pages of another process."""
+
+
+class SingletonError(BnbxError, RuntimeError):
+    """A class of which there is one instance was called to make another."""
+
+
 class NotYetError(BnbxError, NotImplementedError):
     """A documented feature that this version does not have."""
 

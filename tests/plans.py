@@ -1,15 +1,17 @@
 """Plans to test kernels with, taken from the catalogue: what is registered is tested.
 
-Every rule comes with each setting of its switches that its constraints allow, every quant type
-that serves as a default, and the dtypes asked for. `make_batch` fills a plan with tensors.
+Every rule comes with settings of its switches in which any two of them meet in every way that its
+constraints allow, with every quant type that serves as a default, and with the dtypes asked for;
+`feature_cases` adds masters and the other options of plans. `make_batch` fills a plan with tensors.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ from bnbx.kernels.plan import Plan, Storage, make_plan
 from bnbx.registry import Optimizer, optimizers, quant_types
 from bnbx.registry.config import Resolved, resolve
 from bnbx.registry.quant_type import FLOAT32
+
+T = TypeVar("T")
 
 SIZES = (1, 3, 255, 256, 257, 1000, 4097)
 
@@ -46,6 +50,25 @@ def settings(spec: Optimizer) -> Iterator[Resolved]:
             continue
 
 
+def pairwise_settings(spec: Optimizer) -> list[Resolved]:
+    """Some of them, in which any two switches still meet in every way that is allowed."""
+    every = list(settings(spec))
+    return chosen_pairwise(every, [tuple(found.switches.items()) for found in every])
+
+
+def chosen_pairwise(items: Sequence[T], facts: Sequence[tuple[Any, ...]]) -> list[T]:
+    """Items, taken greedily, until any two facts that hold of one item hold of a chosen one."""
+    pairs = [set(itertools.combinations_with_replacement(each, 2)) for each in facts]
+    missing: set[Any] = set().union(*pairs)
+    chosen = [0]
+    missing -= pairs[0]
+    while missing:
+        best = max(range(len(items)), key=lambda i: len(pairs[i] & missing))
+        chosen.append(best)
+        missing -= pairs[best]
+    return [items[i] for i in chosen]
+
+
 def case(
     resolved: Resolved, spec: Optimizer, types: Mapping[str, str], dtype: str, **options: Any
 ) -> Case:
@@ -53,26 +76,92 @@ def case(
     found = {name: None if t == FLOAT32 else quant_types().get(t) for name, t in types.items()}
     active = [state.name for state in spec.active_states(resolved.switches)]
     found |= {state.name: None for state in spec.states if not state.quantized}
-    plan = make_plan(spec, resolved.switches, dtype, dtype, found, **options)
+    run = spec.clipped if resolved.clip else spec
+    plan = make_plan(run, resolved.switches, dtype, dtype, found, **options)
     switches = [name for name, on in resolved.switches.items() if on]
     states = [types[name] for name in active] or ["stateless"]
-    extra = [f"{name}_{value}" for name, value in options.items()]
+    extra = ["clipped"] if resolved.clip else []
+    extra += [f"{name}_{value}" for name, value in options.items()]
     names = [spec.name, *switches, *dict.fromkeys(states), dtype, *extra]
     return Case("-".join(names), plan, resolved)
 
 
 def cases(dtypes: Sequence[str] = ("float32",)) -> list[Case]:
-    """Every registered rule, with float32 states and with those of each default quant type."""
-    defaults = [t.name for t in quant_types() if t.state_default]
+    """Every registered rule, with float32 states and with those of each default quant type.
+
+    The first dtype comes with all of these; each further one with one of them in turn.
+    """
+    names = [*(t.name for t in quant_types() if t.state_default), FLOAT32]
     found: dict[str, Case] = {}
+    turn = 0
     for spec in optimizers():
-        for resolved in settings(spec):
-            for name in (*defaults, FLOAT32):
-                for dtype in dtypes:
+        for resolved in pairwise_settings(spec):
+            turn += 1
+            for number, dtype in enumerate(dtypes):
+                some = [names[(turn + number) % len(names)]] if number else names
+                for name in some:
                     types = dict.fromkeys((s.name for s in spec.states), name)
                     made = case(resolved, spec, types, dtype)
                     found[made.name] = made
     return list(found.values())
+
+
+# What a plan may be asked for beside a rule, its switches and its dtypes.
+FEATURES: Mapping[str, tuple[Any, ...]] = {
+    "type": ("dynamic8", "state4", FLOAT32),
+    "master": ("none", "stochastic", "kahan", "residual"),
+    "skip_zeros": (False, True),
+    "block_wise": (True, False),
+    "clip": (False, True),
+    "dtype": ("bfloat16", "float16", "float32"),
+}
+
+
+def feature_product(spec: Optimizer) -> list[dict[str, Any]]:
+    """Every way to ask for a plan of a rule that the engine could ask for."""
+    product = itertools.product(*FEATURES.values())
+    ways = [dict(zip(FEATURES, values, strict=True)) for values in product]
+    return [
+        way
+        for way in ways
+        if (way["master"] == "none" or way["dtype"] != "float32")
+        and (spec.can_clip or not way["clip"])
+        and (way["block_wise"] or way["type"] != FLOAT32)
+    ]
+
+
+def feature_case(spec: Optimizer, way: Mapping[str, Any], number: int = 0) -> Case:
+    """The case of such a way; `number` picks the setting of the rule's switches."""
+    every = pairwise_settings(spec)
+    resolved = every[number % len(every)]
+    if way["clip"]:
+        resolved = replace(resolved, clip=True, hyper={**resolved.hyper, "max_unorm": 0.02})
+    types = dict.fromkeys((s.name for s in spec.states), way["type"])
+    options = {name: way[name] for name in ("master", "skip_zeros", "block_wise")}
+    return case(resolved, spec, types, way["dtype"], **options)
+
+
+PER_RULE = 3
+
+
+def feature_cases() -> list[Case]:
+    """A few ways for each rule; over all rules any two features meet in every way."""
+    uses: Counter[Any] = Counter()
+    found: dict[str, Case] = {}
+    for spec in optimizers():
+        ways = feature_product(spec)
+        for number in range(PER_RULE):
+            way = max(ways, key=lambda w: sum(2.0 ** -uses[pair] for pair in _pairs(w)))
+            uses.update(_pairs(way))
+            made = feature_case(spec, way, number)
+            found[made.name] = made
+    every = {pair for spec in optimizers() for w in feature_product(spec) for pair in _pairs(w)}
+    assert not every - set(uses), "too few cases"
+    return list(found.values())
+
+
+def _pairs(way: Mapping[str, Any]) -> set[Any]:
+    return set(itertools.combinations(way.items(), 2))
 
 
 def mixed_cases() -> list[Case]:

@@ -14,6 +14,7 @@ STATES = ("m", "v", "trace")
 HYPERS = ("lr", "beta", "eps", "decay")
 STEP_RESULTS = ("c", "scale")
 LOCALS = ("u", "w", "delta")
+TENSOR_RESULTS = ("t", "share")
 NUMBERS = ("0", "1", "2", "3", "0.5", "0.25", "0.1", "1e-3")
 COMPARISONS = ("<", "<=", ">", ">=", "==", "!=")
 HYPER_KINDS: Mapping[str, Hyper] = {
@@ -76,7 +77,7 @@ class _Writer:
 
 @st.composite
 def rules(draw: st.DrawFn, max_depth: int = 3) -> Optimizer:
-    """A valid optimizer: any states, hyperparameters, switches and expressions.
+    """A valid optimizer: any states, hyperparameters, switches and expressions, in one pass or two.
 
     States that are declared unsigned never go below zero. Values may be infinite or NaN.
     """
@@ -90,10 +91,16 @@ def rules(draw: st.DrawFn, max_depth: int = 3) -> Optimizer:
     present = [state.name for state in states if state.when is None]
     truths = [name for name in step.known if name != "step"]
     element = _Writer(draw, ["p", "g", *present, *step.known], truths)
-    others = draw(st.lists(st.sampled_from((*LOCALS, "g", "p")), max_size=4))
+    passes = draw(st.sampled_from([1, 1, 2, 2, 3]))  # 3: with tensor_code between the two
+    free = (*LOCALS, "g", "p") if passes == 1 else (*LOCALS, "g")
+    others = draw(st.lists(st.sampled_from(free), max_size=4))
     for target in draw(st.permutations([*(state.name for state in states), *others])):
         _write(element, target, {state.name: state for state in states}, draw(depths))
-    _finish(element, step, hyper, states, draw(depths))
+    tensor, apply = _Writer(draw, [], []), element
+    if passes > 1:
+        tensor, apply = _second_pass(draw, element, step, states, passes == 3, depths)
+    last = {"element_code": element, "tensor_code": tensor, "apply_code": apply}
+    _finish(apply, {"step_code": step, **last}, hyper, states, draw(depths))
     return Optimizer(
         name="random_rule",
         summary="drawn at random",
@@ -101,7 +108,33 @@ def rules(draw: st.DrawFn, max_depth: int = 3) -> Optimizer:
         hyper=hyper,
         step_code="\n".join(step.lines),
         element_code="\n".join(element.lines),
+        tensor_code="\n".join(tensor.lines),
+        apply_code="" if apply is element else "\n".join(apply.lines),
     )
+
+
+def _second_pass(
+    draw: st.DrawFn,
+    element: _Writer,
+    step: _Writer,
+    states: Sequence[State],
+    measured: bool,
+    depths: st.SearchStrategy[int],
+) -> tuple[_Writer, _Writer]:
+    """What is between the passes, and the second pass but for its last line."""
+    targets = {line.split(" = ")[0] for line in element.lines}
+    values = sorted({"p", "g", *targets})
+    tensor = _Writer(draw, [*step.known, "numel", *(f"norm_{name}" for name in values)], step.known)
+    tensor.truths = [name for name in step.known if name != "step"]
+    for name in TENSOR_RESULTS[: draw(st.integers(1, len(TENSOR_RESULTS)))] if measured else ():
+        tensor.assign(name, tensor.expression(draw(depths)))
+    results = [name for name in TENSOR_RESULTS if name in tensor.known]
+    apply = _Writer(draw, [*element.known, *results], [*tensor.truths, *results])
+    kept = {state.name for state in states}
+    local = sorted({"g", "p", *LOCALS} - kept)
+    for target in draw(st.lists(st.sampled_from(local), max_size=2)):
+        apply.assign(target, apply.expression(draw(depths)))
+    return tensor, apply
 
 
 def _state(draw: st.DrawFn, name: str, hyper: Mapping[str, Hyper]) -> State:
@@ -125,25 +158,27 @@ def _write(element: _Writer, target: str, states: Mapping[str, State], depth: in
 
 
 def _finish(
-    element: _Writer, step: _Writer, hyper: Mapping[str, Hyper], states: list[State], depth: int
+    last: _Writer,
+    writers: Mapping[Section, _Writer],
+    hyper: Mapping[str, Hyper],
+    states: list[State],
+    depth: int,
 ) -> None:
     """The line that writes the parameter, and reads everything that nothing else has read."""
-    value = element.expression(depth)
-    unread = {*hyper, *step.known, "g"} - {"step"}
-    texts: list[tuple[Section, list[str]]] = [
-        ("step_code", step.lines),
-        ("element_code", [*element.lines, f"p = {value}"]),
-    ]
-    for section, lines in texts:
-        code = parse("\n".join(lines), section)
+    value = last.expression(depth)
+    results = [name for name in TENSOR_RESULTS if name in writers["tensor_code"].known]
+    unread = {*hyper, *writers["step_code"].known, *results, "g"} - {"step"}
+    for section, writer in writers.items():
+        more = [f"p = {value}"] if writer is last else []
+        code = parse("\n".join([*writer.lines, *more]), section)
         unread -= {name for statement in code.statements for name in names(statement.value)}
     unread -= {state.when for state in states if state.when}
     for name in sorted(unread):
         shapes = ["where({1}, {0}, g)", "({0}) * where({1}, 1, 2)"]
         if name not in hyper or not hyper[name].flag:
             shapes += ["({0}) * {1}", "({0}) / {1}", "{0} + {1}", "({0}) * (1 - {1})"]
-        value = element.draw(st.sampled_from(shapes)).format(value, name)
-    element.assign("p", value)
+        value = last.draw(st.sampled_from(shapes)).format(value, name)
+    last.assign("p", value)
 
 
 def hyper_values(spec: Optimizer) -> st.SearchStrategy[dict[str, float | bool]]:

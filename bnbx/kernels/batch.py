@@ -92,3 +92,9 @@ def step_scalars(
     inputs = np.array([values[name] for name in plan.lowered.inputs], np.float64)
     with np.errstate(over="ignore"):
         return np.array(scalars, np.float64).astype(np.float32), inputs
+
+
+def seed_of(step: int, number: int) -> int:
+    """The seed of the noise of a step's batch: 32 bits, far apart for neighbors."""
+    mixed = (step * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03) & (2**64 - 1)
+    return ((mixed ^ (mixed >> 29)) * 0xBF58476D1CE4E5B9 >> 32) & 0xFFFFFFFF

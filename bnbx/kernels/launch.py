@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -59,10 +60,19 @@ def _warn_once(message: str) -> None:
 
 def launch(batches: Sequence[Batch]) -> None:
     """Run the batches, those that share a target and device together."""
-    together: dict[tuple[Run, torch.device], list[Batch]] = {}
+    together: dict[tuple[Choice, torch.device], list[Batch]] = {}
     for batch in batches:
         device = batch.tensors[0][0].device
         choice = choose(batch.plan, device.type)
-        together.setdefault((choice.run, device), []).append(batch)
-    for (run, _), group in together.items():
-        run(group)
+        together.setdefault((choice, device), []).append(batch)
+    for (choice, _), group in together.items():
+        with _profiled(choice.target, group):
+            choice.run(group)
+
+
+def _profiled(target: str, batches: Sequence[Batch]) -> AbstractContextManager[object]:
+    """A span in torch's profiler, if one is running."""
+    if not torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+        return nullcontext()
+    plans = dict.fromkeys(batch.plan.describe() for batch in batches)
+    return torch.profiler.record_function(f"bnbx {target}: {'; '.join(plans)}")

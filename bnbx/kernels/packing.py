@@ -34,8 +34,8 @@ def pack(codes: Tensor, quant_type: QuantType) -> Tensor:
     return packed
 
 
-def unpack(packed: Tensor, quant_type: QuantType, numel: int) -> Tensor:
-    """Bytes (packed_size,) uint8 to codes (numel,) uint8."""
+def unpack(packed: Tensor, quant_type: QuantType, numel: int | None = None) -> Tensor:
+    """Bytes (packed_size,) uint8 to codes (numel,) uint8; None for all that the bytes hold."""
     count, bits = codes_per_byte(quant_type), quant_type.bits
     if count == 1:
         return packed

@@ -7,27 +7,35 @@ equal plans, and hands them to `bnbx.kernels.launch`. It knows no rule and no ty
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 from torch.optim.optimizer import ParamsT
 
 from bnbx.errors import OptionError
 from bnbx.kernels.launch import Choice, choose, launch
 from bnbx.kernels.threads import safe_after_fork
-from bnbx.optimizers import saving
+from bnbx.optimizers import compiled, saving
 from bnbx.optimizers import state as states
 from bnbx.optimizers.clipping import NORMS, clip_factor
-from bnbx.optimizers.gather import Gathering, Slots, check_parameter
+from bnbx.optimizers.gather import (
+    Gathering,
+    Item,
+    Slot,
+    Slots,
+    check_gradient,
+    check_parameter,
+)
 from bnbx.optimizers.modes import Modes
 from bnbx.optimizers.overrides import compile_overrides, split_names
 from bnbx.optimizers.paging import Pages
 from bnbx.optimizers.resolution import Resolution
-from bnbx.optimizers.scaling import Scaling
+from bnbx.optimizers.scaling import Scaling, combined, overflow_flag
+from bnbx.optimizers.staged import Staging
 from bnbx.optimizers.switches import check_implementation
 from bnbx.registry import Optimizer as OptimizerSpec
 from bnbx.registry import optimizers, quant_types
@@ -101,6 +109,8 @@ class Optimizer8bit(torch.optim.Optimizer):
         """What is not saved or pickled."""
         self._slots = Slots(self.spec)
         self._scaling = Scaling()
+        self._staging = Staging()
+        self._handle = compiled.register(self)
         self._modes = Modes(self.spec)
 
     # ---- groups
@@ -122,11 +132,13 @@ class Optimizer8bit(torch.optim.Optimizer):
             group = self.param_groups[-1]
             self._resolution.add_names(group)
             resolved = self._resolution.of_group(group)
+            if len(set(group["params"])) < len(group["params"]):
+                raise OptionError("a parameter is given twice in one group; give it once")
             for p in group["params"]:
                 check_parameter(p)
-                self._resolution.of(p, group, resolved)
+                states.prepare(p, self._resolution.of(p, group, resolved), self._pages)
         except Exception:
-            self.param_groups.pop()
+            self._resolution.forget(self.param_groups.pop())
             raise
 
     def resolved(self, p: Tensor) -> Resolved:
@@ -157,15 +169,13 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     @property
     def mode(self) -> str:
-        """ "train" or "eval"; see `eval`."""
+        """The mode that the parameters are in: train or eval."""
         return self._modes.mode
 
     # ---- the step
 
     @torch.no_grad()
-    def step(
-        self, closure: Callable[[], Any] | None = None, *, grad_scale: Any = None
-    ) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: Any = None) -> Any:
         """Update every parameter that has a gradient.
 
         Args:
@@ -180,61 +190,122 @@ class Optimizer8bit(torch.optim.Optimizer):
             UnsupportedTensorError: a gradient that cannot be used; then nothing was updated.
             OptionError: the optimizer is in evaluation mode.
         """
+        if torch.compiler.is_compiling():
+            return compiled.step_in_graph(self, self._handle, closure, grad_scale)
+        self._modes.check_training()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._modes.check_training()
         with safe_after_fork():
-            self._update(grad_scale)
+            self._update(self._with_gradient(), grad_scale)
         return loss
 
-    def _update(self, grad_scale: Any) -> None:
+    @torch.no_grad()
+    def update(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], places: Sequence[int]
+    ) -> None:
+        """Update some parameters by these gradients, whatever `p.grad` is.
+
+        Args:
+            params: the parameters' memory: themselves, or tensors of their shape and dtype that
+                get the new values in their place.
+            grads: their gradients.
+            places: which parameters they are, counted over all groups.
+
+        Raises:
+            UnsupportedTensorError: memory or a gradient that cannot be used; then nothing was
+                updated.
+            OptionError: the optimizer is in evaluation mode, or has no such parameters.
+        """
+        self._modes.check_training()
+        every = [(p, group) for group in self.param_groups for p in group["params"]]
+        compiled.check_places(places, (len(params), len(grads)), len(every))
+        items = []
+        for memory, grad, place in zip(params, grads, places, strict=True):
+            p, group = every[place]
+            compiled.check_memory(p, memory)
+            resolved = self._resolution.of(p, group, self._resolution.of_group(group))
+            items.append(Item(p, memory, grad, resolved))
+        with safe_after_fork():
+            self._update(items, None)
+
+    def _update(self, items: Iterable[Item], grad_scale: Any) -> None:
         self._scaling.settle()
-        found_inf = getattr(self, "found_inf", None)
+        found_inf = overflow_flag(getattr(self, "found_inf", None))
         if self._scaling.overflowed(found_inf):
             return
-        scale = getattr(self, "grad_scale", None) if grad_scale is None else grad_scale
+        scale = combined(grad_scale, getattr(self, "grad_scale", None))
+        self._pages.check_process()
         gathering = Gathering()
-        for p, resolved in self._with_gradient():
-            saved = self._states_of(p, resolved)
-            factor = self._factor(p, saved, resolved, scale)
-            self._slots.add(gathering, p, p.grad, saved, resolved, factor)  # type: ignore[arg-type]
-        launch(gathering.batches(found_inf))
-        for p, updated in gathering.copies:
-            p.copy_(updated)
-        for p in gathering.updated:  # kernels write behind autograd's back; tell it
-            if not p.is_inference():
-                increment_version(p)
-        for saved in gathering.stepped:
-            saved[STEP] += 1
+        items = list(items)  # all are resolved, and found good, before anything is kept
+        with self._no_trace(items):
+            slots = [self._slot(item) for item in items]
+            for item, slot in zip(items, slots, strict=True):
+                factor = self._factor(gathering, item, slot.saved, scale, found_inf)
+                self._slots.add(gathering, item, slot, factor)
+            batches = gathering.batches(found_inf)
+        self._staging.launch(batches, launch)
+        gathering.finish()
         self._scaling.remember(found_inf, gathering.stepped)
 
-    def _with_gradient(self) -> Iterator[tuple[Tensor, Resolved]]:
+    @contextmanager
+    def _no_trace(self, items: Sequence[Item]) -> Iterator[None]:
+        """Forget the states that were made, should one of the items turn out to be unusable."""
+        before = [len(self.state[item.p]) if item.p in self.state else 0 for item in items]
+        try:
+            yield
+        except BaseException:
+            for item, count in zip(items, before, strict=True):
+                saved = self.state.get(item.p, {})
+                while len(saved) > count:
+                    saved.popitem()
+                if not saved:
+                    self.state.pop(item.p, None)
+            raise
+
+    def _slot(self, item: Item) -> Slot:
+        check_parameter(item.p)
+        check_gradient(item.p, item.grad)
+        saved = self._states_of(item.p, item.resolved)
+        return self._slots.slot(item.p, item.grad, saved, item.resolved)
+
+    def _with_gradient(self) -> Iterator[Item]:
         for group in self.param_groups:
             of_group = self._resolution.of_group(group)
             for p in group["params"]:
                 if p.grad is not None:
-                    yield p, self._resolution.of(p, group, of_group)
+                    yield Item(p, p, p.grad, self._resolution.of(p, group, of_group))
 
     def _factor(
-        self, p: Tensor, saved: states.ParameterState, resolved: Resolved, grad_scale: Any
+        self,
+        gathering: Gathering,
+        item: Item,
+        saved: states.ParameterState,
+        grad_scale: Any,
+        found_inf: Tensor | None,
     ) -> Tensor:
         """What the kernel multiplies a gradient by."""
-        factor = self._scaling.factor(p.device, resolved.options["maximize"], grad_scale)
-        percentile = resolved.options["percentile_clipping"]
-        if percentile < 100 and p.grad is not None:
-            factor = factor * clip_factor(p.grad, saved[NORMS], saved[STEP] + 1, percentile)
+        options = item.resolved.options
+        factor = self._scaling.factor(item.p.device, options["maximize"], grad_scale)
+        percentile = options["percentile_clipping"]
+        if percentile < 100:
+            step = saved[STEP] + 1
+            clip, norms = clip_factor(
+                item.grad, saved[NORMS], step, percentile, scale=factor, found_inf=found_inf
+            )
+            gathering.copies.append((saved[NORMS], norms))
+            factor = factor * clip
         return factor
 
     def _states_of(self, p: Tensor, resolved: Resolved) -> states.ParameterState:
         saved: states.ParameterState = self.state[p]
         if not saved:
             saved[STEP] = 0
-        pages = self._pages if resolved.options["paged"] else None
         for state in self.spec.active_states(resolved.switches):
             if state.name not in saved:  # new, or switched on by a change of its hyperparameter
-                saved.update(states.new_state(p, state, resolved, pages))
+                make = states.maker(p, resolved, self._pages)
+                saved.update(states.new_state(p, state, resolved, make))
         for key in states.engine_entries(p, resolved):
             if key not in saved:
                 saved.update(states.new_engine_state(p, key, resolved))

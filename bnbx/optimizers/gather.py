@@ -7,19 +7,21 @@ Pointers are never kept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from bnbx.errors import UnsupportedTensorError
-from bnbx.kernels.batch import Batch, step_scalars
-from bnbx.kernels.plan import DTYPES, Plan, make_plan
+from bnbx.kernels.batch import Batch, seed_of, step_scalars
+from bnbx.kernels.plan import Plan, make_plan
 from bnbx.kernels.signature import RESIDUAL, RESIDUAL_TYPES
+from bnbx.optimizers.sparse import SparseUpdate, check_rows, gather_rows
 from bnbx.optimizers.state import (
+    DTYPE_NAMES,
     ParameterState,
     check_held,
     check_states,
@@ -31,7 +33,6 @@ from bnbx.registry import Optimizer as OptimizerSpec
 from bnbx.registry.config import Resolved
 from bnbx.registry.optimizer import STEP
 
-DTYPE_NAMES: Mapping[torch.dtype, str] = {getattr(torch, name): name for name in DTYPES}
 _STRIDED = torch.strided
 
 
@@ -47,6 +48,7 @@ class Slot:
     sizes: tuple[int, ...]
     shape: torch.Size
     dtypes: tuple[torch.dtype, torch.dtype]
+    device: torch.device
 
     def fits(self, p: Tensor, g: Tensor, saved: ParameterState, kernel_key: Any) -> bool:
         """Whether nothing that the slot was made from has changed."""
@@ -55,20 +57,45 @@ class Slot:
             and self.saved is saved
             and p.dtype is self.dtypes[0]
             and g.dtype is self.dtypes[1]
+            and p.device == self.device
             and p.shape == self.shape
             and g.shape == self.shape
             and all(map(is_, map(saved.get, self.names), self.tensors))
             and tuple(map(Tensor.numel, self.tensors)) == self.sizes
         )
 
+    @property
+    def far(self) -> bool:
+        """Whether states are elsewhere than the parameter: paged, on a device."""
+        return any(tensor.device != self.device for tensor in self.tensors)
 
-BatchKey = tuple[int, int, int]  # resolved values and plan (both by identity), step
+
+# Resolved values and plan (both by identity), step, device, and whether states are on another.
+BatchKey = tuple[int, int, int, torch.device, bool]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A parameter to update.
+
+    Attributes:
+        p: the parameter, by which its states are known.
+        memory: what is updated: p itself, or a tensor that stands for it in a compiled graph.
+        grad: its gradient.
+        resolved: its values.
+    """
+
+    p: Tensor
+    memory: Tensor
+    grad: Tensor
+    resolved: Resolved
 
 
 class Gathering:
     """The batches of one step, as they grow."""
 
     def __init__(self) -> None:
+        self.sparse: list[SparseUpdate] = []
         self.tensors: dict[BatchKey, list[tuple[Tensor, ...]]] = {}
         self.about: dict[BatchKey, tuple[Plan, Resolved]] = {}
         self.copies: list[tuple[Tensor, Tensor]] = []
@@ -82,14 +109,26 @@ class Gathering:
             plan, resolved = self.about[key]
             step = key[2]
             scalars, inputs = step_scalars(plan, resolved.hyper, step)
-            made.append(Batch(plan, scalars, tensors, inputs, seed_of(step, number), found_inf))
+            made.append(Batch(plan, scalars, tensors, inputs, seed_of(step, number)))
+        for number, update in enumerate(self.sparse, len(made)):
+            update.batch.seed = seed_of(update.saved[STEP] + 1, number)
+            made.append(update.batch)
+        if found_inf is not None:
+            for batch in made:
+                batch.found_inf = found_inf.to(batch.tensors[0][0].device, non_blocking=True)
         return made
 
-
-def seed_of(step: int, number: int) -> int:
-    """The seed of the noise of a step's batch: 32 bits, far apart for neighbors."""
-    mixed = (step * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03) & (2**64 - 1)
-    return ((mixed ^ (mixed >> 29)) * 0xBF58476D1CE4E5B9 >> 32) & 0xFFFFFFFF
+    def finish(self) -> None:
+        """After the launch: results go where they belong, and autograd and the states know."""
+        for memory, updated in self.copies:
+            memory.copy_(updated)
+        for update in self.sparse:
+            update.put_back()
+        for memory in self.updated:  # kernels write behind autograd's back
+            if not memory.is_inference():
+                increment_version(memory)
+        for saved in self.stepped:
+            saved[STEP] += 1
 
 
 class Slots:
@@ -101,39 +140,37 @@ class Slots:
         self._plans: dict[Any, Plan] = {}
         self._kernel_keys: dict[Any, Any] = {}
 
-    def add(
-        self,
-        to: Gathering,
-        p: Tensor,
-        g: Tensor,
-        saved: ParameterState,
-        resolved: Resolved,
-        gradient_scale: Tensor,
-    ) -> None:
-        """Add a parameter with its gradient and states; `gradient_scale` is what multiplies g.
-
-        Raises:
-            UnsupportedTensorError: the gradient cannot be used.
-        """
-        slot = self.slot(p, g, saved, resolved)
+    def add(self, to: Gathering, item: Item, slot: Slot, gradient_scale: Tensor) -> None:
+        """Add a parameter, whose slot it is; `gradient_scale` is what multiplies its gradient."""
+        memory, g, resolved, saved = item.memory, item.grad, item.resolved, slot.saved
         to.stepped.append(saved)
-        if not p.numel():
+        if not memory.numel():
             return
-        to.updated.append(p)
-        target = p
-        if not p.is_contiguous():
-            target = p.contiguous()
-            to.copies.append((p, target))
-        key = (id(resolved), id(slot.plan), saved[STEP] + 1)
+        if g.layout is torch.sparse_coo:
+            update = gather_rows(self.spec, memory, g, saved, resolved, gradient_scale)
+            if update is not None:
+                to.sparse.append(update)
+                to.updated.append(memory)
+            return
+        to.updated.append(memory)
+        target = memory
+        if not memory.is_contiguous():
+            target = memory.contiguous()
+            to.copies.append((memory, target))
+        key = (id(resolved), id(slot.plan), saved[STEP] + 1, slot.device, slot.far)
         if key not in to.tensors:
             to.tensors[key] = []
             to.about[key] = (slot.plan, resolved)
         to.tensors[key].append((target, g.contiguous(), *slot.tensors, gradient_scale))
 
     def slot(self, p: Tensor, g: Tensor, saved: ParameterState, resolved: Resolved) -> Slot:
-        """The slot of a parameter, made anew if anything has changed."""
-        if g.layout is not _STRIDED or g.device != p.device or g.dtype not in DTYPE_NAMES:
-            refuse_gradient(p, g)
+        """The slot of a parameter, made anew if anything has changed.
+
+        Raises:
+            UnsupportedTensorError: the parameter or its gradient cannot be used.
+            OptionError, CheckpointError: its states are not what it asks for.
+        """
+        check_gradient(p, g)
         kernel_key = self._kernel_keys.setdefault(resolved.kernel_key, resolved.kernel_key)
         slot = self._slots.get(p)
         if slot is None or not slot.fits(p, g, saved, kernel_key):
@@ -148,6 +185,12 @@ class Slots:
             raise UnsupportedTensorError(
                 f"a parameter of shape {tuple(p.shape)} has a gradient of shape {tuple(g.shape)}; "
                 "was p.data replaced? Make a new optimizer for the new shape"
+            )
+        if p in self._slots and self._slots[p].shape != p.shape:
+            raise UnsupportedTensorError(
+                f"a parameter of shape {tuple(p.shape)} had the shape "
+                f"{tuple(self._slots[p].shape)} in its last step; make a new optimizer for the new "
+                "shape"
             )
         active = self.spec.active_states(resolved.switches)
         storages = tuple(storage_of(state, resolved, p.numel()) for state in active)
@@ -164,7 +207,7 @@ class Slots:
         tensors = tuple(saved[name] for name in names)
         sizes = tuple(map(Tensor.numel, tensors))
         dtypes = (p.dtype, g.dtype)
-        return Slot(plan, kernel_key, saved, names, tensors, sizes, p.shape, dtypes)
+        return Slot(plan, kernel_key, saved, names, tensors, sizes, p.shape, dtypes, p.device)
 
     def plan(self, p: Tensor, gradient: torch.dtype, resolved: Resolved) -> Plan:
         """The plan of a parameter with these values."""
@@ -204,9 +247,15 @@ def check_parameter(p: Tensor) -> None:
         )
 
 
-def refuse_gradient(p: Tensor, g: Tensor) -> None:
-    """Raise UnsupportedTensorError about the gradient of `p`."""
+def check_gradient(p: Tensor, g: Tensor) -> None:
+    """Raise UnsupportedTensorError if `g` is no gradient of `p` that can be used."""
+    sparse = g.layout is torch.sparse_coo
+    if g.device == p.device and g.dtype in DTYPE_NAMES and (sparse or g.layout is _STRIDED):
+        if sparse:
+            check_rows(p, g)
+        return
     raise UnsupportedTensorError(
         f"the gradient of a parameter of shape {tuple(p.shape)} is {g.dtype}, {g.layout}, on "
-        f"{g.device}; expected a dense tensor of {', '.join(map(str, DTYPE_NAMES))} on {p.device}"
+        f"{g.device}; expected a dense tensor, or a sparse one (COO) of whole rows, of "
+        f"{', '.join(map(str, DTYPE_NAMES))} on {p.device}"
     )

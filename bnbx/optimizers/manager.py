@@ -23,7 +23,7 @@ from torch.nn import Module
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.weak import WeakIdKeyDictionary
 
-from bnbx.errors import BnbxError, BnbxWarning, OptionError, UnknownNameError
+from bnbx.errors import BnbxWarning, OptionError, SingletonError, UnknownNameError
 from bnbx.registry import optimizers
 from bnbx.registry.config import Layer
 from bnbx.registry.names import nearest
@@ -31,10 +31,6 @@ from bnbx.registry.options import ALIASES, OPTIONS, unaliased
 
 UNSET: Any = object()
 """Stands for a value that was not given; None is a value (`state_types=None`)."""
-
-
-class SingletonError(BnbxError, RuntimeError):
-    """A class of which there is one instance was called to make another."""
 
 
 @dataclass(frozen=True)

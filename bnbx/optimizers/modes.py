@@ -12,7 +12,10 @@ from torch import Tensor
 
 from bnbx.errors import OptionError
 from bnbx.kernels.evaluate import evaluate, tensor_operations
-from bnbx.optimizers.state import storage_of, values_of
+from bnbx.kernels.master import load, store
+from bnbx.kernels.signature import RESIDUAL
+from bnbx.kernels.threads import safe_after_fork
+from bnbx.optimizers.state import check_states, master_of, storage_of, values_of
 from bnbx.registry import Optimizer as OptimizerSpec
 from bnbx.registry.checks import select
 from bnbx.registry.config import Resolved
@@ -21,17 +24,19 @@ from bnbx.registry.rule import names
 if TYPE_CHECKING:
     from bnbx.optimizers.engine import Optimizer8bit
 
+TRAIN = "train"
+
 
 class Modes:
     """The mode that the parameters of an optimizer are in."""
 
     def __init__(self, spec: OptimizerSpec) -> None:
         self.spec = spec
-        self.mode = "train"
+        self.mode = TRAIN
 
     def check_training(self) -> None:
         """Raise OptionError if the parameters are those to evaluate."""
-        if self.mode != "train":
+        if self.mode != TRAIN:
             raise OptionError(
                 f"{self.spec.name}: step() in evaluation mode; call optimizer.train() before "
                 "training goes on"
@@ -39,27 +44,47 @@ class Modes:
 
     @torch.no_grad()
     def switch(self, optimizer: Optimizer8bit, mode: str) -> None:
-        """Turn the parameters into those of `mode`; nothing if they are already."""
+        """Turn the parameters into those of `mode`; nothing if they are already.
+
+        Raises:
+            CheckpointError: a state is not what its parameter asks for; then none has changed.
+        """
         if not self.spec.modes[mode].statements or mode == self.mode:
             return
+        found = []
         for group in optimizer.param_groups:
+            of_group = optimizer.resolution.of_group(group)
             for p in group["params"]:
                 if saved := optimizer.state.get(p):
-                    self._run(p, saved, optimizer.resolved(p), mode)
+                    resolved = optimizer.resolution.of(p, group, of_group)
+                    label = f"the state of a parameter of shape {tuple(p.shape)}"
+                    check_states(label, p, saved, self.spec, resolved)
+                    found.append((p, saved, resolved))
+        with safe_after_fork():
+            for each in found:
+                self._run(*each, mode)
         self.mode = mode
 
     def _run(self, p: Tensor, saved: dict[str, Any], resolved: Resolved, mode: str) -> None:
         statements = self.spec.modes[mode].statements
         read = {name for s in statements for name in names(s.value)}
-        values: dict[str, Any] = {"p": p.float()}
+        master, residual = master_of(p, resolved), saved.get(RESIDUAL)
+        flat = p.reshape(-1)
+        values: dict[str, Any] = {}
         for name, number in resolved.hyper.items():
             values[name] = torch.tensor(float(number), dtype=torch.float64)
         for state in self.spec.active_states(resolved.switches):
             if state.name in read:
                 storage = storage_of(state, resolved, p.numel())
-                values[state.name] = values_of(storage, saved, p.shape).to(p.device)
+                value = values_of(storage, saved, p.shape)
+                values[state.name] = value.to(p.device).reshape(-1)
+        residual = None if residual is None else residual.view(-1)
+        values["p"] = load(master, flat, residual)
         operations = tensor_operations(torch.float32, p.device)
         for statement in statements:
             value = select(statement.value, resolved.switches)
             values[statement.target] = evaluate(value, values, operations)
-        p.copy_(values["p"])
+        # To the nearest, whatever the master: noise is for steps.
+        new = torch.empty_like(flat)
+        store("none" if residual is None else master, values["p"], new, residual, 0, 0)
+        p.copy_(new.view_as(p))

@@ -36,7 +36,7 @@ import platformdirs
 import torch
 from torch import Tensor
 
-from bnbx.errors import BnbxError, TargetError
+from bnbx.errors import PagingError, TargetError
 from bnbx.kernels.cuda import HOW_TO
 
 DIRECTORY_VARIABLE = "BNBX_PAGE_DIR"
@@ -48,10 +48,6 @@ _NOT_OFFERED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 _REMOVE: int | None = getattr(mmap, "MADV_REMOVE", None)  # Linux
 
 _live: dict[int, int] = {}  # bytes of every paged storage of this process, by address
-
-
-class PagingError(BnbxError, OSError):
-    """Paged states cannot be kept: no space, no permission, or pages of another process."""
 
 
 class Pages:
@@ -252,8 +248,8 @@ class _PageFile:
     def _no_space(self, nbytes: int, error: Exception) -> PagingError:
         return PagingError(
             f"paged optimizer states need {nbytes:,} bytes in {self._directory}, which cannot be "
-            f"had: {_reason(error)}. Free space there, or set {DIRECTORY_VARIABLE} to a directory "
-            "on a disk with more"
+            f"had: {_reason(error)}. Free space there, or choose a directory on a disk with more: "
+            f"page_dir=..., or the environment variable {DIRECTORY_VARIABLE}"
         )
 
 
@@ -264,8 +260,9 @@ def _open(directory: Path) -> IO[bytes]:
         return tempfile.TemporaryFile(dir=directory, prefix="bnbx-", buffering=0)
     except (OSError, ValueError) as error:
         raise PagingError(
-            f"paged optimizer states cannot be kept in {directory}: {_reason(error)}. Set "
-            f"{DIRECTORY_VARIABLE} to a directory where you can write files"
+            f"paged optimizer states cannot be kept in {directory}: {_reason(error)}. Choose "
+            f"one where you can write: page_dir=..., or the environment variable "
+            f"{DIRECTORY_VARIABLE}"
         ) from error
 
 

@@ -60,6 +60,12 @@ class Resolution:
         self.parameter_names.update(zip(group["params"], names_of(group) or (), strict=False))
         self._layers.clear()
 
+    def forget(self, group: Mapping[str, Any]) -> None:
+        """Forget a group that was refused."""
+        for p in group["params"]:
+            self.parameter_names.pop(p, None)
+        self._layers.clear()
+
     def check_keys(self, keys: Iterable[str]) -> None:
         """Groups may carry tags of their own (schedulers add some), but no near misses."""
         for key in keys:

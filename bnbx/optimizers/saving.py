@@ -15,11 +15,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bnbx.errors import BnbxWarning, CheckpointError, OptionError, SpecError, UnknownNameError
+from bnbx.errors import (
+    BnbxError,
+    BnbxWarning,
+    CheckpointError,
+    OptionError,
+    SpecError,
+    UnknownNameError,
+)
 from bnbx.kernels.plan import Storage
 from bnbx.kernels.signature import RESIDUAL, absmax_name
 from bnbx.optimizers import foreign
-from bnbx.optimizers.clipping import NORMS
+from bnbx.optimizers.clipping import HISTORY, NORMS
 from bnbx.optimizers.state import (
     WHOLE,
     Entry,
@@ -29,6 +36,7 @@ from bnbx.optimizers.state import (
     engine_entries,
     entries_of,
     label_of,
+    maker,
     storage_of,
     type_key,
     values_of,
@@ -44,12 +52,19 @@ FORMAT = 2  # of state dicts; raised when their layout changes
 HEADER = "bnbx"
 # How states are stored is the business of the optimizer that loads them.
 STORAGE_OPTIONS = frozenset("bits state_types min_8bit_size block_wise master paged".split())
+# What the engine keeps beside the states of the rule, in either of the forms that it may have.
+ENGINE_DTYPES = {
+    RESIDUAL: (torch.int8, torch.bfloat16, torch.float16),
+    NORMS: (torch.float32,),
+}
+MOST_STEPS = 2**53  # up to which float64 counts
+MOST_JSON = 100_000  # characters of a quant type; a table of 8 bits takes a tenth
 Groups = list[dict[str, Any]]
 Loaded = tuple[Groups, dict[Tensor, ParameterState]]
 
 
 def written(optimizer: Optimizer8bit, state_dict: dict[str, Any], save_as: str) -> dict[str, Any]:
-    """torch's state dict with our header, or in the format of another library."""
+    """A state dict of torch's with our header, or in the format of another library."""
     if save_as == HEADER:
         return {**state_dict, HEADER: header(optimizer)}
     return foreign.written(optimizer, state_dict, save_as)
@@ -79,31 +94,36 @@ def read(optimizer: Optimizer8bit, state_dict: dict[str, Any]) -> Loaded:
     Raises:
         CheckpointError: it does not fit.
     """
+    if not isinstance(state_dict, Mapping):
+        raise CheckpointError(f"the state dict is {type(state_dict).__name__}; expected a dict")
+    state_dict = dict(state_dict)
+    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        state_dict = hook(optimizer, state_dict) or state_dict
     try:
-        state_dict = dict(state_dict)
-        for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():  # noqa: SLF001
-            state_dict = hook(optimizer, state_dict) or state_dict
         return _Reading(optimizer, state_dict).result()
-    except (TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"the state dict is malformed: {type(error).__name__}: {error}"
-        ) from error
+    except (BnbxError, torch.cuda.OutOfMemoryError):
+        raise
+    except (TypeError, LookupError, AttributeError, RuntimeError, ValueError, ArithmeticError) as e:
+        raise CheckpointError(f"the state dict is malformed: {type(e).__name__}: {e}") from e
 
 
 class _Reading:
     def __init__(self, optimizer: Optimizer8bit, state_dict: dict[str, Any]) -> None:
-        if HEADER not in state_dict and not _has_our_groups(state_dict):
+        ours = HEADER in state_dict or _has_our_groups(state_dict)
+        if not ours:
             state_dict = foreign.translated(optimizer, state_dict)
+            state_dict[HEADER]["format"] = FORMAT
         self.optimizer = optimizer
         self.state_dict = state_dict
         self.types = _check_header(optimizer, state_dict)
+        if ours:
+            _check_groups(optimizer, state_dict)
         self.converted: dict[str, int] = {}
 
     def result(self) -> Loaded:
         saved_groups = self.state_dict["param_groups"]
         groups = _merged_groups(self.optimizer.param_groups, saved_groups)
+        _check_indices(saved_groups, self.state_dict["state"])
         loaded: dict[Tensor, ParameterState] = {}
         for number, (group, entry) in enumerate(zip(groups, saved_groups, strict=True)):
             for p, index in zip(group["params"], entry["params"], strict=True):
@@ -117,7 +137,7 @@ class _Reading:
             warnings.warn(
                 f"states of the checkpoint are converted to what this optimizer asks for: {what}",
                 BnbxWarning,
-                stacklevel=5,
+                stacklevel=foreign.user_level(),
             )
         return groups, loaded
 
@@ -133,13 +153,17 @@ class _Reading:
         if not isinstance(saved, Mapping):
             raise CheckpointError(f"{label}: {saved!r}; expected a dict of states")
         found: ParameterState = {STEP: saved.get(STEP)}
+        if isinstance(found[STEP], int) and found[STEP] >= MOST_STEPS:
+            raise CheckpointError(
+                f"{label}: 'step' is {MOST_STEPS} or more; expected what float64 can count"
+            )
         rest = set(saved) - {STEP}
         for state in self.optimizer.spec.states:
             keys = {state.name, absmax_name(state.name), type_key(state.name)}
             if state.name in saved:
                 found |= self.state(label, p, state, saved, resolved)
             rest -= keys if state.name in saved else set()
-        found |= self.engine_states(p, saved, resolved)
+        found |= self.engine_states(label, p, saved, resolved)
         found |= {key: saved[key] for key in rest - {RESIDUAL, NORMS}}
         check_states(label, p, found, self.optimizer.spec, resolved)
         return found
@@ -151,17 +175,9 @@ class _Reading:
         wanted = storage_of(state, resolved, p.numel())
         entries = entries_of(held, p.shape)
         for key, entry in entries.items():
-            value = saved.get(key)
-            if not isinstance(value, Tensor) or value.shape != entry.shape:
-                shape = tuple(value.shape) if isinstance(value, Tensor) else value
-                raise CheckpointError(
-                    f"{label}: {key!r} is {shape!r}; expected a tensor of {tuple(entry.shape)}"
-                )
-            if value.dtype != entry.dtype:
-                raise CheckpointError(
-                    f"{label}: {key!r} has dtype {value.dtype}; expected {entry.dtype}"
-                )
-        if held == wanted:
+            _check_entry(f"{label}: {key!r}", saved.get(key), entry)
+        _check_codes(label, held, saved)
+        if _same(held, wanted):
             tensors = {key: saved[key] for key in entries}
         else:
             self.note(f"{state.name} from {label_of(held)} to {label_of(wanted)}")
@@ -173,27 +189,38 @@ class _Reading:
 
     def held(self, label: str, state: State, saved: Mapping[str, Any]) -> Storage:
         """How a state lies in the state dict."""
-        if absmax_name(state.name) not in saved:
+        keys = absmax_name(state.name), type_key(state.name)
+        if not any(key in saved for key in keys):
             return Storage(state, None)
-        text = saved.get(type_key(state.name))
+        for key in keys:
+            if key not in saved:
+                raise CheckpointError(f"{label}: {key!r} is missing; there are {sorted(saved)}")
+        text = saved[type_key(state.name)]
         name = str(text).removesuffix(WHOLE)
-        if name not in self.types and name not in quant_types():
+        known = set(quant_types().names() if self.types is None else self.types)
+        if name not in known:
+            where = "registered" if self.types is None else "in the state dict"
             raise CheckpointError(
-                f"{label}: state {state.name!r} is of quant type {text!r}, which is neither in "
-                "the state dict nor registered"
+                f"{label}: state {state.name!r} is of quant type {text!r}, which is not {where}; "
+                f"there are {', '.join(sorted(known)) or '(none)'}"
             )
-        quant_type = self.types.get(name) or quant_types().get(name)
+        quant_type = quant_types().get(name) if self.types is None else self.types[name]
         return Storage(state, quant_type, not str(text).endswith(WHOLE))
 
     def engine_states(
-        self, p: Tensor, saved: Mapping[str, Any], resolved: Resolved
+        self, label: str, p: Tensor, saved: Mapping[str, Any], resolved: Resolved
     ) -> ParameterState:
         """Residual and norms: taken over where they fit, else begun anew."""
         found: ParameterState = {}
         entries = engine_entries(p, resolved)
-        for key in (RESIDUAL, NORMS):
+        shapes = {RESIDUAL: p.shape, NORMS: torch.Size([HISTORY])}
+        for key, dtypes in ENGINE_DTYPES.items():
             value, entry = saved.get(key), entries.get(key)
-            if isinstance(value, Tensor) and entry == Entry(value.shape, value.dtype):
+            if value is not None:
+                dtype = getattr(value, "dtype", None)
+                kept = Entry(shapes[key], dtype if dtype in dtypes else dtypes[0])
+                _check_entry(f"{label}: {key!r}", value, kept)
+            if value is not None and entry == Entry(value.shape, value.dtype):
                 found[key] = self.placed(value, p, resolved)
                 continue
             if entry is not None:
@@ -204,9 +231,8 @@ class _Reading:
 
     def placed(self, tensor: Tensor, p: Tensor, resolved: Resolved) -> Tensor:
         """A copy, contiguous, where the states of `p` live."""
-        if resolved.options["paged"]:
-            return self.optimizer.pages.copy_of(tensor)
-        return tensor.to(p.device, copy=True, memory_format=torch.contiguous_format)
+        make = maker(p, resolved, self.optimizer.pages)
+        return make(Entry(tensor.shape, tensor.dtype), 0).copy_(tensor)
 
     def note(self, words: str) -> None:
         self.converted[words] = self.converted.get(words, 0) + 1
@@ -214,11 +240,11 @@ class _Reading:
 
 def _check_header(
     optimizer: Optimizer8bit, state_dict: Mapping[str, Any]
-) -> dict[str, QuantType]:
-    """The quant types that a state dict brings along."""
+) -> dict[str, QuantType] | None:
+    """The quant types that a state dict brings along; None for those that are registered."""
     about = state_dict.get(HEADER)
     if about is None:
-        return {}  # torch.distributed.checkpoint keeps states and groups only
+        return None  # torch.distributed.checkpoint keeps states and groups only
     if not isinstance(about, Mapping) or not {"state", "param_groups"} <= set(state_dict):
         raise CheckpointError(
             f"the state dict has the keys {sorted(map(str, state_dict))}; expected 'state', "
@@ -229,23 +255,103 @@ def _check_header(
             f"the state dict has format {about.get('format')!r}; this version of bnbx reads "
             f"format {FORMAT}. Load it with the version that wrote it."
         )
-    spec = optimizer.spec
+    spec, mode = optimizer.spec, mode_of(state_dict)
     if about.get("rule") != spec.name:
         raise CheckpointError(
             f"the state dict is of rule {about.get('rule')!r}, this optimizer is {spec.name!r}"
         )
+    if mode != "train" and (mode not in spec.modes or not spec.modes[mode].statements):
+        raise CheckpointError(f"the state dict is in mode {mode!r}, which {spec.name!r} lacks")
     if about.get("rule_digest", spec.digest) != spec.digest:
         warnings.warn(
             f"the rule {spec.name!r} has changed since the checkpoint was written: its states "
             "are taken over as they are",
             BnbxWarning,
-            stacklevel=6,
+            stacklevel=foreign.user_level(),
         )
+    tables = about.get("quant_types", {})
+    if not isinstance(tables, Mapping):
+        raise CheckpointError(f"the quant types of the state dict are malformed: {tables!r:.200}")
+    return {name: _quant_type(name, text) for name, text in tables.items()}
+
+
+def _quant_type(name: Any, text: Any) -> QuantType:
+    """A quant type that a state dict brings along."""
     try:
-        tables = dict(about.get("quant_types", {}))
-        return {name: QuantType.from_json(text) for name, text in tables.items()}
-    except (SpecError, TypeError, ValueError) as error:
-        raise CheckpointError(f"a quant type of the state dict is malformed: {error}") from None
+        if not isinstance(text, str) or len(text) > MOST_JSON:
+            raise SpecError(f"expected JSON of at most {MOST_JSON} characters")
+        found = QuantType.from_json(text)
+        if found.name != name:
+            raise SpecError(f"it calls itself {found.name!r}")
+    except SpecError as error:
+        raise CheckpointError(f"quant type {name!r} of the state dict: {error}") from None
+    return found
+
+
+def _check_groups(optimizer: Optimizer8bit, state_dict: Mapping[str, Any]) -> None:
+    """Groups of the same rule have all of its arguments; those of a changed one may not."""
+    spec, about = optimizer.spec, state_dict.get(HEADER, {})
+    if about.get("rule_digest", spec.digest) != spec.digest:
+        return
+    for number, group in enumerate(state_dict["param_groups"]):
+        missing = [name for name in ("params", *spec.arguments) if name not in group]
+        if missing:
+            raise CheckpointError(f"state dict, group {number}: {', '.join(missing)} missing")
+
+
+def _check_indices(groups: Groups, state: Any) -> None:
+    """Each parameter has a number, and states belong to these numbers."""
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"'state' of the state dict is {type(state).__name__}, not a dict")
+    indices = [index for group in groups for index in group["params"]]
+    if len(set(indices)) < len(indices):
+        raise CheckpointError("the state dict has a parameter twice in its groups")
+    for index in state.keys() - set(indices):
+        raise CheckpointError(
+            f"the state dict has states of parameter {index!r}, which is in none of its groups"
+        )
+
+
+def _check_entry(label: str, value: Any, entry: Entry) -> None:
+    """Raise CheckpointError if `value` is no tensor like this, or has no memory for it."""
+    if not isinstance(value, Tensor) or value.shape != entry.shape:
+        shape = tuple(value.shape) if isinstance(value, Tensor) else value
+        raise CheckpointError(
+            f"{label} is {shape!r:.200}; expected a tensor of {tuple(entry.shape)}"
+        )
+    if value.dtype != entry.dtype:
+        raise CheckpointError(f"{label} has dtype {value.dtype}; expected {entry.dtype}")
+    if value.layout is not torch.strided or value.device.type == "meta":
+        raise CheckpointError(f"{label} is {value.layout} on {value.device}; expected values")
+    last = sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
+    room = value.untyped_storage().nbytes() // value.itemsize - value.storage_offset()
+    if value.numel() and last >= room:
+        raise CheckpointError(f"{label} has memory for {room} of {value.numel()} elements")
+
+
+def _check_codes(label: str, held: Storage, saved: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if a byte is no code: a table may have fewer than 256 entries."""
+    quant_type = held.quant_type
+    if quant_type is None or 8 % quant_type.bits == 0:
+        return
+    codes = saved[held.state.name]
+    if codes.numel() and int(codes.max()) >= 2**quant_type.bits:
+        raise CheckpointError(
+            f"{label}: {held.state.name!r} has a code {int(codes.max())}, and {quant_type.name} "
+            f"has {2**quant_type.bits}"
+        )
+
+
+def _same(held: Storage, wanted: Storage) -> bool:
+    """Whether the tensors of one storage are those of the other, whatever its type is called."""
+    if held.quant_type is None or wanted.quant_type is None:
+        return held.quant_type is wanted.quant_type
+    return (
+        held.quant_type.bits == wanted.quant_type.bits
+        and held.codebook.values == wanted.codebook.values
+        and held.whole == wanted.whole
+        and (held.whole or held.block_size == wanted.block_size)
+    )
 
 
 def _has_our_groups(state_dict: Mapping[str, Any]) -> bool:
@@ -273,4 +379,3 @@ def mode_of(state_dict: Mapping[str, Any]) -> str:
     """The mode that the parameters were in."""
     about = state_dict.get(HEADER)
     return str(about.get("mode", "train")) if isinstance(about, Mapping) else "train"
-

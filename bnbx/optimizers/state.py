@@ -10,8 +10,9 @@ int, 1 after the first step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +21,11 @@ from torch import Tensor
 from bnbx.errors import CheckpointError, OptionError
 from bnbx.kernels.master import residual_dtype
 from bnbx.kernels.packing import codes_per_byte, packed_size
-from bnbx.kernels.plan import Storage
+from bnbx.kernels.plan import DTYPES, Storage
 from bnbx.kernels.reference import decode, encode
 from bnbx.kernels.signature import RESIDUAL, absmax_name
 from bnbx.optimizers.clipping import HISTORY, NORMS
-from bnbx.optimizers.paging import Pages
+from bnbx.optimizers.paging import Pages, managed_zeros
 from bnbx.registry import Optimizer as OptimizerSpec
 from bnbx.registry import QuantType, quant_types
 from bnbx.registry.config import Resolved
@@ -32,6 +33,8 @@ from bnbx.registry.optimizer import PARAMETER, STEP, State
 from bnbx.registry.quant_type import FLOAT32
 
 ParameterState = dict[str, Any]
+DTYPE_NAMES: Mapping[torch.dtype, str] = {getattr(torch, name): name for name in DTYPES}
+Make = Callable[["Entry", float], Tensor]
 WHOLE = "/tensor"  # ends the type's label where one absmax serves the whole tensor
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -118,36 +121,56 @@ def state_bytes(p: Tensor, spec: OptimizerSpec, resolved: Resolved) -> dict[str,
     return {key: entry.bytes for key, entry in layout(p, spec, resolved).items()}
 
 
-def new_state(p: Tensor, state: State, resolved: Resolved, pages: Pages | None) -> ParameterState:
+def maker(p: Tensor, resolved: Resolved, pages: Pages) -> Make:
+    """What allocates the states of `p`: ordinary memory, page files, or managed memory."""
+    paged = resolved.options["paged"]
+    if paged == "managed":
+        return partial(_managed, p.device)
+    if paged:
+        return lambda entry, fill: pages.zeros(entry.shape, entry.dtype, fill)
+    return lambda entry, fill: torch.full(entry.shape, fill, dtype=entry.dtype, device=p.device)
+
+
+def prepare(p: Tensor, resolved: Resolved, pages: Pages) -> None:
+    """Try what `maker` will use, so that a mistake shows before the first step.
+
+    Raises:
+        PagingError: page files cannot be made.
+        TargetError: there is no managed memory for the parameter's device.
+    """
+    paged = resolved.options["paged"]
+    if paged == "managed":
+        managed_zeros((0,), torch.uint8, p.device)
+    elif paged:
+        pages.prepare()
+
+
+def _managed(device: torch.device, entry: Entry, fill: float) -> Tensor:
+    return managed_zeros(entry.shape, entry.dtype, device, fill)
+
+
+def new_state(p: Tensor, state: State, resolved: Resolved, make: Make) -> ParameterState:
     """The entries of a fresh state of `p`, before the first step."""
     storage = storage_of(state, resolved, p.numel())
-    entries = entries_of(storage, p.shape)
+    name, entries = state.name, entries_of(storage, p.shape)
     if state.initial == PARAMETER:
-        value = p.detach().to(torch.float32, copy=True).contiguous()
-        return {state.name: value if pages is None else pages.copy_of(value)}
+        return {name: make(entries[name], 0).copy_(p.detach())}
     number = float(resolved.hyper[state.initial]) if state.initial else 0.0
     if storage.quant_type is None:
-        return {state.name: _full(entries[state.name], number, p, pages)}
+        return {name: make(entries[name], number)}
     codes, absmax = encode(storage, torch.full((1,), number))
     code = int(codes[0]) >> (8 - 8 // codes_per_byte(storage.quant_type))
+    key = absmax_name(name)
     return {
-        state.name: _full(entries[state.name], _repeated(code, storage.quant_type), p, pages),
-        absmax_name(state.name): _full(
-            entries[absmax_name(state.name)], float(absmax[0]), p, pages
-        ),
-        type_key(state.name): label_of(storage),
+        name: make(entries[name], _repeated(code, storage.quant_type)),
+        key: make(entries[key], float(absmax[0])),
+        type_key(name): label_of(storage),
     }
 
 
 def _repeated(code: int, quant_type: QuantType) -> int:
     """A byte full of a code."""
     return sum(code << (quant_type.bits * i) for i in range(codes_per_byte(quant_type)))
-
-
-def _full(entry: Entry, value: float, p: Tensor, pages: Pages | None) -> Tensor:
-    if pages is not None:
-        return pages.zeros(entry.shape, entry.dtype, value)
-    return torch.full(entry.shape, value, dtype=entry.dtype, device=p.device)
 
 
 def values_of(storage: Storage, saved: Mapping[str, Any], shape: torch.Size) -> Tensor:
@@ -234,18 +257,19 @@ def check_states(
                 f"{label}: {key!r} is {saved[key]!r}, but its parameter asks for {held!r}"
             )
     for key, entry in expected.items():
-        _check_tensor(f"{label}: {key!r}", saved[key], entry, p, resolved)
+        # The pages of a paged run lie in the memory of the host; what the engine keeps never does.
+        paged = bool(resolved.options["paged"]) and key not in (RESIDUAL, NORMS)
+        _check_tensor(f"{label}: {key!r}", saved[key], entry, p, paged)
 
 
-def _check_tensor(label: str, value: Any, entry: Entry, p: Tensor, resolved: Resolved) -> None:
+def _check_tensor(label: str, value: Any, entry: Entry, p: Tensor, paged: bool) -> None:
     fits = (
         isinstance(value, Tensor)
         and value.shape == entry.shape
         and value.dtype == entry.dtype
         and value.is_contiguous()
     )
-    # The pages of a paged run lie in the memory of the host.
-    near = fits and (value.device == p.device or bool(resolved.options["paged"]))
+    near = fits and (value.device == p.device or paged)
     if not near:
         raise CheckpointError(
             f"{label} is {describe(value)}; expected {entry.dtype} of shape "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bnbx.registry.catalog import Catalog
+from bnbx.registry.formats import GroupFormat
 from bnbx.registry.hookspecs import hookimpl
 from bnbx.registry.hyper import Hyper, flag, fraction, number, positive, rate, steps
 from bnbx.registry.optimizer import Constraint, Optimizer, State
@@ -12,6 +13,7 @@ from bnbx.registry.quant_type import QuantType
 __all__ = [
     "Catalog",
     "Constraint",
+    "GroupFormat",
     "Hyper",
     "Optimizer",
     "QuantType",

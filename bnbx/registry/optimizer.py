@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field, PlainSerializer, model_validator
 from typing_extensions import Self
 
 from bnbx.registry.checks import bare_conditions, check_spec
+from bnbx.registry.formats import FormatTable, check_formats
 from bnbx.registry.hyper import Hyper, rate
 from bnbx.registry.rule import Code, parse
 from bnbx.registry.spec import Frozen, Spec
@@ -96,6 +97,7 @@ class Optimizer(Spec):
             rules whose parameters in training are not the ones to evaluate.
         packs: joins hyperparameters into tuples that users pass and groups store under one name,
             such as betas.
+        saved_as: how other libraries write its parameter groups, by "library.Class".
     """
 
     states: tuple[State, ...] = ()
@@ -108,10 +110,12 @@ class Optimizer(Spec):
     apply_code: str = ""
     eval_code: str = ""
     train_code: str = ""
+    saved_as: FormatTable = Field(default_factory=dict, validate_default=True)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         check_spec(self)
+        check_formats(self)
         return self
 
     @cached_property

@@ -1,4 +1,4 @@
-// adam, float32 parameters, float32 gradients, m: dynamic8, v: dynamic8
+// adam, no amsgrad, float32 parameters, float32 gradients, m: dynamic8, v: dynamic8
 // adaptive moments, L2 weight decay (arXiv:1412.6980). Rendered from its spec by bnbx; change the spec, not this file.
 
 #define DEVICE __device__ __forceinline__ static
@@ -6,11 +6,14 @@
 DEVICE unsigned int bits_of(float x) { return __float_as_uint(x); }
 DEVICE float float_of(unsigned int bits) { return __uint_as_float(bits); }
 DEVICE float root(float x) { return sqrtf(x); }
+DEVICE double root64(double x) { return sqrt(x); }
 
 // Numbers, as C++ and CUDA kernels share them. The target defines before this: DEVICE (how a function
-// is declared), bits_of and float_of (a float's bits), and root (a correctly rounded square root).
+// is declared), bits_of and float_of (a float's bits), and root and root64 (correctly rounded square
+// roots).
 
 typedef unsigned char u8;
+typedef signed char i8;
 typedef unsigned short u16;
 typedef int i32;
 typedef unsigned int u32;
@@ -62,6 +65,12 @@ DEVICE float rule_sign(float x) { return x > 0.0f ? 1.0f : (x < 0.0f ? -1.0f : x
 DEVICE float rule_min(float a, float b) { return a < b ? a : b; }
 DEVICE float rule_max(float a, float b) { return a > b ? a : b; }
 
+DEVICE double rule_sqrt(double x) { return root64(x); }
+DEVICE double rule_abs(double x) { return x < 0.0 ? -x : x; }
+DEVICE double rule_sign(double x) { return x > 0.0 ? 1.0 : (x < 0.0 ? -1.0 : x); }
+DEVICE double rule_min(double a, double b) { return a < b ? a : b; }
+DEVICE double rule_max(double a, double b) { return a > b ? a : b; }
+
 // Helpers of CUDA kernels: a warp works on PIECE elements, four neighbors of each lane at a time.
 
 enum { LANES = 32, WARPS = 8, VECTOR = 4, STRIDE = LANES * VECTOR, VECTORS = 2, PIECE = VECTORS * STRIDE };
@@ -100,6 +109,16 @@ DEVICE void store_piece(T* to, i64 left, bool aligned, const T (&from)[PER_LANE]
         if (at + e < left) to[at + e] = from[j * VECTOR + e];
     }
   }
+}
+
+// The place in its piece of this lane's element i.
+DEVICE int place_of(int i) { return i / VECTOR * STRIDE + (threadIdx.x & 31) * VECTOR + i % VECTOR; }
+
+// The sum over all lanes of a warp, the same in each.
+DEVICE double sum_of_lanes(double x) {
+#pragma unroll
+  for (int distance = LANES / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
+  return x;
 }
 
 DEVICE bool is_aligned(const void* pointer) { return ((unsigned long long)pointer & 15u) == 0; }
@@ -190,15 +209,25 @@ DEVICE u32 largest_of_lanes(u32 x) {
   return x;
 }
 
+// Values by code in shared memory, for a pass that only decodes.
+template <class Type>
+struct Levels {
+  float levels[1 << Type::BITS];
+
+  DEVICE_MEMBER void fill(const Tables* tables) {
+    for (int i = threadIdx.x; i < (1 << Type::BITS); i += LANES * WARPS) levels[i] = tables->levels[i];
+  }
+};
+
 // A codebook in shared memory: values by code, and the table of the search.
 template <class Type>
 struct Shared {
-  float levels[256];
+  float levels[1 << Type::BITS];
   u32 search[Type::SHIFT ? Type::ENTRIES : 256];
 
   DEVICE_MEMBER void fill(const Tables* tables) {
     const u32* from = Type::SHIFT ? tables->entries : (const u32*)tables->thresholds;
-    for (int i = threadIdx.x; i < 256; i += LANES * WARPS) levels[i] = tables->levels[i];
+    for (int i = threadIdx.x; i < (1 << Type::BITS); i += LANES * WARPS) levels[i] = tables->levels[i];
     for (int i = threadIdx.x; i < (int)(sizeof(search) / sizeof(u32)); i += LANES * WARPS) search[i] = from[i];
   }
 };
@@ -210,16 +239,43 @@ struct Layout {
   static constexpr bool WHOLE = Type::BLOCK == PIECE;                               // both vectors in one block
 };
 
+// Codes of this lane, unpacked; those that do not exist are zero's. Its four neighbors lie in bytes
+// of their own.
+template <class Type>
+DEVICE void load_codes(const u8* from, i64 left, bool aligned, u8 (&codes)[PER_LANE]) {
+  if (Type::PER_BYTE == 1) return load_piece(from, left, aligned, (u8)Type::ZERO_CODE, codes);
+#pragma unroll
+  for (int i = 0; i < PER_LANE; ++i) {
+    const int place = place_of(i);
+    const u32 byte = place < left ? from[place / Type::PER_BYTE] : 0u;
+    const u32 code = (byte >> (8 - Type::BITS * (place % Type::PER_BYTE + 1))) & ((1u << Type::BITS) - 1u);
+    codes[i] = place < left ? (u8)code : (u8)Type::ZERO_CODE;
+  }
+}
+
+template <class Type>
+DEVICE void store_codes(u8* to, i64 left, bool aligned, const u8 (&codes)[PER_LANE]) {
+  if (Type::PER_BYTE == 1) return store_piece(to, left, aligned, codes);
+#pragma unroll
+  for (int i = 0; i < PER_LANE; i += Type::PER_BYTE) {
+    u32 byte = 0;
+#pragma unroll
+    for (int e = 0; e < Type::PER_BYTE; ++e)
+      if (place_of(i + e) < left) byte |= (u32)codes[i + e] << (8 - Type::BITS * (e + 1));
+    if (place_of(i) < left) to[place_of(i) / Type::PER_BYTE] = (u8)byte;
+  }
+}
+
 template <class Type>
 DEVICE void decode_piece(const u8 (&codes)[PER_LANE], const float* absmax, i64 left,
-                         const Shared<Type>& shared, float (&x)[PER_LANE]) {
+                         const float* levels, float (&x)[PER_LANE]) {
 #pragma unroll
   for (int j = 0; j < VECTORS; ++j) {
     const int at = j * STRIDE + (threadIdx.x & 31) * VECTOR;
-    const float scale = at < left ? absmax[at / Type::BLOCK] : 0.0f;
+    const float scale = at < left ? absmax[Type::WHOLE ? 0 : at / Type::BLOCK] : 0.0f;
 #pragma unroll
     for (int e = 0; e < VECTOR; ++e)
-      x[j * VECTOR + e] = shared.levels[codes[j * VECTOR + e]] * scale;
+      x[j * VECTOR + e] = levels[codes[j * VECTOR + e]] * scale;
   }
 }
 
@@ -254,6 +310,18 @@ DEVICE void encode_piece(const float (&x)[PER_LANE], i64 left, const Shared<Type
   }
 }
 
+// The same where the absmax is that of the whole tensor.
+template <class Type>
+DEVICE void encode_whole_piece(const float (&x)[PER_LANE], u32 largest, const Shared<Type>& shared,
+                               const Tables* tables, u8 (&codes)[PER_LANE]) {
+  const Scale scale = make_scale(largest);
+#pragma unroll
+  for (int i = 0; i < PER_LANE; ++i) {
+    const u8 code = encode<Type>(x[i] * scale.inverse, shared.search, (const float*)shared.search, tables->order);
+    codes[i] = scale.inverse > 0.0f ? code : (u8)Type::ZERO_CODE;
+  }
+}
+
 // What this plan works on: its dtypes, the traits of its codebooks, and a row of the launch's table.
 typedef float Parameter;
 typedef float Gradient;
@@ -261,14 +329,16 @@ enum { CHUNK = 256 };  // elements that the chunk numbers in rows count by
 
 struct dynamic8_signed {
   static constexpr int BLOCK = 256, SHIFT = 17, HALF = 1401, ENTRIES = 2802, ZERO_CODE = 127;
+  static constexpr int BITS = 8, PER_BYTE = 1;
   static constexpr u32 FLOOR = 0x34920000u, CEILING = 0x3f800001u;
-  static constexpr bool SIGNED = true, ORDERED = true, SEGMENTS = true;
+  static constexpr bool SIGNED = true, ORDERED = true, SEGMENTS = true, WHOLE = false;
 };
 
 struct dynamic8_unsigned {
   static constexpr int BLOCK = 256, SHIFT = 16, HALF = 2900, ENTRIES = 2900, ZERO_CODE = 0;
+  static constexpr int BITS = 8, PER_BYTE = 1;
   static constexpr u32 FLOOR = 0x342e0000u, CEILING = 0x3f800001u;
-  static constexpr bool SIGNED = false, ORDERED = true, SEGMENTS = true;
+  static constexpr bool SIGNED = false, ORDERED = true, SEGMENTS = true, WHOLE = false;
 };
 
 // A tensor. Rows end with one more whose FirstChunk is the number of chunks in all.
@@ -279,6 +349,7 @@ struct Row {
   float* m_absmax_;
   u8* v_;
   float* v_absmax_;
+  const float* gradient_scale_;
   i64 Numel;
   i64 FirstChunk;
 };
@@ -297,7 +368,9 @@ DEVICE const Row& find_row(const Row* rows, i64 row_count, i64 chunk) {
 // One launch updates all tensors; each warp takes pieces of PIECE elements in turn.
 extern "C" __global__ void __launch_bounds__(LANES * WARPS, 2)
 bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_count,
-            const float* __restrict__ scalars, const Tables* __restrict__ tables_dynamic8_signed, const Tables* __restrict__ tables_dynamic8_unsigned) {
+            const float* __restrict__ scalars, const double* __restrict__ inputs,
+            const float* __restrict__ found_inf, const Tables* __restrict__ tables_dynamic8_signed, const Tables* __restrict__ tables_dynamic8_unsigned) {
+  if (*found_inf != 0.0f) return;
   __shared__ Shared<dynamic8_signed> shared_dynamic8_signed;
   __shared__ Shared<dynamic8_unsigned> shared_dynamic8_unsigned;
   shared_dynamic8_signed.fill(tables_dynamic8_signed);
@@ -310,7 +383,8 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
   const float k_1_minus_beta2_ = scalars[4];  // 1 - beta2
   const float k_1_over_c2_ = scalars[5];  // 1 / c2
   const float eps_ = scalars[6];  // eps
-  const float lr_over_c1_ = scalars[7];  // lr / c1
+  const float k_1_over_c1_ = scalars[7];  // 1 / c1
+  const float lr_ = scalars[8];  // lr
   const i64 pieces = CHUNK / PIECE;  // of a chunk
   const i64 stride = (i64)gridDim.x * WARPS;
   for (i64 Piece = (i64)blockIdx.x * WARPS + threadIdx.x / LANES; Piece < chunk_count * pieces; Piece += stride) {
@@ -319,6 +393,7 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
     const i64 Start = (Chunk - Here.FirstChunk) * CHUNK + Piece % pieces * PIECE;
     const i64 Left = Here.Numel - Start;
     if (Left <= 0) continue;
+    const float Gradient_scale = *Here.gradient_scale_;
     const bool Aligned = is_aligned(Here.p_) && is_aligned(Here.g_) && is_aligned(Here.m_) && is_aligned(Here.v_);
     Parameter P[PER_LANE];
     Gradient G[PER_LANE];
@@ -327,16 +402,18 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
     float State_m[PER_LANE];
     u8 Codes_m[PER_LANE];
     float* Absmax_m = Here.m_absmax_ + Start / dynamic8_signed::BLOCK;
-    load_piece(Here.m_ + Start, Left, Aligned, (u8)dynamic8_signed::ZERO_CODE, Codes_m);
-    decode_piece<dynamic8_signed>(Codes_m, Absmax_m, Left, shared_dynamic8_signed, State_m);
+    load_codes<dynamic8_signed>(Here.m_ + Start / dynamic8_signed::PER_BYTE, Left, Aligned, Codes_m);
+    decode_piece<dynamic8_signed>(Codes_m, Absmax_m, Left, shared_dynamic8_signed.levels, State_m);
     float State_v[PER_LANE];
     u8 Codes_v[PER_LANE];
     float* Absmax_v = Here.v_absmax_ + Start / dynamic8_unsigned::BLOCK;
-    load_piece(Here.v_ + Start, Left, Aligned, (u8)dynamic8_unsigned::ZERO_CODE, Codes_v);
-    decode_piece<dynamic8_unsigned>(Codes_v, Absmax_v, Left, shared_dynamic8_unsigned, State_v);
+    load_codes<dynamic8_unsigned>(Here.v_ + Start / dynamic8_unsigned::PER_BYTE, Left, Aligned, Codes_v);
+    decode_piece<dynamic8_unsigned>(Codes_v, Absmax_v, Left, shared_dynamic8_unsigned.levels, State_v);
+
 #pragma unroll
     for (int I = 0; I < PER_LANE; ++I) {
-      float p = to_float(P[I]), g = to_float(G[I]);
+      float p = to_float(P[I]);
+      float g = to_float(G[I]) * Gradient_scale;
       float m = State_m[I];
       float v = State_v[I];
       // g = g + weight_decay * p
@@ -345,16 +422,20 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
       m = (beta1_ * m) + (k_1_minus_beta1_ * g);
       // v = beta2 * v + (1 - beta2) * g * g
       v = (beta2_ * v) + ((k_1_minus_beta2_ * g) * g);
-      // p = p - lr * (m / c1) / (sqrt(v) / c2 + eps)
-      p = p - ((lr_over_c1_ * m) / ((k_1_over_c2_ * rule_sqrt(v)) + eps_));
+      // vmax = where(amsgrad, max(vmax, v), v)
+      float vmax = v;
+      // u = (m / c1) / (sqrt(vmax) / c2 + eps)
+      float u = (k_1_over_c1_ * m) / ((k_1_over_c2_ * rule_sqrt(vmax)) + eps_);
+      // p = p - lr * u
+      p = p - (lr_ * u);
       from_float(p, P[I]);
       State_m[I] = m;
       State_v[I] = v;
     }
     store_piece(Here.p_ + Start, Left, Aligned, P);
     encode_piece<dynamic8_signed>(State_m, Left, shared_dynamic8_signed, tables_dynamic8_signed, Codes_m, Absmax_m);
-    store_piece(Here.m_ + Start, Left, Aligned, Codes_m);
+    store_codes<dynamic8_signed>(Here.m_ + Start / dynamic8_signed::PER_BYTE, Left, Aligned, Codes_m);
     encode_piece<dynamic8_unsigned>(State_v, Left, shared_dynamic8_unsigned, tables_dynamic8_unsigned, Codes_v, Absmax_v);
-    store_piece(Here.v_ + Start, Left, Aligned, Codes_v);
+    store_codes<dynamic8_unsigned>(Here.v_ + Start / dynamic8_unsigned::PER_BYTE, Left, Aligned, Codes_v);
   }
 }

@@ -1,15 +1,18 @@
-// adamw, float32 parameters, float32 gradients, m: dynamic8, v: dynamic8
+// adamw, no amsgrad, float32 parameters, float32 gradients, m: dynamic8, v: dynamic8
 // Adam with decoupled weight decay (arXiv:1711.05101). Rendered from its spec by bnbx; change the spec, not this file.
 
 #define DEVICE static inline
 DEVICE unsigned int bits_of(float x) { unsigned int bits; __builtin_memcpy(&bits, &x, 4); return bits; }
 DEVICE float float_of(unsigned int bits) { float x; __builtin_memcpy(&x, &bits, 4); return x; }
 DEVICE float root(float x) { return __builtin_sqrtf(x); }
+DEVICE double root64(double x) { return __builtin_sqrt(x); }
 
 // Numbers, as C++ and CUDA kernels share them. The target defines before this: DEVICE (how a function
-// is declared), bits_of and float_of (a float's bits), and root (a correctly rounded square root).
+// is declared), bits_of and float_of (a float's bits), and root and root64 (correctly rounded square
+// roots).
 
 typedef unsigned char u8;
+typedef signed char i8;
 typedef unsigned short u16;
 typedef int i32;
 typedef unsigned int u32;
@@ -60,6 +63,12 @@ DEVICE float rule_abs(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
 DEVICE float rule_sign(float x) { return x > 0.0f ? 1.0f : (x < 0.0f ? -1.0f : x); }
 DEVICE float rule_min(float a, float b) { return a < b ? a : b; }
 DEVICE float rule_max(float a, float b) { return a > b ? a : b; }
+
+DEVICE double rule_sqrt(double x) { return root64(x); }
+DEVICE double rule_abs(double x) { return x < 0.0 ? -x : x; }
+DEVICE double rule_sign(double x) { return x > 0.0 ? 1.0 : (x < 0.0 ? -1.0 : x); }
+DEVICE double rule_min(double a, double b) { return a < b ? a : b; }
+DEVICE double rule_max(double a, double b) { return a > b ? a : b; }
 
 // Quantized states, as C++ and CUDA kernels share them.
 
@@ -155,6 +164,40 @@ static inline void encode_block_plain(const float* x, float inverse, const Table
   for (int i = 0; i < Type::BLOCK; ++i) codes[i] = (u8)(Type::ORDERED ? rank[i] : tables->order[rank[i]]);
 }
 
+// Codes in bytes of their own to codes packed in bytes, the first in the highest bits, and back.
+template <class Type>
+static inline void unpack_codes(const u8* packed, int count, u8* codes) {
+  if (Type::PER_BYTE == 1) {
+    __builtin_memcpy(codes, packed, count);
+    return;
+  }
+  const int whole = count / Type::PER_BYTE;
+  for (int i = 0; i < whole; ++i)
+    for (int j = 0; j < Type::PER_BYTE; ++j)
+      codes[i * Type::PER_BYTE + j] = (u8)((packed[i] >> (8 - Type::BITS * (j + 1))) & ((1 << Type::BITS) - 1));
+  for (int i = whole * Type::PER_BYTE; i < count; ++i)
+    codes[i] = (u8)((packed[whole] >> (8 - Type::BITS * (i % Type::PER_BYTE + 1))) & ((1 << Type::BITS) - 1));
+}
+
+template <class Type>
+static inline void pack_codes(const u8* codes, int count, u8* packed) {
+  if (Type::PER_BYTE == 1) {
+    __builtin_memcpy(packed, codes, count);
+    return;
+  }
+  const int whole = count / Type::PER_BYTE;
+  for (int i = 0; i < whole; ++i) {
+    u32 byte = 0;
+    for (int j = 0; j < Type::PER_BYTE; ++j) byte |= (u32)codes[i * Type::PER_BYTE + j] << (8 - Type::BITS * (j + 1));
+    packed[i] = (u8)byte;
+  }
+  if (whole * Type::PER_BYTE < count) {
+    u32 byte = 0;
+    for (int i = whole * Type::PER_BYTE; i < count; ++i) byte |= (u32)codes[i] << (8 - Type::BITS * (i % Type::PER_BYTE + 1));
+    packed[whole] = (u8)byte;
+  }
+}
+
 static inline i32 larger_magnitude(i32 largest, float x) {
   const i32 magnitude = (i32)(bits_of(x) & 0x7fffffffu);
   return magnitude > largest ? magnitude : largest;
@@ -190,8 +233,37 @@ alignas(64) static const u8 interleave[64] = {
     8, 9, 10, 11, 24, 25, 26, 27, 40, 41, 42, 43, 56, 57, 58, 59,
     12, 13, 14, 15, 28, 29, 30, 31, 44, 45, 46, 47, 60, 61, 62, 63};
 
+// Tables of 16 values are one register: a permute decodes 16 codes.
+template <class Type>
+static inline void decode_narrow_block(const u8* codes, float absmax, const Tables* tables, float* x) {
+  const __m512 levels = _mm512_loadu_ps(tables->levels), scale = _mm512_set1_ps(absmax);
+  for (int i = 0; i < Type::BLOCK; i += 16) {
+    const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i)));
+    _mm512_storeu_ps(x + i, _mm512_mul_ps(_mm512_permutexvar_ps(index, levels), scale));
+  }
+}
+
+// And a search by halving has four steps, each a permute and a comparison.
+template <class Type>
+static inline void encode_narrow_block(const float* x, float inverse, const Tables* tables, u8* codes) {
+  const __m512 thresholds = _mm512_loadu_ps(tables->thresholds), scale = _mm512_set1_ps(inverse);
+  const __m512i order = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)tables->order));
+  for (int i = 0; i < Type::BLOCK; i += 16) {
+    const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + i), scale);
+    __m512i rank = _mm512_setzero_si512();
+    for (int half = 8; half > 0; half /= 2) {
+      const __m512i probe = _mm512_add_epi32(rank, _mm512_set1_epi32(half - 1));
+      const __m512 threshold = _mm512_permutexvar_ps(probe, thresholds);
+      rank = _mm512_mask_add_epi32(rank, _mm512_cmp_ps_mask(threshold, scaled, _CMP_LT_OQ), rank, _mm512_set1_epi32(half));
+    }
+    if (!Type::ORDERED) rank = _mm512_permutexvar_epi32(rank, order);
+    _mm_storeu_si128((__m128i*)(codes + i), _mm512_cvtepi32_epi8(rank));
+  }
+}
+
 template <class Type>
 static inline void decode_block(const u8* codes, float absmax, const Tables* tables, float* x) {
+  if (Type::BITS <= 4) return decode_narrow_block<Type>(codes, absmax, tables, x);
   const __m512i lanes = _mm512_load_si512(interleave);
   const __m512 scale = _mm512_set1_ps(absmax);
   for (int i = 0; i < Type::BLOCK; i += 64) {
@@ -263,6 +335,7 @@ static inline __m512i find_ranks_in_segments(__m512 x, const Tables* tables) {
 
 template <class Type>
 static inline void encode_block(const float* x, float inverse, const Tables* tables, u8* codes) {
+  if (Type::BITS <= 4) return encode_narrow_block<Type>(x, inverse, tables, codes);
   if (Type::SHIFT == 0 || !Type::ORDERED) return encode_block_plain<Type>(x, inverse, tables, codes);
   const __m512 scale = _mm512_set1_ps(inverse);
   for (int i = 0; i < Type::BLOCK; i += 16) {
@@ -342,14 +415,16 @@ enum { CHUNK = 256 };  // elements that the chunk numbers in rows count by
 
 struct dynamic8_signed {
   static constexpr int BLOCK = 256, SHIFT = 17, HALF = 1401, ENTRIES = 2802, ZERO_CODE = 127;
+  static constexpr int BITS = 8, PER_BYTE = 1;
   static constexpr u32 FLOOR = 0x34920000u, CEILING = 0x3f800001u;
-  static constexpr bool SIGNED = true, ORDERED = true, SEGMENTS = true;
+  static constexpr bool SIGNED = true, ORDERED = true, SEGMENTS = true, WHOLE = false;
 };
 
 struct dynamic8_unsigned {
   static constexpr int BLOCK = 256, SHIFT = 16, HALF = 2900, ENTRIES = 2900, ZERO_CODE = 0;
+  static constexpr int BITS = 8, PER_BYTE = 1;
   static constexpr u32 FLOOR = 0x342e0000u, CEILING = 0x3f800001u;
-  static constexpr bool SIGNED = false, ORDERED = true, SEGMENTS = true;
+  static constexpr bool SIGNED = false, ORDERED = true, SEGMENTS = true, WHOLE = false;
 };
 
 // A tensor. Rows end with one more whose FirstChunk is the number of chunks in all.
@@ -360,6 +435,7 @@ struct Row {
   float* m_absmax_;
   u8* v_;
   float* v_absmax_;
+  const float* gradient_scale_;
   i64 Numel;
   i64 FirstChunk;
 };
@@ -379,8 +455,13 @@ struct Job {
   const Row* rows;
   i64 row_count, chunk_count;
   const float* scalars;
+  const double* inputs;
   const void* const* tables;
+  void* parts;   // a Part for each chunk
+  void* values;  // a Values for each row
   void (*update)(const Job*, i64, i64);
+  void (*measure)(const Job*, i64, i64);  // these two null where one pass is enough
+  void (*reduce)(const Job*, i64, i64);
 };
 
 enum { SPAN = 256 };  // elements between two looks at a state's largest magnitude
@@ -389,33 +470,39 @@ enum { SPAN = 256 };  // elements between two looks at a state's largest magnitu
 // as integers: so the order of comparisons cannot matter, even for NaN.
 static inline __attribute__((always_inline)) void update_elements(
     Parameter* __restrict P, const Gradient* __restrict G, float* __restrict State_m, float* __restrict State_v,
-    const float* Scalars, const int Count, i32& Largest_m, i32& Largest_v) {
-  const float k_1_minus_lr_times_weight_decay_ = Scalars[0];  // 1 - lr * weight_decay
-  const float beta1_ = Scalars[1];  // beta1
-  const float k_1_minus_beta1_ = Scalars[2];  // 1 - beta1
-  const float beta2_ = Scalars[3];  // beta2
-  const float k_1_minus_beta2_ = Scalars[4];  // 1 - beta2
-  const float k_1_over_c2_ = Scalars[5];  // 1 / c2
-  const float eps_ = Scalars[6];  // eps
-  const float lr_over_c1_ = Scalars[7];  // lr / c1
+    const float* Scalars, const float Gradient_scale, const int Count, i32& Largest_m, i32& Largest_v) {
+  const float beta1_ = Scalars[0];  // beta1
+  const float k_1_minus_beta1_ = Scalars[1];  // 1 - beta1
+  const float beta2_ = Scalars[2];  // beta2
+  const float k_1_minus_beta2_ = Scalars[3];  // 1 - beta2
+  const float k_1_over_c2_ = Scalars[4];  // 1 / c2
+  const float eps_ = Scalars[5];  // eps
+  const float k_1_over_c1_ = Scalars[6];  // 1 / c1
+  const float k_1_minus_lr_times_weight_decay_ = Scalars[7];  // 1 - lr * weight_decay
+  const float lr_ = Scalars[8];  // lr
   i32 Most_m = 0;
   i32 Most_v = 0;
   for (int I = 0; I < Count; ++I) {
-    float p = to_float(P[I]), g = to_float(G[I]);
+    float p = to_float(P[I]);
+    float g = to_float(G[I]) * Gradient_scale;
     float m = State_m[I];
     float v = State_v[I];
-    // p = p * (1 - lr * weight_decay)
-    p = k_1_minus_lr_times_weight_decay_ * p;
     // m = beta1 * m + (1 - beta1) * g
     m = (beta1_ * m) + (k_1_minus_beta1_ * g);
     // v = beta2 * v + (1 - beta2) * g * g
     v = (beta2_ * v) + ((k_1_minus_beta2_ * g) * g);
-    // p = p - lr * (m / c1) / (sqrt(v) / c2 + eps)
-    p = p - ((lr_over_c1_ * m) / ((k_1_over_c2_ * rule_sqrt(v)) + eps_));
+    // vmax = where(amsgrad, max(vmax, v), v)
+    float vmax = v;
+    // u = (m / c1) / (sqrt(vmax) / c2 + eps)
+    float u = (k_1_over_c1_ * m) / ((k_1_over_c2_ * rule_sqrt(vmax)) + eps_);
+    // p = p * (1 - lr * weight_decay)
+    p = k_1_minus_lr_times_weight_decay_ * p;
+    // p = p - lr * u
+    p = p - (lr_ * u);
     from_float(p, P[I]);
     State_m[I] = m;
-    Most_m = larger_magnitude(Most_m, m);
     State_v[I] = v;
+    Most_m = larger_magnitude(Most_m, m);
     Most_v = larger_magnitude(Most_v, v);
   }
   Largest_m = Most_m;
@@ -425,29 +512,34 @@ static inline __attribute__((always_inline)) void update_elements(
 // Codes of a chunk to floats. A last chunk is filled up with zeros.
 template <class Type>
 static inline void load_state(const u8* codes, const float* absmax, int count, const Tables* tables, float* x) {
-  u8 padded[CHUNK];
-  if (count < CHUNK) {
-    __builtin_memset(padded, Type::ZERO_CODE, CHUNK);
-    __builtin_memcpy(padded, codes, count);
+  alignas(64) u8 padded[CHUNK];
+  if (Type::PER_BYTE > 1 || count < CHUNK) {
+    if (count < CHUNK) __builtin_memset(padded, Type::ZERO_CODE, CHUNK);
+    unpack_codes<Type>(codes, count, padded);
     codes = padded;
   }
   for (int i = 0; i < CHUNK; i += Type::BLOCK)
-    decode_block<Type>(codes + i, i < count ? absmax[i / Type::BLOCK] : 0.0f, tables, x + i);
+    decode_block<Type>(codes + i, i < count ? absmax[Type::WHOLE ? 0 : i / Type::BLOCK] : 0.0f, tables, x + i);
+}
+
+template <class Type>
+static inline void store_codes(const float* x, const Scale scale, const Tables* tables, u8* codes) {
+  if (scale.inverse > 0.0f) encode_block<Type>(x, scale.inverse, tables, codes);
+  else __builtin_memset(codes, Type::ZERO_CODE, Type::BLOCK);
 }
 
 template <class Type>
 static inline void store_state(const float* x, const i32* largest, int count, const Tables* tables, u8* codes, float* absmax) {
-  u8 padded[CHUNK];
-  u8* to = count < CHUNK ? padded : codes;
+  alignas(64) u8 padded[CHUNK];
+  u8* to = Type::PER_BYTE > 1 || count < CHUNK ? padded : codes;
   for (int i = 0; i < count; i += Type::BLOCK) {
     i32 most = largest[i / SPAN];
     for (int span = i / SPAN + 1; span < (i + Type::BLOCK) / SPAN; ++span) most = largest[span] > most ? largest[span] : most;
     const Scale scale = make_scale((u32)most);
     absmax[i / Type::BLOCK] = scale.absmax;
-    if (scale.inverse > 0.0f) encode_block<Type>(x + i, scale.inverse, tables, to + i);
-    else __builtin_memset(to + i, Type::ZERO_CODE, Type::BLOCK);
+    store_codes<Type>(x + i, scale, tables, to + i);
   }
-  if (count < CHUNK) __builtin_memcpy(codes, padded, count);
+  if (to == padded) pack_codes<Type>(padded, count, codes);
 }
 
 // Chunks [first, last) of a job.
@@ -461,32 +553,35 @@ extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
     const i64 left = row->Numel - start;
     const int count = (int)(left < CHUNK ? left : CHUNK);
     alignas(64) float state_m[CHUNK];
-    i32 largest_m[CHUNK / SPAN] = {};
     float* absmax_m = row->m_absmax_ + start / dynamic8_signed::BLOCK;
-    load_state<dynamic8_signed>(row->m_ + start, absmax_m, count, tables_dynamic8_signed, state_m);
+    i32 largest_m[CHUNK / SPAN] = {};
+    load_state<dynamic8_signed>(row->m_ + start / dynamic8_signed::PER_BYTE, absmax_m, count, tables_dynamic8_signed, state_m);
     alignas(64) float state_v[CHUNK];
-    i32 largest_v[CHUNK / SPAN] = {};
     float* absmax_v = row->v_absmax_ + start / dynamic8_unsigned::BLOCK;
-    load_state<dynamic8_unsigned>(row->v_ + start, absmax_v, count, tables_dynamic8_unsigned, state_v);
+    i32 largest_v[CHUNK / SPAN] = {};
+    load_state<dynamic8_unsigned>(row->v_ + start / dynamic8_unsigned::PER_BYTE, absmax_v, count, tables_dynamic8_unsigned, state_v);
     for (int at = 0; at < count; at += SPAN) {
       const int span = count - at < SPAN ? count - at : SPAN;
       Parameter* p = row->p_ + start + at;
       const Gradient* g = row->g_ + start + at;
       if (span == SPAN)  // the same with the count known to the compiler
-        update_elements(p, g, state_m + at, state_v + at, job->scalars, SPAN, largest_m[at / SPAN], largest_v[at / SPAN]);
+        update_elements(p, g, state_m + at, state_v + at, job->scalars, *row->gradient_scale_, SPAN, largest_m[at / SPAN], largest_v[at / SPAN]);
       else
-        update_elements(p, g, state_m + at, state_v + at, job->scalars, span, largest_m[at / SPAN], largest_v[at / SPAN]);
+        update_elements(p, g, state_m + at, state_v + at, job->scalars, *row->gradient_scale_, span, largest_m[at / SPAN], largest_v[at / SPAN]);
     }
-    store_state<dynamic8_signed>(state_m, largest_m, count, tables_dynamic8_signed, row->m_ + start, absmax_m);
-    store_state<dynamic8_unsigned>(state_v, largest_v, count, tables_dynamic8_unsigned, row->v_ + start, absmax_v);
+    store_state<dynamic8_signed>(state_m, largest_m, count, tables_dynamic8_signed, row->m_ + start / dynamic8_signed::PER_BYTE, absmax_m);
+    store_state<dynamic8_unsigned>(state_v, largest_v, count, tables_dynamic8_unsigned, row->v_ + start / dynamic8_unsigned::PER_BYTE, absmax_v);
   }
 }
 
 // ---- running jobs on the threads of the host process
 
+enum Phase { MEASURE, REDUCE, UPDATE };
+
 struct Work {
   const Job* jobs;
   i64 job_count, slices, next;
+  Phase phase;
 };
 
 static void work_on(void* data) {
@@ -496,9 +591,12 @@ static void work_on(void* data) {
     if (slice >= work->slices) return;
     for (i64 j = 0; j < work->job_count; ++j) {
       const Job* job = work->jobs + j;
-      const i64 first = job->chunk_count * slice / work->slices;
-      const i64 last = job->chunk_count * (slice + 1) / work->slices;
-      if (first < last) job->update(job, first, last);
+      void (*const run)(const Job*, i64, i64) =
+          work->phase == UPDATE ? job->update : work->phase == MEASURE ? job->measure : job->reduce;
+      const i64 count = work->phase == REDUCE ? job->row_count : job->chunk_count;
+      const i64 first = count * slice / work->slices;
+      const i64 last = count * (slice + 1) / work->slices;
+      if (run && first < last) run(job, first, last);
     }
   }
 }
@@ -507,11 +605,16 @@ static void work_on(void* data) {
 // More slices than threads: a thread that is interrupted holds up the others less.
 extern "C" void bnbx_run(const Job* jobs, i64 job_count, i64 threads,
                          void (*parallel)(void (*)(void*), void*, unsigned, unsigned)) {
-  Work work = {jobs, job_count, 1, 0};
-  if (threads > 1 && parallel) {
-    work.slices = threads * 4;
-    parallel(work_on, &work, (unsigned)threads, 0);
-  } else {
-    work_on(&work);
+  bool measured = false;
+  for (i64 j = 0; j < job_count; ++j) measured = measured || jobs[j].measure;
+  for (int phase = measured ? MEASURE : UPDATE; phase <= UPDATE; ++phase) {
+    Work work = {jobs, job_count, 1, 0, (Phase)phase};
+    if (threads > 1 && parallel) {
+      work.slices = threads * 4;
+      parallel(work_on, &work, (unsigned)threads, 0);
+    } else {
+      work_on(&work);
+    }
   }
 }
+

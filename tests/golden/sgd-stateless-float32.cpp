@@ -5,11 +5,14 @@
 DEVICE unsigned int bits_of(float x) { unsigned int bits; __builtin_memcpy(&bits, &x, 4); return bits; }
 DEVICE float float_of(unsigned int bits) { float x; __builtin_memcpy(&x, &bits, 4); return x; }
 DEVICE float root(float x) { return __builtin_sqrtf(x); }
+DEVICE double root64(double x) { return __builtin_sqrt(x); }
 
 // Numbers, as C++ and CUDA kernels share them. The target defines before this: DEVICE (how a function
-// is declared), bits_of and float_of (a float's bits), and root (a correctly rounded square root).
+// is declared), bits_of and float_of (a float's bits), and root and root64 (correctly rounded square
+// roots).
 
 typedef unsigned char u8;
+typedef signed char i8;
 typedef unsigned short u16;
 typedef int i32;
 typedef unsigned int u32;
@@ -61,6 +64,12 @@ DEVICE float rule_sign(float x) { return x > 0.0f ? 1.0f : (x < 0.0f ? -1.0f : x
 DEVICE float rule_min(float a, float b) { return a < b ? a : b; }
 DEVICE float rule_max(float a, float b) { return a > b ? a : b; }
 
+DEVICE double rule_sqrt(double x) { return root64(x); }
+DEVICE double rule_abs(double x) { return x < 0.0 ? -x : x; }
+DEVICE double rule_sign(double x) { return x > 0.0 ? 1.0 : (x < 0.0 ? -1.0 : x); }
+DEVICE double rule_min(double a, double b) { return a < b ? a : b; }
+DEVICE double rule_max(double a, double b) { return a > b ? a : b; }
+
 // What this plan works on: its dtypes, the traits of its codebooks, and a row of the launch's table.
 typedef float Parameter;
 typedef float Gradient;
@@ -70,6 +79,7 @@ enum { CHUNK = 1024 };  // elements that the chunk numbers in rows count by
 struct Row {
   Parameter* p_;
   const Gradient* g_;
+  const float* gradient_scale_;
   i64 Numel;
   i64 FirstChunk;
 };
@@ -89,8 +99,13 @@ struct Job {
   const Row* rows;
   i64 row_count, chunk_count;
   const float* scalars;
+  const double* inputs;
   const void* const* tables;
+  void* parts;   // a Part for each chunk
+  void* values;  // a Values for each row
   void (*update)(const Job*, i64, i64);
+  void (*measure)(const Job*, i64, i64);  // these two null where one pass is enough
+  void (*reduce)(const Job*, i64, i64);
 };
 
 enum { SPAN = 1024 };  // elements between two looks at a state's largest magnitude
@@ -99,17 +114,20 @@ enum { SPAN = 1024 };  // elements between two looks at a state's largest magnit
 // as integers: so the order of comparisons cannot matter, even for NaN.
 static inline __attribute__((always_inline)) void update_elements(
     Parameter* __restrict P, const Gradient* __restrict G,
-    const float* Scalars, const int Count) {
+    const float* Scalars, const float Gradient_scale, const int Count) {
   const float weight_decay_ = Scalars[0];  // weight_decay
   const float lr_ = Scalars[1];  // lr
   for (int I = 0; I < Count; ++I) {
-    float p = to_float(P[I]), g = to_float(G[I]);
+    float p = to_float(P[I]);
+    float g = to_float(G[I]) * Gradient_scale;
     // g = g + weight_decay * p
     g = g + (weight_decay_ * p);
     // m = where(momentum, where(step == 1, g, momentum * m + (1 - dampening) * g), g)
     float m = g;
-    // p = p - lr * where(nesterov, g + momentum * m, m)
-    p = p - (lr_ * m);
+    // u = where(nesterov, g + momentum * m, m)
+    float u = m;
+    // p = p - lr * u
+    p = p - (lr_ * u);
     from_float(p, P[I]);
   }
 }
@@ -127,18 +145,21 @@ extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
       Parameter* p = row->p_ + start + at;
       const Gradient* g = row->g_ + start + at;
       if (span == SPAN)  // the same with the count known to the compiler
-        update_elements(p, g, job->scalars, SPAN);
+        update_elements(p, g, job->scalars, *row->gradient_scale_, SPAN);
       else
-        update_elements(p, g, job->scalars, span);
+        update_elements(p, g, job->scalars, *row->gradient_scale_, span);
     }
   }
 }
 
 // ---- running jobs on the threads of the host process
 
+enum Phase { MEASURE, REDUCE, UPDATE };
+
 struct Work {
   const Job* jobs;
   i64 job_count, slices, next;
+  Phase phase;
 };
 
 static void work_on(void* data) {
@@ -148,9 +169,12 @@ static void work_on(void* data) {
     if (slice >= work->slices) return;
     for (i64 j = 0; j < work->job_count; ++j) {
       const Job* job = work->jobs + j;
-      const i64 first = job->chunk_count * slice / work->slices;
-      const i64 last = job->chunk_count * (slice + 1) / work->slices;
-      if (first < last) job->update(job, first, last);
+      void (*const run)(const Job*, i64, i64) =
+          work->phase == UPDATE ? job->update : work->phase == MEASURE ? job->measure : job->reduce;
+      const i64 count = work->phase == REDUCE ? job->row_count : job->chunk_count;
+      const i64 first = count * slice / work->slices;
+      const i64 last = count * (slice + 1) / work->slices;
+      if (run && first < last) run(job, first, last);
     }
   }
 }
@@ -159,11 +183,16 @@ static void work_on(void* data) {
 // More slices than threads: a thread that is interrupted holds up the others less.
 extern "C" void bnbx_run(const Job* jobs, i64 job_count, i64 threads,
                          void (*parallel)(void (*)(void*), void*, unsigned, unsigned)) {
-  Work work = {jobs, job_count, 1, 0};
-  if (threads > 1 && parallel) {
-    work.slices = threads * 4;
-    parallel(work_on, &work, (unsigned)threads, 0);
-  } else {
-    work_on(&work);
+  bool measured = false;
+  for (i64 j = 0; j < job_count; ++j) measured = measured || jobs[j].measure;
+  for (int phase = measured ? MEASURE : UPDATE; phase <= UPDATE; ++phase) {
+    Work work = {jobs, job_count, 1, 0, (Phase)phase};
+    if (threads > 1 && parallel) {
+      work.slices = threads * 4;
+      parallel(work_on, &work, (unsigned)threads, 0);
+    } else {
+      work_on(&work);
+    }
   }
 }
+

@@ -6,11 +6,14 @@
 DEVICE unsigned int bits_of(float x) { return __float_as_uint(x); }
 DEVICE float float_of(unsigned int bits) { return __uint_as_float(bits); }
 DEVICE float root(float x) { return sqrtf(x); }
+DEVICE double root64(double x) { return sqrt(x); }
 
 // Numbers, as C++ and CUDA kernels share them. The target defines before this: DEVICE (how a function
-// is declared), bits_of and float_of (a float's bits), and root (a correctly rounded square root).
+// is declared), bits_of and float_of (a float's bits), and root and root64 (correctly rounded square
+// roots).
 
 typedef unsigned char u8;
+typedef signed char i8;
 typedef unsigned short u16;
 typedef int i32;
 typedef unsigned int u32;
@@ -62,6 +65,12 @@ DEVICE float rule_sign(float x) { return x > 0.0f ? 1.0f : (x < 0.0f ? -1.0f : x
 DEVICE float rule_min(float a, float b) { return a < b ? a : b; }
 DEVICE float rule_max(float a, float b) { return a > b ? a : b; }
 
+DEVICE double rule_sqrt(double x) { return root64(x); }
+DEVICE double rule_abs(double x) { return x < 0.0 ? -x : x; }
+DEVICE double rule_sign(double x) { return x > 0.0 ? 1.0 : (x < 0.0 ? -1.0 : x); }
+DEVICE double rule_min(double a, double b) { return a < b ? a : b; }
+DEVICE double rule_max(double a, double b) { return a > b ? a : b; }
+
 // Helpers of CUDA kernels: a warp works on PIECE elements, four neighbors of each lane at a time.
 
 enum { LANES = 32, WARPS = 8, VECTOR = 4, STRIDE = LANES * VECTOR, VECTORS = 2, PIECE = VECTORS * STRIDE };
@@ -102,6 +111,16 @@ DEVICE void store_piece(T* to, i64 left, bool aligned, const T (&from)[PER_LANE]
   }
 }
 
+// The place in its piece of this lane's element i.
+DEVICE int place_of(int i) { return i / VECTOR * STRIDE + (threadIdx.x & 31) * VECTOR + i % VECTOR; }
+
+// The sum over all lanes of a warp, the same in each.
+DEVICE double sum_of_lanes(double x) {
+#pragma unroll
+  for (int distance = LANES / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
+  return x;
+}
+
 DEVICE bool is_aligned(const void* pointer) { return ((unsigned long long)pointer & 15u) == 0; }
 
 // What this plan works on: its dtypes, the traits of its codebooks, and a row of the launch's table.
@@ -113,6 +132,7 @@ enum { CHUNK = 1024 };  // elements that the chunk numbers in rows count by
 struct Row {
   Parameter* p_;
   const Gradient* g_;
+  const float* gradient_scale_;
   i64 Numel;
   i64 FirstChunk;
 };
@@ -131,7 +151,9 @@ DEVICE const Row& find_row(const Row* rows, i64 row_count, i64 chunk) {
 // One launch updates all tensors; each warp takes pieces of PIECE elements in turn.
 extern "C" __global__ void __launch_bounds__(LANES * WARPS, 2)
 bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_count,
-            const float* __restrict__ scalars) {
+            const float* __restrict__ scalars, const double* __restrict__ inputs,
+            const float* __restrict__ found_inf) {
+  if (*found_inf != 0.0f) return;
   const float weight_decay_ = scalars[0];  // weight_decay
   const float lr_ = scalars[1];  // lr
   const i64 pieces = CHUNK / PIECE;  // of a chunk
@@ -142,20 +164,25 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
     const i64 Start = (Chunk - Here.FirstChunk) * CHUNK + Piece % pieces * PIECE;
     const i64 Left = Here.Numel - Start;
     if (Left <= 0) continue;
+    const float Gradient_scale = *Here.gradient_scale_;
     const bool Aligned = is_aligned(Here.p_) && is_aligned(Here.g_);
     Parameter P[PER_LANE];
     Gradient G[PER_LANE];
     load_piece(Here.p_ + Start, Left, Aligned, Parameter{}, P);
     load_piece(Here.g_ + Start, Left, Aligned, Gradient{}, G);
+
 #pragma unroll
     for (int I = 0; I < PER_LANE; ++I) {
-      float p = to_float(P[I]), g = to_float(G[I]);
+      float p = to_float(P[I]);
+      float g = to_float(G[I]) * Gradient_scale;
       // g = g + weight_decay * p
       g = g + (weight_decay_ * p);
       // m = where(momentum, where(step == 1, g, momentum * m + (1 - dampening) * g), g)
       float m = g;
-      // p = p - lr * where(nesterov, g + momentum * m, m)
-      p = p - (lr_ * m);
+      // u = where(nesterov, g + momentum * m, m)
+      float u = m;
+      // p = p - lr * u
+      p = p - (lr_ * u);
       from_float(p, P[I]);
     }
     store_piece(Here.p_ + Start, Left, Aligned, P);

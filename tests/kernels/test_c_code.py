@@ -97,7 +97,8 @@ TOKENS = re.compile(
 @given(rules(), st.integers(0, 2**32 - 1))
 def test_statements_hold_nothing_but_tokens_of_the_language(spec: Optimizer, seed: int) -> None:
     lowered = lower(spec, drawn_switches(spec, seed))
-    variables = {*spec.element.reads, *spec.element.writes, *lowered.scalars, "float"}
+    variables = {*spec.element.reads, *spec.element.writes, *spec.apply.reads, *spec.apply.writes}
+    variables |= {*lowered.scalars, *lowered.tensor_scalars, "float"}
     functions = {f"rule_{name}" for name in ("sqrt", "abs", "sign", "min", "max")}
     for line in c_statements(lowered.statements, ["p", "g"]):
         if line.startswith("// "):

@@ -12,11 +12,27 @@ import pytest
 
 from bnbx.kernels import cpu, cuda
 from bnbx.kernels.source import render
-from plans import Case, cases, mixed_cases
+from bnbx.registry import optimizers
+from plans import FEATURES, Case, case, cases, feature_case, mixed_cases, pairwise_settings
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-# One kernel for each way in which sources differ; all rules are in, in their default type.
-CHOSEN = [*cases(), cases(("bfloat16",))[0], *mixed_cases()[:1]]
+
+
+def chosen() -> list[Case]:
+    """One kernel for each way in which sources differ; all rules are in, in their default type."""
+    found = [cases(("bfloat16",))[0], mixed_cases()[0]]
+    for spec in optimizers():
+        every = pairwise_settings(spec)
+        for resolved in (every[0], every[-1]):
+            types = dict.fromkeys((s.name for s in spec.states), "dynamic8")
+            found.append(case(resolved, spec, types, "float32"))
+    plain = {name: values[0] for name, values in FEATURES.items()}
+    for name, values in FEATURES.items():
+        found += [feature_case(optimizers().get("adamw"), {**plain, name: v}) for v in values[1:]]
+    return list({each.name: each for each in found}.values())
+
+
+CHOSEN = chosen()
 
 
 @pytest.mark.parametrize("case", CHOSEN, ids=lambda case: case.name)

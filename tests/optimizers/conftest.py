@@ -1,4 +1,4 @@
-"""What the optimizers' tests share: one kernel cache, a fixed seed, and threads."""
+"""What the optimizers' tests share: a kernel cache and page files of their own, a seed, threads."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from bnbx.optimizers.paging import DIRECTORY_VARIABLE
 from compiled import shared_cache
 
 
 @pytest.fixture(scope="session", autouse=True)
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with shared_cache(tmp_path_factory):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def page_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Paged states of tests go to a temporary directory, never into the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(DIRECTORY_VARIABLE, str(tmp_path_factory.mktemp("pages")))
         yield
 
 

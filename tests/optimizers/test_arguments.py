@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,19 +14,23 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnbx import optim
-from bnbx.errors import BnbxError, NotYetError, OptionError, UnknownNameError
+from bnbx.errors import BnbxError, BnbxWarning, OptionError, UnknownNameError
 from bnbx.optim import create
 from bnbx.optimizers.engine import Optimizer8bit
 from bnbx.registry import optimizers
+from bnbx.registry.options import ALIASES, options_of
 from optimizers.compare import assert_same, equal
 from optimizers.variants import copies, gradients, parameters, set_gradients
 
 AdamW8bit: Any = optim.AdamW8bit
+NAMES = "Adam AdamW AdEMAMix LAMB LARS Lion Adagrad RMSprop SGD".split()
 CLASSES = [
-    (f"{name}{suffix}", rule, bits)
-    for name, rule in (("Adam", "adam"), ("AdamW", "adamw"), ("Lion", "lion"), ("SGD", "sgd"))
+    (f"{prefix}{name}{suffix}", name.lower(), bits, bool(prefix))
+    for prefix in ("", "Paged")
+    for name in NAMES
     for suffix, bits in (("", 32), ("8bit", 8), ("32bit", 32))
 ]
+STATEFUL: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}, "lars": {"momentum": 0.9}}
 
 
 def parameter(numel: int = 5000) -> Tensor:
@@ -54,15 +59,19 @@ def untouched() -> Iterator[Tensor]:
 
 # By mistake: the error, words of its message, and the call.
 MISTAKES: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
-    "rule": (UnknownNameError, "'admw'; did you mean 'adamw'.*available: adam, ", {"rule": "admw"}),
-    "no rule": (UnknownNameError, "available: adam, ", {"rule": "xyz"}),
+    "rule": (
+        UnknownNameError,
+        "'admw'; did you mean 'adamw'.*available: adagrad, adam, ",
+        {"rule": "admw"},
+    ),
+    "no rule": (UnknownNameError, "available: adagrad, adam, ", {"rule": "xyz"}),
     "bits": (OptionError, "bits=7: expected one of 32, 8", {"bits": 7}),
     "bits in words": (OptionError, "bits='8': expected one of 32, 8", {"bits": "8"}),
     "negative lr": (OptionError, "lr=-1: expected a number >= 0", {"lr": -1}),
     "lr in words": (OptionError, "lr='x': expected a number >= 0", {"lr": "x"}),
     "lr of NaN": (OptionError, "lr=nan: expected a number >= 0", {"lr": float("nan")}),
     "infinite lr": (OptionError, "lr=inf: expected a number >= 0", {"lr": float("inf")}),
-    "no lr": (OptionError, "lr is required", {"lr": None}),
+    "no lr": (OptionError, "lr=None: expected a number >= 0", {"lr": None}),
     "one beta": (
         OptionError,
         r"betas=\(0.9,\): expected 2 numbers \(beta1, beta2\)",
@@ -80,11 +89,11 @@ MISTAKES: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
         "'weight_decya'; did you mean 'weight_decay'.*it has: lr, betas, eps, weight_decay",
         {"weight_decya": 0.1},
     ),
-    "torch's argument": (UnknownNameError, "'amsgrad'.*it has: lr, betas", {"amsgrad": True}),
+    "another rule's": (UnknownNameError, "'centered'.*it has: lr, betas", {"centered": True}),
     "misspelled option": (UnknownNameError, "did you mean 'bits'", {"bit": 8}),
     "unknown state": (
         UnknownNameError,
-        r"no state 'mm'; did you mean 'm'\?; it has: m, v",
+        r"no state 'mm' to quantize; did you mean 'm'\?; it has: m, v, vmax",
         {"state_types": {"mm": "linear8"}},
     ),
     "unknown type": (
@@ -100,7 +109,9 @@ MISTAKES: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "state types in a list": (OptionError, "state_types=", {"state_types": ["linear8"]}),
     "size": (OptionError, "min_8bit_size=-1: expected a whole number", {"min_8bit_size": -1}),
     "size of a fraction": (OptionError, "min_8bit_size=0.5", {"min_8bit_size": 0.5}),
-    "paged": (NotYetError, "paged", {"paged": True}),
+    "paged": (OptionError, "paged='yes': expected True, False or 'managed'", {"paged": "yes"}),
+    "option of the engine": (UnknownNameError, "did you mean 'overrides'", {"overides": {}}),
+    "betas in words": (OptionError, "betas='x': expected numbers, such as", {"betas": "x"}),
 }
 
 
@@ -113,11 +124,12 @@ def test_mistakes_are_named_before_anything_is_made(what: str) -> None:
         with nothing_is_made(), pytest.raises(error, match=f"(?s){message}") as caught:
             create(rule, params, **arguments)
         assert isinstance(caught.value, BnbxError)
-        assert isinstance(caught.value, NotImplementedError if what == "paged" else ValueError)
+        assert isinstance(caught.value, ValueError)
 
 
 # The rest are no mistakes in a group: no argument of it, or a tag that somebody else may want.
-IN_A_GROUP = sorted(MISTAKES.keys() - {"rule", "no rule", "paged", "torch's argument"})
+ELSEWHERE = {"rule", "no rule", "another rule's", "option of the engine", "betas in words"}
+IN_A_GROUP = sorted(MISTAKES.keys() - ELSEWHERE)
 
 
 @pytest.mark.parametrize("what", IN_A_GROUP)
@@ -180,7 +192,7 @@ def test_defaults_are_those_of_the_spec(rule: str) -> None:
     spec = optimizers().get(rule)
     optimizer = create(rule, [parameter()])
     expected = {name: spec.default(name) for name in spec.arguments}
-    expected |= {"bits": 8, "state_types": None, "min_8bit_size": 4096}
+    expected |= options_of(spec)
     assert optimizer.defaults == expected
     assert {name: optimizer.param_groups[0][name] for name in expected} == expected
 
@@ -237,20 +249,22 @@ def test_a_spec_may_stand_for_its_name() -> None:
 # ---- classes
 
 
-@pytest.mark.parametrize(("name", "rule", "bits"), CLASSES)
-def test_class_is_its_rule(name: str, rule: str, bits: int) -> None:
+@pytest.mark.parametrize(("name", "rule", "bits", "paged"), CLASSES)
+def test_class_is_its_rule(name: str, rule: str, bits: int, paged: bool) -> None:
     made = getattr(optim, name)
     params = parameters(torch.float32, [(5000,)])
     others = copies(params)
-    optimizer, other = made(params, lr=1e-2), create(rule, others, lr=1e-2, bits=bits)
+    values = {"lr": 1e-2, **STATEFUL.get(rule, {})}
+    optimizer = made(params, **values)
+    other = create(rule, others, bits=bits, paged=paged, **values)
     assert isinstance(optimizer, torch.optim.Optimizer)
     assert isinstance(optimizer, Optimizer8bit)
     assert made.__name__ == made.__qualname__ == name
     assert made.__module__ == "bnbx.optim"
     assert optimizer.defaults == other.defaults
-    values = gradients(params)
-    set_gradients(params, values)
-    set_gradients(others, values)
+    grads = gradients(params)
+    set_gradients(params, grads)
+    set_gradients(others, grads)
     optimizer.step()
     other.step()
     assert_same(optimizer, other)
@@ -264,19 +278,68 @@ def test_all_classes_are_listed() -> None:
         if isinstance(getattr(optim, name), type)
         and issubclass(getattr(optim, name), Optimizer8bit)
     }
-    assert listed == {name for name, _, _ in CLASSES} | {"Optimizer8bit", "RuleOptimizer"}
-    assert {rule for _, rule, _ in CLASSES} == set(optimizers().names())
+    bases = "Optimizer8bit Optimizer1State Optimizer2State RuleOptimizer PytorchLARS".split()
+    assert listed == {name for name, *_ in CLASSES} | {*bases}
+    assert {rule for _, rule, *_ in CLASSES} <= set(optimizers().names())
 
 
-@pytest.mark.parametrize(("name", "rule", "bits"), CLASSES)
-def test_signature_tells_the_arguments(name: str, rule: str, bits: int) -> None:
+@pytest.mark.parametrize(("name", "rule", "bits", "paged"), CLASSES)
+def test_signature_tells_the_arguments(name: str, rule: str, bits: int, paged: bool) -> None:
     spec = optimizers().get(rule)
     found = inspect.signature(getattr(optim, name)).parameters
-    assert list(found) == ["params", *spec.arguments, "bits", "state_types", "min_8bit_size"]
-    assert found["bits"].default == bits
-    assert found["min_8bit_size"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert found.keys() >= {"params", "args", *spec.arguments, *options_of(spec), *ALIASES}
+    own = [argument for argument in found if argument in spec.arguments]
+    assert sorted(own) == sorted(spec.arguments)
+    for option, value in (("bits", bits), ("paged", paged)):
+        assert found[option].default == value
+        assert found[option].kind is inspect.Parameter.KEYWORD_ONLY
     for argument in spec.arguments:
         assert found[argument].default == spec.default(argument)
+
+
+@pytest.mark.parametrize(("name", "rule", "bits", "paged"), CLASSES)
+def test_docstring_tells_arguments_and_rule(name: str, rule: str, bits: int, paged: bool) -> None:
+    spec, made = optimizers().get(rule), getattr(optim, name)
+    text = inspect.getdoc(made) or ""
+    assert ("paged" in text.splitlines()[0]) == paged
+    assert (f"{bits}-bit" in text.splitlines()[0]) == name.endswith("bit")
+    for argument, parameter in inspect.signature(made).parameters.items():
+        entry = re.search(rf"^    {argument}: (.*?)\.$", text, re.DOTALL | re.MULTILINE)
+        assert entry, argument
+        if argument != "params":
+            told = re.sub(r"\s+", " ", entry[1])
+            assert told.endswith(f"(default {parameter.default!r})")
+            assert not told.startswith("(default"), f"{argument} is not described"
+    for line in spec.element_code.strip().splitlines():
+        assert f"    {line.strip()}\n" in text
+
+
+def test_what_a_class_fixes() -> None:
+    for made, arguments in (
+        (optim.AdamW8bit, {"bits": 4}),
+        (optim.AdamW32bit, {"optim_bits": 8}),
+        (optim.Adagrad32bit, {"bits": 8}),
+        (optim.Lion8bit, {"bits": 32}),
+        (optim.PagedAdamW, {"paged": False}),
+        (optim.PagedLion8bit, {"is_paged": False}),
+    ):
+        with pytest.raises(OptionError, match=rf"{made.__name__}: .*contradicts the class"):
+            made(untouched(), **arguments)
+    assert optim.AdamW8bit([parameter()], optim_bits=8).optim_bits == 8
+    assert optim.AdamW([parameter()], optim_bits=8).optim_bits == 8
+    assert optim.AdamW([parameter()], bits=4).optim_bits == 4
+    assert optim.AdamW([parameter()], paged=True).is_paged
+    assert optim.PagedAdamW([parameter()], is_paged=True).is_paged
+    with pytest.raises(OptionError, match="bits is given twice"):
+        optim.AdamW(untouched(), bits=8, optim_bits=8)
+
+
+def test_the_default_that_bitsandbytes_has_in_8_bit_classes() -> None:
+    """`Adam8bit(optim_bits=32)` is all that bitsandbytes allows, and 8 bits there."""
+    for made in (optim.Adam8bit, optim.AdamW8bit, optim.PagedAdam8bit, optim.PagedAdamW8bit):
+        with pytest.warns(BnbxWarning, match=r"bits=32, the default.*stands for bits=8"):
+            optimizer = made([parameter()], 1e-3, (0.9, 0.99), 1e-8, 0.0, False, 32)
+        assert optimizer.optim_bits == 8
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])
@@ -294,7 +357,9 @@ def test_wrong_calls_of_a_class() -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'betas'"):
         AdamW8bit(untouched(), beta=(0.9, 0.9))
     with pytest.raises(TypeError, match=r"AdamW8bit.*too many positional arguments"):
-        AdamW8bit(untouched(), 1e-3, (0.9, 0.9), 1e-8, 0.1, 8)
+        AdamW8bit(untouched(), 1e-3, (0.9, 0.9), 1e-8, 0.1, False, 8, None, 4096, False, 8)
+    with pytest.raises(UnknownNameError, match=r"AdamW8bit has no argument 'page_dri'.*'page_dir'"):
+        AdamW8bit(untouched(), page_dri="x")
     with pytest.raises(TypeError, match=r"AdamW8bit.*multiple values for argument 'lr'"):
         AdamW8bit(untouched(), 1e-3, lr=1e-3)
     with pytest.raises(TypeError, match="params"):

@@ -342,7 +342,8 @@ def test_nothing_but_states_grows_with_the_model() -> None:
             t.untyped_storage().nbytes() for t in states_of(optimizer)
         )
 
-    assert outlasting(1_000_000) == outlasting(10_000) == 0
+    factor = 4  # bytes: the one number that gradients are multiplied by
+    assert outlasting(1_000_000) == outlasting(10_000) == factor
 
 
 def test_python_memory_does_not_grow_with_the_model() -> None:

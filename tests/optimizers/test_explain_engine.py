@@ -16,9 +16,6 @@ from bnbx.optimizers.manager import GlobalOptimManager
 from bnbx.registry import optimizers
 from optimizers.managing import forgetful_manager
 
-if not hasattr(Optimizer8bit, "choice"):  # to be dropped when the engine asks
-    pytest.skip("the engine does not ask for overrides yet", allow_module_level=True)
-
 
 @pytest.fixture(autouse=True)
 def manager() -> Iterator[GlobalOptimManager]:
@@ -122,3 +119,27 @@ def test_without_names() -> None:
     other: Any = torch.optim.SGD(model().parameters())
     with pytest.raises(OptionError, match="no optimizer of bnbx"):
         optim.explain(other)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"block_wise": False},
+        {"percentile_clipping": 50},
+        {"master": "kahan"},
+        {"master": "residual", "bits": 32},
+        {"min_8bit_size": 0},
+    ],
+    ids=str,
+)
+def test_options_that_change_what_is_kept(options: dict[str, Any]) -> None:
+    module = model().to(torch.bfloat16)
+    optimizer = optim.create("adamw", module.named_parameters(), **options)
+    before = optim.explain(optimizer)
+    step(optimizer)
+    after = optim.explain(optimizer)
+    assert before.memory.total_bytes == after.memory.total_bytes == held(optimizer)
+    assert before.memory.bytes_by_kind == after.memory.bytes_by_kind
+    for told, true in zip(before.parameters, after.parameters, strict=True):
+        assert (told.state_types, told.states_why) == (true.state_types, true.states_why)
+        assert "made before" not in true.states_why

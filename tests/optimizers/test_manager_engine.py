@@ -20,9 +20,6 @@ from bnbx.optimizers.manager import GlobalOptimManager
 from optimizers.compare import equal
 from optimizers.managing import forgetful_manager
 
-if not hasattr(Optimizer8bit, "choice"):  # to be dropped when the engine asks
-    pytest.skip("the engine does not ask for overrides yet", allow_module_level=True)
-
 
 @pytest.fixture(autouse=True)
 def manager() -> Iterator[GlobalOptimManager]:

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 
-from bnbx.errors import NotYetError
 from bnbx.optim import create
 from bnbx.optimizers.paging import is_paged
 from compiled import shared_cache
@@ -82,7 +81,7 @@ tell(run)
 ENGINE = """
 from bnbx.optim import create
 
-elements, count = 4_000_000, 8  # 65 MB of states
+elements, count = 2_000_000, 12  # 49 MB of states
 params = [torch.linspace(-1, 1, elements).requires_grad_() for _ in range(count)]
 for k, p in enumerate(params):
     p.grad = torch.linspace(k - 4, k, elements)
@@ -97,7 +96,7 @@ def run():
     states = [s for p in params for s in optimizer.state[p].values() if isinstance(s, torch.Tensor)]
     return params + states
 
-limit(24)
+limit(12)
 tell(run)
 """
 
@@ -128,20 +127,13 @@ def test_tensors_beyond_the_limit_of_memory(tmp_path: Path) -> None:
     check_runs(PLAIN, tmp_path)
 
 
-# ======== ENGINE: remove this mark once `create` takes `paged` ========
-# It is strict, so it fails as soon as the first of these tests no longer raises NotYetError.
-engine = pytest.mark.xfail(raises=NotYetError, strict=True, reason="create() has no paged yet")
-
-
 @pytest.fixture(scope="module", autouse=True)
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with shared_cache(tmp_path_factory):
         yield
 
 
-@engine
 def test_an_optimizer_beyond_the_limit_of_memory(tmp_path: Path) -> None:
-    create("adamw", [torch.ones(3, requires_grad=True)], bits=8, paged=True)
     check_runs(ENGINE, tmp_path)
 
 
@@ -169,14 +161,12 @@ def checkpoint(optimizer: Any, p: torch.Tensor, steps: int) -> bytes:
     return file.getvalue()
 
 
-@engine
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("after", [False, True])
 def test_a_run_resumes_paged_or_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool, after: bool
 ) -> None:
     monkeypatch.setenv("BNBX_PAGE_DIR", str(tmp_path))
-    create("adamw", [torch.ones(3, requires_grad=True)], bits=8, paged=True)
     expected, p_expected = trained(6, paged=False)
     saved = checkpoint(*trained(3, paged=before), 3)
     resumed, p = trained(6, paged=after, resume=saved)

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bnbx.optimizers.paging import SMALLEST, Pages, PagingError
+from bnbx.errors import PagingError
+from bnbx.optimizers.paging import SMALLEST, Pages
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux about the process")
 # Python 3.12 and later warn of what is tested here.

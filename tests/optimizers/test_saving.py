@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +13,11 @@ import torch
 from torch import Tensor
 
 from bnbx import optim
-from bnbx.errors import CheckpointError
 from bnbx.optim import create
 from bnbx.optimizers import engine
 from bnbx.optimizers.engine import Optimizer8bit
 from optimizers.compare import assert_same, equal
+from optimizers.saved import same_values, through_a_file, train
 from optimizers.variants import TARGETS, copies, gradients, parameters, set_gradients
 
 SHAPES = [(5000,), (64, 70), (100,), ()]
@@ -43,22 +42,6 @@ def made(
         {"params": params[2:], "lr": 3e-3, "weight_decay": 0.2},
     ]
     return create(rule, groups, **arguments), params
-
-
-def train(optimizer: Optimizer8bit, params: list[Tensor], first: int, steps: int) -> None:
-    """Steps `first` and on, whose gradients depend on nothing but their number."""
-    for step in range(first, first + steps):
-        torch.manual_seed(step)
-        set_gradients(params, gradients(params))
-        optimizer.step()
-
-
-def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:
-    buffer = io.BytesIO()
-    torch.save(state_dict, buffer)
-    buffer.seek(0)
-    loaded: dict[str, Any] = torch.load(buffer, weights_only=True)
-    return loaded
 
 
 # ---- going on
@@ -131,11 +114,11 @@ def test_loaded_states_are_copies() -> None:
 
 def test_the_values_of_groups_are_loaded() -> None:
     optimizer, params = made("adamw, 8 bits", [])
-    optimizer.param_groups[1].update(lr=0.5, betas=(0.1, 0.2), bits=32, note="mine")
+    optimizer.param_groups[1].update(lr=0.5, betas=(0.1, 0.2), skip_zeros=True, note="mine")
     train(optimizer, params, 0, 1)
     other, others = made("adamw, 8 bits", copies(params))
     other.load_state_dict(through_a_file(optimizer.state_dict()))
-    for key in ("lr", "bits", "note"):
+    for key in ("lr", "skip_zeros", "note"):
         assert other.param_groups[1][key] == optimizer.param_groups[1][key]
     assert tuple(other.param_groups[1]["betas"]) == (0.1, 0.2)
     assert other.param_groups[1]["params"] == others[2:]
@@ -163,15 +146,18 @@ def test_schedulers_go_on_with_the_optimizer() -> None:
     assert_same(optimizer, other)
 
 
-def test_half_a_run_in_32_bits_may_be_loaded() -> None:
-    """The states of one run, kept in float32, stay in float32 where the group says so."""
-    wide, params = made("adamw, 32 bits", [])
-    train(wide, params, 0, 2)
-    narrow, others = made("adamw, 8 bits", copies(params))
-    narrow.load_state_dict(through_a_file(wide.state_dict()))
-    train(wide, params, 2, 2)
-    train(narrow, others, 2, 2)
-    assert_same(wide, narrow)
+def test_how_states_are_stored_is_the_choice_of_the_optimizer_that_loads() -> None:
+    optimizer, params = made("adamw, 8 bits", [])
+    optimizer.param_groups[1].update(bits=32, min_8bit_size=0, block_wise=False, paged=True)
+    other, _ = made("adamw, 8 bits", params)
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    group = other.param_groups[1]
+    assert [group[key] for key in ("bits", "min_8bit_size", "block_wise", "paged")] == [
+        8,
+        4096,
+        True,
+        False,
+    ]
 
 
 # ---- hooks
@@ -203,117 +189,6 @@ def test_hooks_of_saving_and_loading_run() -> None:
     assert saved["param_groups"][0]["lr"] == 1e-2
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
     assert events == ["before saving", "after saving", "before loading", "after loading"]
-
-
-# ---- what does not fit
-
-Damage = Callable[[dict[str, Any]], Any]
-
-
-def _state(key: str, change: Callable[[Any], Any]) -> Damage:
-    """Change one entry of the first parameter's state."""
-
-    def damage(saved: dict[str, Any]) -> None:
-        saved["state"][0][key] = change(saved["state"][0][key])
-
-    return damage
-
-
-def _about(key: str, value: Any) -> Damage:
-    return lambda saved: saved["bnbx"].update({key: value})
-
-
-# By what is wrong: how to do it to the state dict of an 8-bit AdamW, and words of the message.
-DAMAGES: dict[str, tuple[Damage, str]] = {
-    "truncated codes": (_state("m", lambda t: t[:-1]), r"'m'.*4999.*5000"),
-    "truncated absmax": (_state("v_absmax", lambda t: t[:-1]), r"'v_absmax'.*\(19,\).*\(20,\)"),
-    "absmax of another shape": (_state("m_absmax", lambda t: t[:, None]), r"'m_absmax'.*\(20, 1\)"),
-    "codes of another dtype": (_state("m", lambda t: t.to(torch.int8)), r"'m'.*int8.*uint8"),
-    "absmax of another dtype": (_state("v_absmax", lambda t: t.double()), r"'v_absmax'.*float64"),
-    "codes that are a list": (_state("m", lambda t: t.tolist()), "'m'"),
-    "negative step": (_state("step", lambda _: -1), "'step' is -1"),
-    "step that is a tensor": (_state("step", lambda _: torch.tensor(3.0)), "'step'"),
-    "no step": (lambda saved: saved["state"][0].pop("step"), "'step'"),
-    "no absmax": (lambda saved: saved["state"][0].pop("m_absmax"), "'m'"),
-    "no type": (lambda saved: saved["state"][0].pop("m_type"), "'m'.*None.*'dynamic8'"),
-    "states of another type": (_state("m_type", lambda _: "linear8"), "'m'.*'linear8'.*'dynamic8'"),
-    "no state": (lambda saved: saved["state"][0].pop("v"), "'v'"),
-    "one state too many": (lambda saved: saved["state"][0].update(z=torch.zeros(5000)), "'z'"),
-    "a state that is no table": (lambda saved: saved["state"].update({0: [1, 2]}), "parameter 0"),
-    "states of float32 groups": (
-        lambda saved: saved["param_groups"][0].update(bits=32),
-        "quantized.*float32",
-    ),
-    "another rule": (_about("rule", "lion"), "'lion'.*'adamw'"),
-    "another table": (_about("quant_types", {"dynamic8": "0"}), "'dynamic8'"),
-    "an unknown type": (_about("quant_types", {"nf5": "0"}), "'nf5'"),
-    "another format": (_about("format", 99), "99"),
-    "no word of bnbx": (
-        lambda saved: (saved.pop("bnbx"), [g.pop("bits") for g in saved["param_groups"]]),
-        "bnbx",
-    ),
-    "groups that are none": (lambda saved: saved.update(param_groups=[None]), "malformed"),
-    "tables that are none": (lambda saved: saved["bnbx"].update(quant_types=None), "malformed"),
-    "no states": (lambda saved: saved.pop("state"), "state"),
-    "no groups": (lambda saved: saved.pop("param_groups"), "param_groups"),
-    "a group too few": (lambda saved: saved["param_groups"].pop(), r"\[2\].*\[2, 2\]"),
-    "a parameter too many": (
-        lambda saved: saved["param_groups"][0]["params"].append(9),
-        r"\[3, 2\].*\[2, 2\]",
-    ),
-    "a value out of range": (lambda saved: saved["param_groups"][0].update(lr=-1.0), "lr=-1.0"),
-}
-
-
-@pytest.mark.parametrize("what", DAMAGES)
-def test_a_state_dict_that_does_not_fit_changes_nothing(what: str) -> None:
-    optimizer, params = made("adamw, 8 bits", [])
-    train(optimizer, params, 0, 2)
-    damage, message = DAMAGES[what]
-    saved = copy.deepcopy(optimizer.state_dict())
-    damage(saved)
-    refuse(optimizer, params, saved, message)
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        torch.optim.AdamW,
-        lambda params: create("lion", params),
-        lambda params: create("adam", params),
-    ],
-    ids=["torch's AdamW", "lion", "adam"],
-)
-def test_the_state_dict_of_another_optimizer_changes_nothing(other: Any) -> None:
-    optimizer, params = made("adamw, 8 bits", [])
-    train(optimizer, params, 0, 2)
-    others = copies(params)
-    theirs = other([{"params": others[:2]}, {"params": others[2:]}])
-    train(theirs, others, 0, 2)
-    refuse(optimizer, params, theirs.state_dict(), "bnbx|'lion'|'adam'")
-
-
-def refuse(
-    optimizer: Optimizer8bit, params: list[Tensor], saved: dict[str, Any], message: str
-) -> None:
-    """Assert that `saved` is refused with `message`, and that the optimizer is as it was."""
-    before = copy.deepcopy(optimizer.state_dict())
-    values = [p.detach().clone() for p in params]
-    held = [optimizer.state[p] for p in params]
-    with pytest.raises(CheckpointError, match=f"(?s){message}"):
-        optimizer.load_state_dict(saved)
-    assert same_values(before, optimizer.state_dict())
-    assert all(equal(p.detach(), value) for p, value in zip(params, values, strict=True))
-    assert all(optimizer.state[p] is saved for p, saved in zip(params, held, strict=True))
-
-
-def same_values(a: Any, b: Any) -> bool:
-    """Whether two nests of tables, lists and tensors are the same."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same_values(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(same_values, a, b))
-    return equal(a, b)
 
 
 def test_a_changed_width_is_noticed_before_codes_are_misread(

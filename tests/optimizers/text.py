@@ -15,19 +15,47 @@ from bnbx.kernels.evaluate import HOST, evaluate
 from bnbx.optimizers.engine import Optimizer8bit
 from bnbx.registry import Optimizer, quant_types
 from bnbx.registry.quant_type import Codebook, QuantType
-from optimizers.rounding import OPERATIONS, TINY, UNIT, Bounded, exact, scalar
+from optimizers.rounding import (
+    OPERATIONS,
+    TINY,
+    UNIT,
+    WIDE_OPERATIONS,
+    Bounded,
+    exact,
+    norm,
+    rounded,
+    scalar,
+)
 
 SMALLEST_NORMAL = 2.0**-126
 
 
 def hyperparameters(spec: Optimizer, group: Mapping[str, Any]) -> dict[str, float]:
-    """The values of a group, packs unpacked."""
-    found: dict[str, float] = {}
+    """The values of a group, packs unpacked; None is 0."""
+    found: dict[str, Any] = {}
     for argument in spec.arguments:
         if argument in spec.packs:
             found.update(zip(spec.packs[argument], group[argument], strict=True))
         else:
             found[argument] = group[argument]
+    return {name: 0.0 if value is None else value for name, value in found.items()}
+
+
+def spec_of(spec: Optimizer, group: Mapping[str, Any]) -> Optimizer:
+    """The rule that a group runs: its clipped form where max_unorm is the engine's, and on."""
+    clips = "max_unorm" not in spec.hyper and group.get("max_unorm", 0) > 0
+    return spec.clipped if clips else spec
+
+
+def initial_values(
+    spec: Optimizer, hyper: Mapping[str, float], p: Tensor
+) -> dict[str, Tensor]:
+    """The states of a parameter before its first step, float32."""
+    found = {}
+    for state in spec.states:
+        number = float(hyper[state.initial]) if state.initial in hyper else 0.0
+        full = torch.full(p.shape, number, dtype=torch.float32)
+        found[state.name] = p.detach().float().clone() if state.initial == "p" else full
     return found
 
 
@@ -44,7 +72,38 @@ def step_of_text(
     known |= values
     for statement in spec.element.statements:
         known[statement.target] = evaluate(statement.value, known, OPERATIONS)
+    if spec.tensor.statements:
+        known |= tensor_values(spec, host, known)
+    for statement in spec.apply.statements:
+        known[statement.target] = evaluate(statement.value, known, OPERATIONS)
     return {name: known[name] for name in values if name != "g"}
+
+
+def tensor_values(
+    spec: Optimizer, host: Mapping[str, float], known: Mapping[str, Bounded]
+) -> dict[str, Bounded]:
+    """What tensor_code computes, in float64, and the second pass gets rounded to float32."""
+    shape = known["p"].value.shape
+    wide = {name: exact(value) for name, value in host.items()} | {"numel": exact(shape.numel())}
+    for name in {"p", "g", *(state.name for state in spec.states), *spec.element.writes}:
+        value = known[name]
+        full = Bounded(value.value.expand(shape), value.error.expand(shape))
+        wide[f"norm_{name}"] = norm(full)
+    for statement in spec.tensor.statements:
+        wide[statement.target] = evaluate(statement.value, wide, WIDE_OPERATIONS)
+    results = {name: wide[name] for name in spec.tensor.writes}
+    return {name: rounded(result.value, result.error) for name, result in results.items()}
+
+
+def unpacked(quant_type: QuantType, packed: Tensor, shape: torch.Size) -> Tensor:
+    """Codes in bytes of their own, of a parameter's shape; the first code has the highest bits."""
+    per_byte = 8 // quant_type.bits
+    if per_byte == 1:
+        return packed
+    bytes_ = packed.long().repeat_interleave(per_byte)
+    place = torch.arange(bytes_.numel()) % per_byte
+    codes = bytes_ >> (8 - quant_type.bits * (place + 1)) & (2**quant_type.bits - 1)
+    return codes[: shape.numel()].to(torch.uint8).view(shape)
 
 
 def decoded(quant_type: QuantType, signed: bool, codes: Tensor, absmax: Tensor) -> Tensor:
@@ -73,6 +132,7 @@ def held(optimizer: Optimizer8bit, p: Tensor, state_types: Mapping[str, str]) ->
         value = saved[state.name].clone()
         if f"{state.name}_absmax" in saved:
             quant_type = quant_types().get(state_types[state.name])
+            value = unpacked(quant_type, value, p.shape)
             absmax = saved[f"{state.name}_absmax"].clone()
             found.codes[state.name] = (quant_type, state.signed, value, absmax)
             value = decoded(quant_type, state.signed, value, absmax)
@@ -90,10 +150,9 @@ def check_step(
         own rounding of the middle between two codes may get either.
     """
     assert after.step == before.step + 1
-    shape = gradient.shape
-    start = {name: exact(torch.zeros(shape)) for name in after.values} | {
-        name: exact(value) for name, value in before.values.items()
-    }
+    initial = initial_values(spec, hyper, before.values["p"])
+    start = {name: exact(value) for name, value in {**initial, **before.values}.items()}
+    start = {name: start[name] for name in after.values}
     expected = step_of_text(spec, hyper, after.step, {**start, "g": exact(gradient)})
     determined = total = 0
     for name, value in after.values.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,47 +22,120 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # every switch of a rule is on in some variant and off in another.
 Groups = tuple[dict[str, Any], dict[str, Any]]
 _PLAIN = (dict(lr=1e-2, weight_decay=0.1), dict(lr=3e-3, weight_decay=1e-2))
+_ADAM = (
+    dict(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1),
+    dict(lr=3e-3, betas=(0.95, 0.9), eps=1e-7, weight_decay=1e-2),
+)
+_ADAMW = (_ADAM[0], dict(_ADAM[1], weight_decay=0.3))
+_LION = (
+    dict(lr=1e-3, betas=(0.8, 0.95), weight_decay=0.1),
+    dict(lr=3e-3, betas=(0.95, 0.9), weight_decay=1e-2),
+)
+_ADEMAMIX = (
+    dict(lr=1e-2, betas=(0.8, 0.95, 0.99), alpha=3.0, eps=1e-6, weight_decay=0.1),
+    dict(lr=3e-3, betas=(0.95, 0.9, 0.97), alpha=2.0, eps=1e-7, weight_decay=0.3),
+)
+_RMSPROP = (
+    dict(lr=1e-3, alpha=0.9, eps=1e-6, weight_decay=0.1),
+    dict(lr=3e-3, alpha=0.95, eps=1e-5, weight_decay=1e-2),
+)
+_FREE = (
+    dict(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1),
+    dict(lr=3e-3, betas=(0.95, 0.9), eps=1e-7, weight_decay=1e-2),
+)
+
+
+def _with(groups: Groups, *more: dict[str, Any], **both: Any) -> Groups:
+    """The groups with other values: by group, and for both."""
+    first, second = more or ({}, {})
+    return dict(groups[0], **first, **both), dict(groups[1], **second, **both)
+
+
 VARIANTS: Mapping[str, Mapping[str, Groups]] = {
+    "adagrad": {
+        "": _with(_PLAIN, lr_decay=0.1, initial_accumulator_value=0.05, eps=1e-6),
+    },
     "adam": {
-        "": (
-            dict(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1),
-            dict(lr=3e-3, betas=(0.95, 0.9), eps=1e-7, weight_decay=1e-2),
-        ),
+        "": _ADAM,
+        "amsgrad": _with(_ADAM, amsgrad=True),
     },
     "adamw": {
-        "": (
-            dict(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1),
-            dict(lr=3e-3, betas=(0.95, 0.9), eps=1e-7, weight_decay=0.3),
+        "": _ADAMW,
+        "amsgrad": _with(_ADAMW, amsgrad=True),
+        "clipped": _with(_ADAMW, dict(max_unorm=1e-3), dict(max_unorm=5.0)),
+    },
+    "ademamix": {
+        "": _ADEMAMIX,
+        "warm": _with(_ADEMAMIX, dict(t_alpha=5, t_beta3=7), dict(t_alpha=100, t_beta3=50)),
+        "warm alpha": _with(_ADEMAMIX, t_alpha=4),
+    },
+    "adopt": {
+        "": _ADAM,
+    },
+    "cautious_adamw": {
+        "": _ADAMW,
+    },
+    "cautious_lion": {
+        "": _LION,
+    },
+    "lamb": {
+        "": _with(_ADAM, dict(max_unorm=0.3), dict(max_unorm=2.0)),
+        "unbounded": _with(_ADAM, max_unorm=0.0, amsgrad=True),
+        "l2": _with(_ADAM, max_unorm=0.5, adam_w_mode=False, bias_correction=False),
+    },
+    "lars": {
+        "plain": _with(_PLAIN, dict(max_unorm=0.3), dict(max_unorm=1e-3)),
+        "momentum": _with(
+            _PLAIN,
+            dict(momentum=0.9, dampening=0.1, max_unorm=0.3),
+            dict(momentum=0.5, dampening=0.3, max_unorm=1e-3),
         ),
+        "unbounded": _with(_PLAIN, momentum=0.9, nesterov=True, max_unorm=0.0),
     },
     "lion": {
-        "": (
-            dict(lr=1e-3, betas=(0.8, 0.95), weight_decay=0.1),
-            dict(lr=3e-3, betas=(0.95, 0.9), weight_decay=1e-2),
-        ),
+        "": _LION,
+    },
+    "rmsprop": {
+        "": _RMSPROP,
+        "momentum": _with(_RMSPROP, dict(momentum=0.9), dict(momentum=0.5)),
+        "centered": _with(_RMSPROP, dict(momentum=0.9), dict(momentum=0.5), centered=True),
+    },
+    "schedule_free_adamw": {
+        "": _FREE,
+        "warm": _with(_FREE, dict(warmup_steps=4), dict(warmup_steps=20)),
     },
     "sgd": {
         "plain": _PLAIN,
-        "momentum": (dict(_PLAIN[0], momentum=0.9), dict(_PLAIN[1], momentum=0.5)),
-        "dampening": (
-            dict(_PLAIN[0], momentum=0.9, dampening=0.1),
-            dict(_PLAIN[1], momentum=0.5, dampening=0.3),
+        "momentum": _with(_PLAIN, dict(momentum=0.9), dict(momentum=0.5)),
+        "dampening": _with(
+            _PLAIN, dict(momentum=0.9, dampening=0.1), dict(momentum=0.5, dampening=0.3)
         ),
-        "nesterov": (
-            dict(_PLAIN[0], momentum=0.9, nesterov=True),
-            dict(_PLAIN[1], momentum=0.5, nesterov=True),
-        ),
+        "nesterov": _with(_PLAIN, dict(momentum=0.9), dict(momentum=0.5), nesterov=True),
     },
 }
 CASES = [(rule, variant) for rule in optimizers().names() for variant in VARIANTS.get(rule, {})]
 
 # By name: how the states are stored. "mixed" is one state in linear8 and the others in float32.
-STORAGES = ("float32", "dynamic8", "linear8", "mixed")
+STORAGES = ("float32", "dynamic8", "linear8", "state4", "mixed")
+
+
+# Rules that run in every storage and dtype; between them they have all that storages meet.
+WHOLE_PRODUCT = ("adam", "adamw", "lion", "sgd")
+
+
+def sampled() -> list[tuple[str, str, str, torch.dtype]]:
+    """Rule, variant, storage and dtype: the product for some rules, a third of it for the others."""
+    product = itertools.product(enumerate(CASES), enumerate(STORAGES), enumerate(DTYPES))
+    return [
+        (rule, variant, storage, dtype)
+        for (i, (rule, variant)), (j, storage), (k, dtype) in product
+        if (rule in WHOLE_PRODUCT and variant != "clipped") or (i + j + k) % len(DTYPES) == 0
+    ]
 
 
 def state_types(spec: Optimizer, storage: str) -> dict[str, str]:
-    """Quant type by state."""
-    names = [state.name for state in spec.states]
+    """Quant type by state, of those that can be quantized."""
+    names = [state.name for state in spec.states if state.quantized]
     if storage == "mixed":
         return {name: "float32" if names.index(name) else "linear8" for name in names}
     return dict.fromkeys(names, storage)

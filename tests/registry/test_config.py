@@ -23,8 +23,10 @@ from bnbx.registry import (
     positive,
     quant_types,
     rate,
+    steps,
 )
-from bnbx.registry.config import OPTIONS, Layer, Resolved, check_known, resolve
+from bnbx.registry.config import Layer, Resolved, check_known, resolve
+from bnbx.registry.options import OPTIONS, check_option, unaliased
 from bnbx.registry.quant_type import FLOAT32
 
 SPEC = Optimizer(
@@ -46,7 +48,10 @@ SPEC = Optimizer(
         p = p - lr * m / (sqrt(v) + eps) + shift
     """,
 )
-KNOWN = "lr, pair, shift, eps, fast, bits, state_types, min_8bit_size"
+KNOWN = (
+    "lr, pair, shift, eps, fast, bits, state_types, min_8bit_size, block_wise, "
+    "percentile_clipping, skip_zeros, max_unorm, master, maximize, paged"
+)
 
 
 def merged(*layers: Mapping[str, Any], spec: Optimizer = SPEC) -> Resolved:
@@ -84,16 +89,14 @@ def test_a_later_layer_wins_and_is_remembered() -> None:
     assert found.switches == dict(shift=True, fast=True)
     assert found.state_types == dict(m=FLOAT32, v=FLOAT32)
     assert found.min_8bit_size == 0
-    assert found.origins == dict(
-        lr="layer 1",
-        pair="layer 2",
-        shift="default",
-        eps="default",
-        fast="layer 1",
-        bits="layer 0",
-        state_types="default",
-        min_8bit_size="layer 2",
-    )
+    assert found.origins == {
+        **dict.fromkeys(KNOWN.split(", "), "default"),
+        "lr": "layer 1",
+        "pair": "layer 2",
+        "fast": "layer 1",
+        "bits": "layer 0",
+        "min_8bit_size": "layer 2",
+    }
 
 
 def test_resolving_changes_no_layer_and_no_default() -> None:
@@ -102,7 +105,18 @@ def test_resolving_changes_no_layer_and_no_default() -> None:
     assert layer == dict(pair=[0.1, 0.2], state_types={"m": "linear8"})
     assert merged(layer) == first
     assert merged().state_types == dict(m="dynamic8", v="dynamic8")
-    assert OPTIONS == {"bits": 8, "state_types": None, "min_8bit_size": 4096}
+    assert OPTIONS == {
+        "bits": 8,
+        "state_types": None,
+        "min_8bit_size": 4096,
+        "block_wise": True,
+        "percentile_clipping": 100,
+        "skip_zeros": False,
+        "max_unorm": 0.0,
+        "master": "none",
+        "maximize": False,
+        "paged": False,
+    }
 
 
 def test_numbers_come_out_as_floats() -> None:
@@ -138,7 +152,7 @@ HAS = f"; it has: {KNOWN}"
 )
 def test_an_unknown_argument(name: str, near: str) -> None:
     message = f"r has no argument {name!r}{near}{HAS}"
-    assert refusal(UnknownNameError, {name: 1.0}) == message
+    assert refusal(UnknownNameError, {name: 1.0}) == f"layer 0: {message}"
     with pytest.raises(UnknownNameError) as caught:
         check_known(SPEC, ["lr", name])
     assert str(caught.value) == message
@@ -154,8 +168,7 @@ def test_known_arguments_pass() -> None:
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (dict(lr=None), "r: lr is required"),
-        (dict(pair=None), "r: pair is required"),
+        (dict(pair=None), "r: pair=None: expected 2 numbers (a, b)"),
         (dict(lr=-0.1), "r: lr=-0.1: expected a number >= 0"),
         (dict(lr="fast"), "r: lr='fast': expected a number >= 0"),
         (dict(lr=float("nan")), "r: lr=nan: expected a number >= 0"),
@@ -165,7 +178,6 @@ def test_known_arguments_pass() -> None:
         (dict(eps=0.0), "r: eps=0.0: expected a number > 0"),
         (dict(fast=1), "r: fast=1: expected True or False"),
         (dict(fast="yes"), "r: fast='yes': expected True or False"),
-        (dict(pair=(0.5, -1)), "r: b=-1: expected a number >= 0"),
         (dict(pair=(0.5,)), "r: pair=(0.5,): expected 2 numbers (a, b)"),
         (dict(pair=(0.5, 0.5, 0.5)), "r: pair=(0.5, 0.5, 0.5): expected 2 numbers (a, b)"),
         (dict(pair=0.5), "r: pair=0.5: expected 2 numbers (a, b)"),
@@ -177,7 +189,86 @@ def test_known_arguments_pass() -> None:
     ],
 )
 def test_a_value_out_of_range(layer: dict[str, Any], message: str) -> None:
-    assert refusal(OptionError, layer) == message
+    """The error says which layer brought the value, unless it is that of the arguments."""
+    assert refusal(OptionError, layer) == f"{message} (from layer 0)"
+    assert refusal(OptionError, {}, layer) == f"{message} (from layer 1)"
+    with pytest.raises(OptionError) as caught:
+        resolve(SPEC, quant_types(), [("argument", {"lr": 0.1, **layer})])
+    assert str(caught.value) == message
+
+
+def test_a_value_out_of_range_in_a_pack() -> None:
+    assert refusal(OptionError, dict(pair=(0.5, -1))).startswith("r: b=-1: expected a number >= 0")
+
+
+def test_a_required_value_that_is_taken_away() -> None:
+    assert refusal(OptionError, dict(lr=None)) == "r: lr is required"
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name not in ("bits", "state_types")])
+def test_options_have_defaults_that_they_allow(name: str) -> None:
+    assert check_option(name, OPTIONS[name]) == OPTIONS[name]
+    assert merged({name: OPTIONS[name]}).options[name] == OPTIONS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad", "words"),
+    [
+        ("block_wise", [True, False], [1, 0, None, "yes"], "True or False"),
+        ("skip_zeros", [True, False], [1, 0, None, "yes"], "True or False"),
+        ("maximize", [True, False], [1, 0, None, "yes"], "True or False"),
+        ("percentile_clipping", [1, 5, 100], [0, 101, 5.0, True, None, "5"], "a whole number, 1"),
+        ("max_unorm", [0, 0.5, 2], [-0.1, float("nan"), float("inf"), True, None, "1"], "a number"),
+        ("master", ["none", "stochastic", "kahan", "residual"], ["", "Kahan", None, 1], "one of"),
+        ("paged", [True, False, "managed"], [1, 0, None, "yes"], "True, False or 'managed'"),
+    ],
+)
+def test_values_of_options(name: str, good: list[Any], bad: list[Any], words: str) -> None:
+    clipping = Optimizer(
+        name="r", summary="s", hyper=dict(lr=rate()), element_code="u = g", apply_code="p = p-lr*u"
+    )
+    for value in good:
+        assert merged({name: value}, spec=clipping).options[name] == value
+    for value in bad:
+        message = refusal(OptionError, {name: value}, spec=clipping)
+        assert message.startswith(f"{name}={value!r}: expected {words}")
+
+
+def test_a_value_by_two_names() -> None:
+    assert unaliased(dict(optim_bits=8, lr=1)) == dict(bits=8, lr=1)
+    assert unaliased(dict(is_paged=True)) == dict(paged=True)
+    with pytest.raises(OptionError, match="bits is given twice"):
+        unaliased(dict(optim_bits=8, bits=8))
+
+
+def test_max_unorm_clips_rules_that_can_be_clipped() -> None:
+    assert refusal(OptionError, dict(max_unorm=1.0)).startswith("r: max_unorm needs a rule that")
+    adamw = optimizers().get("adamw")
+    found = merged(dict(max_unorm=1.0), spec=adamw)
+    assert found.clip
+    assert found.hyper["max_unorm"] == 1.0
+    assert not merged(spec=adamw).clip
+    assert "max_unorm" not in merged(spec=adamw).hyper
+    lamb = merged(dict(max_unorm=0.0), spec=optimizers().get("lamb"))  # the rule's own
+    assert "max_unorm" not in lamb.options
+    assert not lamb.clip
+
+
+def test_an_optional_hyperparameter_reads_as_zero() -> None:
+    spec = Optimizer(
+        name="r",
+        summary="s",
+        hyper=dict(lr=rate(), slow=steps(), pair=rate(0.5)),
+        packs=dict(both=("pair", "slow")),
+        step_code="c = where(slow, min(step / slow, 1), 1)",
+        element_code="p = p - lr * c * pair * g",
+    )
+    assert spec.default("both") is None  # users see the pack whole, or not at all
+    assert not spec.required("both")
+    assert merged(dict(both=(0.5, None)), spec=spec).hyper["slow"] == 0.0
+    assert merged(dict(both=(0.5, 10)), spec=spec).switches == {"slow": True}
+    message = refusal(OptionError, dict(both=(0.5, -1)), spec=spec)
+    assert message.startswith("r: slow=-1: expected a number >= 0, or None")
 
 
 @pytest.mark.parametrize(
@@ -220,7 +311,8 @@ def test_bits_that_there_are_none_of(bits: Any) -> None:
     known = sorted({found.bits for found in quant_types() if found.state_default} | {32})
     listed = ", ".join(str(bits) for bits in reversed(known))
     assert refusal(OptionError, dict(bits=bits)) == (
-        f"bits={bits!r}: expected one of {listed}; for other quant types pass state_types"
+        f"bits={bits!r}: expected one of {listed}; for other quant types pass state_types "
+        "(from layer 0)"
     )
 
 
@@ -232,9 +324,9 @@ def test_bits_that_there_are_none_of(bits: Any) -> None:
         ({"m": None}, "there is no quant type None; available: "),
         ({"m": 8}, "there is no quant type 8; available: "),
         ({"m": ["dynamic8"]}, "there is no quant type ['dynamic8']"),
-        ({"n": "linear8"}, "r has no state 'n'; it has: m, v"),
-        ({"vv": FLOAT32}, "r has no state 'vv'; did you mean 'v'?; it has: m, v"),
-        ({1: FLOAT32}, "r has no state 1; it has: m, v"),
+        ({"n": "linear8"}, "r has no state 'n' to quantize; it has: m, v"),
+        ({"vv": FLOAT32}, "r has no state 'vv' to quantize; did you mean 'v'?; it has: m, v"),
+        ({1: FLOAT32}, "r has no state 1 to quantize; it has: m, v"),
     ],
 )
 def test_unknown_states_and_quant_types(state_types: Any, message: str) -> None:
@@ -244,7 +336,8 @@ def test_unknown_states_and_quant_types(state_types: Any, message: str) -> None:
 @pytest.mark.parametrize("state_types", [8, ["linear8"], ("linear8", "linear8"), True])
 def test_state_types_of_the_wrong_kind(state_types: Any) -> None:
     assert refusal(OptionError, dict(state_types=state_types)) == (
-        f"state_types={state_types!r}: expected a quant type's name, or one by state"
+        f"state_types={state_types!r}: expected a quant type's name, or one by state "
+        "(from layer 0)"
     )
 
 
@@ -264,7 +357,7 @@ def test_a_rule_without_states_has_no_types() -> None:
     plain = Optimizer(name="r", summary="s", hyper=dict(lr=rate()), element_code="p = p - lr * g")
     assert merged(spec=plain).state_types == {}
     assert merged(dict(state_types="linear8"), spec=plain).state_types == {}
-    message = "r has no state 'm'; it has: (none)"
+    message = "r has no state 'm' to quantize; it has: (none)"
     assert refusal(UnknownNameError, dict(state_types={"m": FLOAT32}), spec=plain) == message
 
 

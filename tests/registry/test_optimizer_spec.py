@@ -152,18 +152,29 @@ def test_inputs_are_not_written(changes: dict[str, Any], culprit: str) -> None:
 
 # ---- names that are declared
 
-TWICE = "is used twice (p, g and step are taken)"
+INPUTS = "g, numel, p, step"
+TWICE = "is used twice ({} are taken)"
 TWO_STATES = RULE + "b = b + g"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(states=(State(name="m"), State(name="m"))), f"the name 'm' {TWICE}"),
-        (dict(states=(State(name="m"), State(name="lr"))), f"the name 'lr' {TWICE}"),
-        (dict(states=(State(name="p"),)), f"the name 'p' {TWICE}"),
-        (dict(states=(State(name="g"),)), f"the name 'g' {TWICE}"),
-        (dict(hyper=dict(step=rate(1.0))), f"the name 'step' {TWICE}"),
+        (
+            dict(states=(State(name="m"), State(name="m"))),
+            f"the name 'm' {TWICE.format('g, m, numel, p, step')}",
+        ),
+        (
+            dict(states=(State(name="m"), State(name="lr"))),
+            f"the name 'lr' {TWICE.format('g, lr, m, numel, p, step')}",
+        ),
+        (dict(states=(State(name="p"),)), f"the name 'p' {TWICE.format(INPUTS)}"),
+        (dict(states=(State(name="g"),)), f"the name 'g' {TWICE.format(INPUTS)}"),
+        (
+            dict(hyper=dict(step=rate(1.0))),
+            f"the name 'step' {TWICE.format('g, m, numel, p, step')}",
+        ),
+        (dict(states=(State(name="numel"),)), f"the name 'numel' {TWICE.format(INPUTS)}"),
         (dict(packs=dict(lr=("beta",))), "pack 'lr' has the name of something else"),
         (dict(packs=dict(m=("beta",))), "pack 'm' has the name of something else"),
         (dict(packs=dict(p=("beta",))), "pack 'p' has the name of something else"),
@@ -211,7 +222,8 @@ def test_names_of_specs(name: str) -> None:
     assert str(caught.value) == f"Optimizer spec {name!r}: {rule}"
 
 
-OPTIONS = ["bits", "state_types", "min_8bit_size", "params", "rule", "paged"]
+OPTIONS = """params rule paged bits state_types min_8bit_size block_wise percentile_clipping skip_zeros
+    master maximize overrides page_dir args capturable foreach fused differentiable""".split()
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -22,7 +22,7 @@ from bnbx.optimizers import rules
 from bnbx.registry import Optimizer, QuantType, plugins
 from bnbx.registry.plugins import BUILT_INS, Plugins
 
-BUILT_IN_OPTIMIZERS = tuple(n for n in sorted(rules.__all__) if not n.startswith("register_"))
+BUILT_IN_OPTIMIZERS = tuple(sorted(spec.name for spec in rules.RULES))
 BUILT_IN_TYPES = tuple(n for n in sorted(types.__all__) if not n.startswith("register_"))
 
 HEAD = "from bnbx.registry import Constraint, Optimizer, QuantType, State, hookimpl, rate\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bnbx.registry import Optimizer, State, rate
+from bnbx.registry import GroupFormat, Optimizer, State, rate
 
 adagrad = Optimizer(
     name="adagrad",
@@ -34,4 +34,11 @@ adagrad = Optimizer(
     apply_code="""
         p = p - decayed * u
     """,
+    saved_as={
+        "torch.Adagrad": GroupFormat(),
+        "bitsandbytes.Adagrad": GroupFormat(
+            keys={"betas": (0.0, 0.0)},
+            only=dict(lr_decay=0.0, initial_accumulator_value=0.0),
+        ),
+    },
 )

@@ -5,7 +5,7 @@ amsgrad: arXiv:1904.09237, algorithm 2, on the uncorrected second moment as torc
 
 from __future__ import annotations
 
-from bnbx.registry import Optimizer, State, flag, fraction, rate
+from bnbx.registry import GroupFormat, Optimizer, State, flag, fraction, rate
 
 adam = Optimizer(
     name="adam",
@@ -39,4 +39,12 @@ adam = Optimizer(
     apply_code="""
         p = p - lr * u
     """,
+    saved_as={
+        "torch.Adam": GroupFormat(keys={"decoupled_weight_decay": False}),
+        "torch.SparseAdam": GroupFormat(only=dict(weight_decay=0.0, amsgrad=False)),
+        # Its weight decay is decoupled whatever its name: the same rule only where there is none.
+        "bitsandbytes.Adam": GroupFormat(
+            keys={"weight_decay": 0.0}, only=dict(weight_decay=0.0, amsgrad=False)
+        ),
+    },
 )

@@ -5,7 +5,7 @@ amsgrad: arXiv:1904.09237, algorithm 2, on the uncorrected second moment as torc
 
 from __future__ import annotations
 
-from bnbx.registry import Optimizer, State, flag, fraction, rate
+from bnbx.registry import GroupFormat, Optimizer, State, flag, fraction, rate
 
 adamw = Optimizer(
     name="adamw",
@@ -39,4 +39,8 @@ adamw = Optimizer(
         p = p * (1 - lr * weight_decay)
         p = p - lr * u
     """,
+    saved_as={
+        "torch.AdamW": GroupFormat(keys={"decoupled_weight_decay": True}),
+        "bitsandbytes.AdamW": GroupFormat(only=dict(amsgrad=False)),
+    },
 )

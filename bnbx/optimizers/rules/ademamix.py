@@ -6,7 +6,7 @@ that the half-life of the slow average grows linearly (section 3 and appendix A.
 
 from __future__ import annotations
 
-from bnbx.registry import Optimizer, State, fraction, rate, steps
+from bnbx.registry import GroupFormat, Optimizer, State, fraction, rate, steps
 
 ademamix = Optimizer(
     name="ademamix",
@@ -47,4 +47,5 @@ ademamix = Optimizer(
         p = p * (1 - lr * weight_decay)
         p = p - lr * u
     """,
+    saved_as={"bitsandbytes.AdEMAMix": GroupFormat()},
 )

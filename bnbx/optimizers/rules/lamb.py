@@ -7,7 +7,7 @@ steps, to max_unorm times the parameter's norm, as in bitsandbytes; max_unorm=0 
 
 from __future__ import annotations
 
-from bnbx.registry import Optimizer, State, flag, fraction, rate
+from bnbx.registry import GroupFormat, Optimizer, State, flag, fraction, rate
 
 lamb = Optimizer(
     name="lamb",
@@ -49,4 +49,10 @@ lamb = Optimizer(
     apply_code="""
         p = p - lr * trust * u
     """,
+    saved_as={
+        "bitsandbytes.LAMB": GroupFormat(
+            only=dict(bias_correction=True, amsgrad=False, adam_w_mode=True),
+            elsewhere=("max_unorm",),
+        ),
+    },
 )

@@ -7,7 +7,7 @@ held back, or it could never leave zero.
 
 from __future__ import annotations
 
-from bnbx.registry import Constraint, Optimizer, State, flag, number, rate
+from bnbx.registry import Constraint, GroupFormat, Optimizer, State, flag, number, rate
 
 lars = Optimizer(
     name="lars",
@@ -47,4 +47,13 @@ lars = Optimizer(
     apply_code="""
         p = p - lr * trust * u
     """,
+    saved_as={
+        "torch.PytorchLARS": GroupFormat(counts=False),  # that of bitsandbytes
+        "bitsandbytes.LARS": GroupFormat(
+            keys={"betas": ("momentum", 0.0)},  # dampening, without effect there; not Lion's beta2
+            only=dict(dampening=0.0, nesterov=False),
+            nonzero=("momentum",),
+            elsewhere=("max_unorm",),
+        ),
+    },
 )

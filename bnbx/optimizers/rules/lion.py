@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bnbx.registry import Optimizer, State, fraction, rate
+from bnbx.registry import GroupFormat, Optimizer, State, fraction, rate
 
 lion = Optimizer(
     name="lion",
@@ -24,4 +24,9 @@ lion = Optimizer(
         p = p * (1 - lr * weight_decay)
         p = p - lr * u
     """,
+    saved_as={
+        "bitsandbytes.Lion": GroupFormat(
+            keys={"betas": ("beta1", "beta2")}, nonzero=("beta1", "beta2")
+        )
+    },
 )

@@ -6,7 +6,7 @@ square, so the variance is kept from going below zero.
 
 from __future__ import annotations
 
-from bnbx.registry import Optimizer, State, flag, fraction, rate
+from bnbx.registry import GroupFormat, Optimizer, State, flag, fraction, rate
 
 rmsprop = Optimizer(
     name="rmsprop",
@@ -36,4 +36,12 @@ rmsprop = Optimizer(
     apply_code="""
         p = p - lr * u
     """,
+    saved_as={
+        "torch.RMSprop": GroupFormat(),
+        "bitsandbytes.RMSprop": GroupFormat(
+            keys={"betas": ("alpha", "")},  # momentum has no effect there
+            only=dict(momentum=0.0, centered=False),
+            nonzero=("alpha", "eps"),
+        ),
+    },
 )

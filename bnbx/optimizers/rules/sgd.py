@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bnbx.registry import Constraint, Optimizer, State, flag, number, rate
+from bnbx.registry import Constraint, GroupFormat, Optimizer, State, flag, number, rate
 
 sgd = Optimizer(
     name="sgd",
@@ -36,4 +36,12 @@ sgd = Optimizer(
     apply_code="""
         p = p - lr * u
     """,
+    saved_as={
+        "torch.SGD": GroupFormat(counts=False),
+        "bitsandbytes.SGD": GroupFormat(
+            keys={"betas": ("momentum", 0.0)},  # dampening, without effect there; not Lion's beta2
+            only=dict(dampening=0.0, nesterov=False),
+            nonzero=("momentum",),
+        ),
+    },
 )
