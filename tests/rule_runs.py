@@ -33,7 +33,7 @@ def stored(spec: Optimizer, switches: Switches) -> list[str]:
 def run_text(
     spec: Optimizer, switches: Switches, start: Values, by: Operations, norm: Norm = abs
 ) -> Values:
-    """The sections of a step after step_code, as they were written; norms as the text means them."""
+    """The sections of a step after step_code, as they were written."""
     values = dict(start)
     for code in (spec.element, spec.tensor, spec.apply):
         for statement in code.statements:

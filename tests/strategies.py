@@ -99,8 +99,13 @@ def rules(draw: st.DrawFn, max_depth: int = 3) -> Optimizer:
     tensor, apply = _Writer(draw, [], []), element
     if passes > 1:
         tensor, apply = _second_pass(draw, element, step, states, passes == 3, depths)
-    last = {"element_code": element, "tensor_code": tensor, "apply_code": apply}
-    _finish(apply, {"step_code": step, **last}, hyper, states, draw(depths))
+    writers: dict[Section, _Writer] = {
+        "step_code": step,
+        "element_code": element,
+        "tensor_code": tensor,
+        "apply_code": apply,
+    }
+    _finish(apply, writers, hyper, states, draw(depths))
     return Optimizer(
         name="random_rule",
         summary="drawn at random",

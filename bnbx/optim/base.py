@@ -177,7 +177,7 @@ class Optimizer8bit(engine.Optimizer8bit):
         theirs = {key: saved.pop(key) for key in saved.keys() - self._own_keys()}
         try:
             with safe_after_fork():
-                super()._update([item], scale)
+                super()._update([item], scale, (gindex << 32) + pindex)
         finally:
             saved.update(theirs)
 
@@ -203,9 +203,9 @@ class Optimizer8bit(engine.Optimizer8bit):
                     if isinstance(value, Tensor):
                         saved[key] = value.to(p.device)
 
-    def _update(self, items: Iterable[Item], grad_scale: Any) -> None:
+    def _update(self, items: Iterable[Item], grad_scale: Any, first: int = 0) -> None:
         if all(getattr(type(self), name) is getattr(Optimizer8bit, name) for name in HOOKS):
-            super()._update(items, grad_scale)
+            super()._update(items, grad_scale, first)
             return
         found_inf = getattr(self, "found_inf", None)
         if self._scaling.overflowed(found_inf):

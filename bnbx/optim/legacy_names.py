@@ -1,29 +1,29 @@
 """What bitsandbytes calls each rule, and what its `betas` mean there.
 
-Its optimizers and checkpoints know a rule by one string, and put whatever decay rates the rule has
-into `betas`. Meant to become a field of the specs (`legacy`), which checkpoints of bitsandbytes
-need too; until then this is the one table.
+Its optimizers know a rule by one string, and put whatever decay rates the rule has into `betas`.
+Both are told by the specs (`GroupFormat.called`, `GroupFormat.betas`), beside what its checkpoints
+hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from bnbx.errors import UnknownNameError
-from bnbx.registry import Optimizer, optimizers
+from bnbx.registry import GroupFormat, Optimizer, optimizers
 from bnbx.registry.names import nearest
 
-# By bitsandbytes' name: the rule, and the hyperparameters that `betas` hold. Its "adam" is AdamW.
-LEGACY: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "adam": ("adamw", ("beta1", "beta2")),
-    "momentum": ("sgd", ("momentum", "dampening")),
-    "lars": ("lars", ("momentum", "dampening")),
-    "lamb": ("lamb", ("beta1", "beta2")),
-    "lion": ("lion", ("beta1", "beta2")),
-    "rmsprop": ("rmsprop", ("alpha", "momentum")),
-    "adagrad": ("adagrad", ()),
-    "ademamix": ("ademamix", ("beta1", "beta2", "beta3")),
-}
+LIBRARY = "bitsandbytes"
+
+
+def format_of(spec: Optimizer) -> GroupFormat | None:
+    """The class of bitsandbytes that has this rule and a string for it."""
+    forms = (form for name, form in spec.saved_as.items() if name.startswith(f"{LIBRARY}."))
+    return next((form for form in forms if form.called), None)
+
+
+def legacy_names() -> dict[str, str]:
+    """The rule's name by what bitsandbytes calls it. Its "adam" is AdamW."""
+    forms = ((spec.name, format_of(spec)) for spec in optimizers())
+    return {form.called: name for name, form in forms if form is not None}
 
 
 def rule_of(name: object) -> Optimizer:
@@ -32,23 +32,23 @@ def rule_of(name: object) -> Optimizer:
     Raises:
         UnknownNameError: there is neither.
     """
-    if isinstance(name, str) and name in LEGACY:
-        return optimizers().get(LEGACY[name][0])
-    if isinstance(name, str) and name in optimizers():
-        return optimizers().get(name)
-    known = dict.fromkeys([*LEGACY, *optimizers().names()])
+    names = legacy_names()
+    if isinstance(name, str) and (name in names or name in optimizers()):
+        return optimizers().get(names.get(name, name))
+    known = dict.fromkeys([*names, *optimizers().names()])
     raise UnknownNameError(
         f"optimizer_name={name!r}: no rule of this name{nearest(str(name), known)}; "
-        f"bitsandbytes' names: {', '.join(LEGACY)}; rules: {', '.join(optimizers().names())}"
+        f"bitsandbytes' names: {', '.join(names)}; rules: {', '.join(optimizers().names())}"
     )
 
 
 def name_of(spec: Optimizer) -> str:
     """What bitsandbytes calls a rule; its own name if bitsandbytes does not have it."""
-    return next((name for name, (rule, _) in LEGACY.items() if rule == spec.name), spec.name)
+    form = format_of(spec)
+    return form.called if form else spec.name
 
 
 def betas_of(spec: Optimizer) -> tuple[str, ...]:
     """The hyperparameters that `betas` hold for a rule."""
-    members = dict(LEGACY.values())
-    return members.get(spec.name, spec.packs.get("betas", ()))
+    form = format_of(spec)
+    return (form.betas if form else ()) or spec.packs.get("betas", ())

@@ -4,6 +4,9 @@ A graph holds tensors and numbers, so the operation finds its optimizer by a num
 changes from step to step (counts, learning rates, states) stays with the optimizer, and nothing of
 it makes the graph compile anew. Parameters and gradients are passed as tensors, for a graph may
 have changed them in ways that their objects do not show before it ends.
+
+A learning rate scheduler of torch wraps `optimizer.step`, of any optimizer, in a function that
+torch.compile does not enter: compile `optimizer.step` before the scheduler is made.
 """
 
 from __future__ import annotations

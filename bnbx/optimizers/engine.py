@@ -229,8 +229,10 @@ class Optimizer8bit(torch.optim.Optimizer):
             items.append(Item(p, memory, grad, resolved))
         with safe_after_fork():
             self._update(items, None)
+        self._opt_called = True  # else torch's schedulers warn: they look out for `step`
 
-    def _update(self, items: Iterable[Item], grad_scale: Any) -> None:
+    def _update(self, items: Iterable[Item], grad_scale: Any, first: int = 0) -> None:
+        """Update items; `first` tells the noise of one call of a step from that of another."""
         self._scaling.settle()
         found_inf = overflow_flag(getattr(self, "found_inf", None))
         if self._scaling.overflowed(found_inf):
@@ -244,7 +246,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             for item, slot in zip(items, slots, strict=True):
                 factor = self._factor(gathering, item, slot.saved, scale, found_inf)
                 self._slots.add(gathering, item, slot, factor)
-            batches = gathering.batches(found_inf)
+            batches = gathering.batches(found_inf, first)
         self._staging.launch(batches, launch)
         gathering.finish()
         self._scaling.remember(found_inf, gathering.stepped)
@@ -258,6 +260,8 @@ class Optimizer8bit(torch.optim.Optimizer):
         except BaseException:
             for item, count in zip(items, before, strict=True):
                 saved = self.state.get(item.p, {})
+                if len(saved) > count:
+                    self._slots.forget(item.p)
                 while len(saved) > count:
                     saved.popitem()
                 if not saved:

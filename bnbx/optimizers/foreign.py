@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,7 @@ def translated(optimizer: Optimizer8bit, state_dict: Mapping[str, Any]) -> dict[
             "this is no state dict of a bnbx optimizer, of torch.optim or of bitsandbytes: it has "
             f"the keys {sorted(map(str, state_dict))}; expected 'state', 'param_groups' and 'bnbx'"
         )
-    dicts = _Dicts(state_dict, optimizer.param_groups)
+    dicts = _Dicts(state_dict, optimizer.param_groups, optimizer.resolution.names)
     reasons = []
     for name, form in optimizer.spec.saved_as.items():
         found = dicts.translated_or_reason(optimizer.spec, name, form)
@@ -83,10 +83,12 @@ def _no_format(spec: Optimizer, dicts: _Dicts, reasons: list[str]) -> str:
 class _Dicts:
     """A state dict of another library, and the groups that it is to be loaded into."""
 
-    def __init__(self, state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
+    def __init__(
+        self, state_dict: Mapping[str, Any], groups: list[dict[str, Any]], ours: Container[str]
+    ) -> None:
         self.groups: list[Mapping[str, Any]] = list(state_dict["param_groups"])
         self.state: Mapping[Any, Any] = state_dict["state"]
-        self.tags = {key for group in groups for key in group} | TAGS
+        self.tags = {key for group in groups for key in group if key not in ours} | TAGS
 
     def fit(self, spec: Optimizer) -> bool:
         """Whether a rule can go on from it."""
@@ -134,7 +136,7 @@ class _Dicts:
     def _group(
         self, spec: Optimizer, form: GroupFormat, library: ModuleType, group: Mapping[str, Any]
     ) -> dict[str, Any]:
-        keys = form.keys_for(spec)
+        keys = form.keys_for(spec, library.ELSEWHERE)
         found: dict[str, Any] = dict(form.only)
         for key, holds in keys.items():
             if key in group:
@@ -263,7 +265,7 @@ def _written_group(
             )
     ours = {*spec.arguments, *OPTIONS, *(m for members in spec.packs.values() for m in members)}
     found = {key: value for key, value in values.items() if key not in ours}
-    for key, holds in form.keys_for(spec).items():
+    for key, holds in form.keys_for(spec, library.ELSEWHERE).items():
         parts = tuple(
             (values[part] if part else 0.0) if isinstance(part, str) else part
             for part in parts_of(holds)

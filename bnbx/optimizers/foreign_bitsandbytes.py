@@ -34,6 +34,7 @@ WITHOUT_EFFECT: frozenset[str] = frozenset()
 # Keys of groups whether the rule has them or not; with these values they do nothing.
 INERT: Mapping[str, Any] = {"eps": 0.0, "alpha": 0.0, "t_alpha": None, "t_beta3": None}
 SHARED_OPTIONS: frozenset[str] = frozenset()
+ELSEWHERE = frozenset({CLIP})  # what it keeps in the optimizer's `args`, and does not save
 
 
 def flat(saved: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -16,6 +16,7 @@ from bnbx.registry.optimizer import STEP, Optimizer
 WITHOUT_EFFECT = frozenset("foreach fused capturable differentiable".split())
 INERT: Mapping[str, Any] = {}
 SHARED_OPTIONS = frozenset({"maximize"})
+ELSEWHERE: frozenset[str] = frozenset()
 
 
 def flat(saved: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -102,15 +102,15 @@ class Gathering:
         self.updated: list[Tensor] = []
         self.stepped: list[ParameterState] = []
 
-    def batches(self, found_inf: Tensor | None) -> list[Batch]:
-        """What is to be launched."""
+    def batches(self, found_inf: Tensor | None, first: int = 0) -> list[Batch]:
+        """What is to be launched; their noise is numbered from `first`."""
         made = []
-        for number, (key, tensors) in enumerate(self.tensors.items()):
+        for number, (key, tensors) in enumerate(self.tensors.items(), first):
             plan, resolved = self.about[key]
             step = key[2]
             scalars, inputs = step_scalars(plan, resolved.hyper, step)
             made.append(Batch(plan, scalars, tensors, inputs, seed_of(step, number)))
-        for number, update in enumerate(self.sparse, len(made)):
+        for number, update in enumerate(self.sparse, first + len(made)):
             update.batch.seed = seed_of(update.saved[STEP] + 1, number)
             made.append(update.batch)
         if found_inf is not None:
@@ -222,6 +222,10 @@ class Slots:
             master=master_of(p, resolved),
             skip_zeros=bool(resolved.options["skip_zeros"]),
         )
+
+    def forget(self, p: Tensor) -> None:
+        """Let go of one parameter's tensors."""
+        self._slots.pop(p, None)
 
     def clear(self) -> None:
         """Let go of all tensors."""

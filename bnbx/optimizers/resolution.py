@@ -42,11 +42,12 @@ class Resolution:
     ) -> None:
         self.spec = spec
         self.names = (*spec.arguments, *options_of(spec))
-        self.given = {name: value for name, value in given.items() if name in self.names}
+        given = {name: value for name, value in given.items() if name in self.names}
+        self.given = {name: _fixed(value) for name, value in given.items()}
         self.defaults = {
             **options_of(spec),
             **{a: spec.default(a) for a in spec.arguments},
-            **self.given,
+            **given,
         }
         self.patterns = patterns
         self.parameter_names: dict[Tensor, str] = {}
@@ -121,6 +122,13 @@ class Resolution:
         self._layers.clear()
 
 
+def _fixed(value: Any) -> Any:
+    """The number in a tensor, which stays while the tensor may change in place."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_fixed, value))
+    return float(value) if isinstance(value, Tensor) else value
+
+
 def hashable(value: Any) -> Any:
     """A value that stands for `value` in the key of a dict."""
     if isinstance(value, Mapping):
@@ -129,4 +137,5 @@ def hashable(value: Any) -> Any:
         return tuple(map(hashable, value))
     if isinstance(value, Tensor):
         return float(value)
-    return value if isinstance(value, Hashable) else repr(value)
+    # 1.0 and True are equal, and not the same to a check.
+    return (type(value), value) if isinstance(value, Hashable) else repr(value)

@@ -1,7 +1,7 @@
 """nf4: 4 bits, quantiles of the normal distribution, with an exact zero.
 
-Source: Dettmers et al., "QLoRA" (arXiv:2305.14314), section 3 and appendix E: eight quantiles of the
-negative half and nine of the positive one, normalized to [-1, 1], zero in common.
+Source: Dettmers et al., "QLoRA" (arXiv:2305.14314), section 3 and appendix E: eight quantiles of
+the negative half and nine of the positive one, normalized to [-1, 1], zero in common.
 """
 
 from __future__ import annotations

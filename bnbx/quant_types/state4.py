@@ -1,8 +1,8 @@
 """state4: what 4-bit optimizer states are kept in: NF4, and a dynamic table without zero.
 
 First moments are close to normally distributed, for which NF4 has the smallest error; second
-moments span decades, and one that rounds to zero divides an update by eps: so their table leaves zero
-out. Blocks of 128, 1.0625 bytes for both states of an element. Sources: Li et al., "Memory
+moments span decades, and one that rounds to zero divides an update by eps: so their table leaves
+zero out. Blocks of 128, 1.0625 bytes for both states of an element. Sources: Li et al., "Memory
 Efficient Optimizers with 4-bit States" (arXiv:2309.01507), section 3, for the zero point;
 "4-bit AdamW redesign" (Nubank and UC Berkeley, 2026, github.com/nubank/adamw4bit), which finds NF4
 for m the largest single gain.

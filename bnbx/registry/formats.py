@@ -7,7 +7,7 @@ A library's class is known as "library.Class", such as "torch.SGD". Where its st
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,27 +43,31 @@ class GroupFormat(Frozen):
             name), something without effect there (""), or always the same value (that value),
             which tells the class from others. A key that holds no argument may be missing.
         only: arguments that the class does not have, with the value that it is the same rule for.
-        elsewhere: arguments that the library has, but does not keep in groups.
         nonzero: arguments that are never zero there, which tells the class from others, too.
         counts: whether states have a `step`.
+        called: what the library's optimizers and kernels call the rule, where they name it by a
+            string.
+        betas: the hyperparameters that its constructors take as `betas`, where these are not the
+            rule's own.
     """
 
     keys: Keys = Field(default_factory=dict, validate_default=True)
     only: Only = Field(default_factory=dict, validate_default=True)
-    elsewhere: tuple[str, ...] = ()
     nonzero: tuple[str, ...] = ()
     counts: bool = True
+    called: str = ""
+    betas: tuple[str, ...] = ()
 
     @property
     def placed(self) -> set[str]:
         """The arguments that lie under another name than their own, or nowhere."""
         held = {part for holds in self.keys.values() for part in parts_of(holds)}
         named = (part for part in held if isinstance(part, str) and part)
-        return {*self.only, *self.elsewhere, *named}
+        return {*self.only, *named}
 
-    def keys_for(self, spec: Optimizer) -> dict[str, Holds]:
-        """What each key of a group of this rule holds."""
-        placed = self.placed
+    def keys_for(self, spec: Optimizer, elsewhere: Set[str]) -> dict[str, Holds]:
+        """What each key of a group of this rule holds, but for arguments that lie elsewhere."""
+        placed = self.placed | elsewhere
         packs = {pack for pack, members in spec.packs.items() if placed & {*members}}
         own = {name: name for name in spec.arguments if name not in placed | packs}
         return {**own, **self.keys}
@@ -91,7 +95,8 @@ def check_formats(spec: Optimizer) -> None:
     for name, form in spec.saved_as.items():
         if not _CLASS.fullmatch(name):
             raise ValueError(f"saved_as: {name!r}; expected 'library.Class'")
-        for argument in sorted({*form.placed, *form.nonzero} - {*spec.arguments, *spec.hyper}):
+        named = {*form.placed, *form.nonzero, *form.betas}
+        for argument in sorted(named - {*spec.arguments, *spec.hyper}):
             raise ValueError(
                 f"saved_as[{name!r}] names {argument!r}; there are {', '.join(spec.arguments)}"
             )

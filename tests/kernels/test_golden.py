@@ -48,11 +48,11 @@ def test_source_is_as_it_was(case: Case, suffix: str, request: pytest.FixtureReq
 
 
 def test_no_golden_file_is_left_over() -> None:
-    known = {f"{case.name}{suffix}" for case in CHOSEN for suffix in (".cpp", ".cu")}
+    known = {f"{each.name}{suffix}" for each in CHOSEN for suffix in (".cpp", ".cu")}
     assert {path.name for path in GOLDEN.iterdir()} == known
 
 
 def test_rendering_does_not_depend_on_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BNBX_CXX", "")
-    for case in CHOSEN:
-        assert str(Path.home()) not in cuda.source(case.plan) + render(case.plan, cpu.TEMPLATE)
+    for each in CHOSEN:
+        assert str(Path.home()) not in cuda.source(each.plan) + render(each.plan, cpu.TEMPLATE)

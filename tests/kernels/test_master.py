@@ -52,34 +52,25 @@ def many_values(dtype: torch.dtype, count: int = 200_000) -> Tensor:
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("x", [1.0 + 2**-12, -0.3, 3.1415926, 1e-3, 6e-5, 1.3e-7, 3e-8, 60000.0])
 def test_stochastic_rounding_is_unbiased(x: float, dtype: torch.dtype) -> None:
-    """Of n results, each one of two numbers a step apart, the mean is off by more than
-    step * sqrt(log(2 / d) / 2 n) with a probability below d (Hoeffding's inequality)."""
-    n, d = 1 << 18, 1e-9
+    """The mean of n results, each one of two numbers a step apart.
+
+    It is off by more than step * sqrt(log(2 / d) / 2 n) with a probability below d (Hoeffding).
+    """
+    n, d = 1 << 16, 1e-9
     value = torch.full((n,), x, dtype=torch.float32)
     below, above = neighbors(float(value[0]), dtype)
-    for seed in (0, 1, 0xFFFFFFFF, seed_of(1, 0), seed_of(2, 0)):
+    for seed in (0, 0xFFFFFFFF, seed_of(1, 0)):
         p, _ = stored("stochastic", value, dtype, seed)
         found = p.double()
-        assert set(found.unique().tolist()) <= {below, above}
+        assert set(found.tolist()) <= {below, above}
         allowed = (above - below) * math.sqrt(math.log(2 / d) / (2 * n))
-        # Float16 below 2**-14 has 24 bits of noise, bfloat16 16, float16 else 13: the chance is a
-        # whole number of 2**-13 at worst, and float32 has no more bits than that to lose.
         assert abs(float(found.mean()) - float(value[0])) <= allowed
 
 
 def neighbors(x: float, dtype: torch.dtype) -> tuple[float, float]:
     """The numbers of a dtype on both sides of x."""
-    near = torch.tensor(x, dtype=torch.float64).to(dtype)
-    other = torch.nextafter(near.float(), torch.tensor(0.0))
-    del other
-    bits = near.view(torch.int16)
-    around = [near.double().item()]
-    for step in (-1, 1):
-        if int(bits) & 0x7FFF or step > 0:
-            around.append((bits + step).to(torch.int16).view(dtype).double().item())
-    below = max(v for v in around if v <= x)
-    above = min(v for v in around if v >= x)
-    return below, above
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).double()
+    return float(every[every <= x].max()), float(every[every >= x].min())
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -134,8 +125,11 @@ def test_kahan_keeps_twice_the_bits(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_residual_keeps_eight_bits_more(dtype: torch.dtype) -> None:
-    """254 steps across the distance between two numbers: off by half of one, and by float32's
-    roundings of a product or two and a sum. With bfloat16's 16 bits that makes 24."""
+    """With bfloat16's 16 bits that makes 24.
+
+    There are 254 steps across the distance between two numbers: off by half of one, and by
+    float32's roundings of a product or two and a sum.
+    """
     x = many_values(dtype)
     x = x[x.abs() >= 2.0**-110]  # bfloat16 keeps no residual where its steps leave float32
     p, residual = stored("residual", x, dtype)
@@ -161,20 +155,22 @@ def step_of(p: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", ["kahan", "residual"])
 def test_storing_what_was_loaded_changes_nothing(name: str, dtype: torch.dtype) -> None:
-    """After one round trip: so elements that are skipped do not creep."""
+    """So elements that are skipped do not creep.
+
+    Residuals, in 127ths, cannot have the middle between a power of two and the number before it,
+    and may change over to the other's steps once. 127ths are no float32 numbers: a last bit moves.
+    """
     p, residual = stored(name, many_values(dtype), dtype)
     assert residual is not None
     x = master.load(name, p, residual)
-    for _ in range(3):
+    for turn in range(3):
         p, residual = stored(name, x, dtype)
         assert residual is not None
         again = master.load(name, p, residual)
-        same = (again == x) | ~x.isfinite()
-        if name == "kahan":
-            assert bool(same.all())
-        else:  # 127ths are no float32 numbers, so a last bit may move; it must not go on moving
-            assert bool(((again.double() - x.double()).abs() <= 2 * UNIT * x.abs().double())[
-                x.isfinite()].all())
+        allowed = torch.zeros(len(x), dtype=torch.float64)
+        if name == "residual":
+            allowed = 2 * UNIT * x.abs().double() + (step_of(p) / 2 / 254 if turn == 0 else 0)
+        assert bool(((again.double() - x.double()).abs() <= allowed)[x.isfinite()].all())
         x = again
 
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from bnbx.errors import OptionError
-from bnbx.kernels.evaluate import HOST, evaluate
-from bnbx.kernels.evaluate import tensor_operations
+from bnbx.kernels.evaluate import HOST, evaluate, tensor_operations
 from bnbx.optimizers.clipping import HISTORY, clip_factor
 from bnbx.optimizers.engine import Optimizer8bit
 from bnbx.registry import Optimizer, optimizers
@@ -130,7 +129,7 @@ def test_norms_do_not_depend_on_threads() -> None:
 def test_a_history_is_saved_and_goes_on() -> None:
     params = parameters(torch.float32, [(SIZE,)])
     runs = [params, copies(params)]
-    arguments = {"percentile_clipping": 30, "min_8bit_size": 0}
+    arguments: dict[str, Any] = {"percentile_clipping": 30, "min_8bit_size": 0}
     ours, other = (Optimizer8bit(each, "adamw", **arguments) for each in runs)
     for step in range(6):
         values = [torch.randn(SIZE) * (step + 1)]
@@ -189,8 +188,9 @@ def test_updates_are_held_to_a_part_of_the_parameter(rule: str, variant: str, mo
     values |= {
         s.name: values["p"].clone()
         if s.initial == "p"
-        else torch.full((SIZE,), float(optimizer.resolved(p).hyper[s.initial]) if s.initial else 0)
-        .double()
+        else torch.full(
+            (SIZE,), float(optimizer.resolved(p).hyper[s.initial]) if s.initial else 0
+        ).double()
         for s in spec.states
     }
     clips = 0

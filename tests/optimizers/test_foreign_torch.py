@@ -249,7 +249,7 @@ def test_sparse_adam_goes_on_as_adam_without_weight_decay() -> None:
     grad = torch.zeros(20, 8)
     grad[::3] = torch.randn(7, 8)
     params[0].grad = grad.to_sparse(1)
-    theirs.step()
+    theirs.step()  # type: ignore[no-untyped-call]
     ours = create("adam", copies(params), bits=32, weight_decay=0.3)
     ours.load_state_dict(theirs.state_dict())
     assert ours.param_groups[0]["weight_decay"] == 0.0

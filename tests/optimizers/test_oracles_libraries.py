@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bnbx.errors import OptionError
 from bnbx.optimizers import engine
 from bnbx.optimizers.engine import Optimizer8bit
 from optimizers.rounding import UNIT, Bounded
@@ -96,7 +97,9 @@ def pytorch_optimizer() -> Any:
     return pytest.importorskip("pytorch_optimizer", reason=f"pytorch_optimizer, {PEERS}")
 
 
-def moments(g: Tensor, state: dict[str, Tensor], beta1: float, beta2: float) -> tuple[Tensor, Tensor]:
+def moments(
+    g: Tensor, state: dict[str, Tensor], beta1: float, beta2: float
+) -> tuple[Tensor, Tensor]:
     """Adam's two averages, which most papers build on."""
     zero = torch.zeros_like(g)
     state["m"] = beta1 * state.get("m", zero) + (1 - beta1) * g
@@ -124,7 +127,8 @@ def lamb_of_the_paper(lr: float, beta1: float, beta2: float, eps: float, decay: 
         m, v = moments(g, state, beta1, beta2)
         r = (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + eps)
         u = r + decay * p
-        return p - lr * p.norm() / u.norm() * u
+        moved: Tensor = lr * p.norm() / u.norm() * u
+        return p - moved
 
     return authors(rule)
 
@@ -136,8 +140,11 @@ def test_lamb_of_the_paper() -> None:
 
 
 def test_lamb_of_the_library() -> None:
-    """It has bias correction of the first moment or none, and so none here; it adds eps to the norm
-    of the update, so eps is 0; it holds the parameter's norm to `clamp`, which is far away here."""
+    """Without bias correction, of which it has that of the first moment or none.
+
+    It adds eps to the norm
+    of the update, so eps is 0; it holds the parameter's norm to `clamp`, which is far away here.
+    """
     hyper: dict[str, Any] = dict(lr=1e-2, betas=(0.8, 0.95), eps=0.0, weight_decay=0.1)
 
     def make(params: list[Tensor]) -> Any:
@@ -160,7 +167,13 @@ def test_lamb_of_bitsandbytes_is_adam_whose_update_is_bounded() -> None:
         return p - lr * min(1.0, float(most * p.norm() / u.norm())) * u
 
     Race(
-        "lamb", authors(rule), lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=decay, max_unorm=most
+        "lamb",
+        authors(rule),
+        lr=lr,
+        betas=(beta1, beta2),
+        eps=eps,
+        weight_decay=decay,
+        max_unorm=most,
     ).run()
 
 
@@ -169,8 +182,11 @@ def test_lamb_of_bitsandbytes_is_adam_whose_update_is_bounded() -> None:
 
 @pytest.fixture
 def lars_in_double(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """bitsandbytes' PytorchLARS, which asserts that parameters are float32: here the name means
-    float64. Without momentum it fails (its `update` is unbound), so all tests of it have some."""
+    """PytorchLARS of bitsandbytes in float64.
+
+    It asserts that parameters are float32: here the name means float64. Without momentum it fails
+    (its `update` is unbound), so all tests of it have some.
+    """
     module = pytest.importorskip(
         "bitsandbytes.optim.lars", reason="bitsandbytes, from the extra `peers`, is the oracle"
     )
@@ -197,7 +213,7 @@ def test_lars_leaves_zero_where_bitsandbytes_stays(lars_in_double: Any) -> None:
     ours, theirs = (torch.zeros(8, dtype=dtype) for dtype in (torch.float32, torch.float64))
     for p, make in ((ours, Optimizer8bit), (theirs, lars_in_double)):
         p.requires_grad_().grad = torch.ones_like(p)
-        more = {"rule": "lars", "bits": 32} if make is Optimizer8bit else {}
+        more: dict[str, Any] = {"rule": "lars", "bits": 32} if make is Optimizer8bit else {}
         make([p], **hyper, **more).step()
     assert (theirs == 0).all()
     assert (ours == -0.5).all()
@@ -208,8 +224,11 @@ def test_lars_leaves_zero_where_bitsandbytes_stays(lars_in_double: Any) -> None:
 
 @pytest.mark.parametrize(("t_alpha", "t_beta3"), [(None, None), (5, None), (None, 7), (5, 30)])
 def test_ademamix_is_that_of_bitsandbytes(t_alpha: int | None, t_beta3: int | None) -> None:
-    """Its schedule of alpha compounds from parameter to parameter within a group, which is no part
-    of the paper; so each has an optimizer of its own."""
+    """With an optimizer for each parameter.
+
+    Its schedule of alpha compounds from parameter to parameter within a group, which is no part of
+    the paper; so each has an optimizer of its own.
+    """
     module = pytest.importorskip(
         "bitsandbytes.optim.ademamix", reason="bitsandbytes, from the extra `peers`, is the oracle"
     )
@@ -249,12 +268,17 @@ def test_ademamix_is_that_of_the_library(warm: int | None) -> None:
 
 
 def test_adopt_of_the_library() -> None:
-    """It decays the weights in the first step too, where the authors' code only takes the second
+    """Without decay, and with the clipping of the authors.
+
+    It decays the weights in the first step too, where the authors' code only takes the second
     moment; so there is no decay here, and some in the next test. It counts steps from 1 where they
-    clip to step**(1/4), counted from 0; so it gets another function."""
+    clip to step**(1/4), counted from 0; so it gets another function.
+    """
     hyper: dict[str, Any] = dict(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.0)
     kind = pytorch_optimizer().ADOPT
-    Race("adopt", lambda ps: kind(ps, clip_lambda=lambda n: (n - 1) ** 0.25, **hyper), **hyper).run()
+    Race(
+        "adopt", lambda ps: kind(ps, clip_lambda=lambda n: (n - 1) ** 0.25, **hyper), **hyper
+    ).run()
 
 
 def test_adopt_of_the_authors() -> None:
@@ -270,9 +294,7 @@ def test_adopt_of_the_authors() -> None:
         state["v"] = beta2 * state["v"] + (1 - beta2) * g**2
         return p - lr * decay * p - lr * state["m"]
 
-    Race(
-        "adopt", authors(rule), lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=decay
-    ).run()
+    Race("adopt", authors(rule), lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=decay).run()
 
 
 # ---- Schedule-Free AdamW, arXiv:2405.15682
@@ -302,7 +324,7 @@ def test_schedule_free_is_that_of_its_authors(warmup: int, decay: float) -> None
             size = 1.5 * (values["p"].value.abs() + values["z"].value.abs())
             error = 1.25 * values["p"].error + 0.25 * values["z"].error + 3 * UNIT * size
             check_within(Bounded(double.detach(), error + 1e-14), p.detach())
-    with pytest.raises(engine.OptionError, match=r"train\(\)"):
+    with pytest.raises(OptionError, match=r"train\(\)"):
         race.optimizer.step()
     # Train on from the exact values, for a round trip rounds a few bits more than the text does.
     race.optimizer.train()
@@ -325,7 +347,8 @@ def cautious(update: Tensor, g: Tensor) -> Tensor:
     small tensors that is the same within a part in a thousand.
     """
     mask = (update * g > 0).to(g.dtype)
-    return update * mask / mask.mean().clamp(min=1e-3)
+    found: Tensor = update * mask / mask.mean().clamp(min=1e-3)
+    return found
 
 
 def test_cautious_adamw_of_the_authors() -> None:
@@ -359,7 +382,9 @@ def test_cautious_lion_of_the_library() -> None:
     p = torch.zeros(n).requires_grad_()
     q = torch.zeros(n, dtype=torch.float64).requires_grad_()
     ours = Optimizer8bit([p], "cautious_lion", bits=32, lr=lr, weight_decay=0.0, betas=(0.9, 0.99))
-    theirs = pytorch_optimizer().Lion([q], lr=lr, weight_decay=0.0, betas=(0.9, 0.99), cautious=True)
+    theirs = pytorch_optimizer().Lion(
+        [q], lr=lr, weight_decay=0.0, betas=(0.9, 0.99), cautious=True
+    )
     for _ in range(STEPS):
         value = torch.randn(n).sign() * (0.1 + torch.rand(n))
         before, theirs_before = p.detach().clone(), q.detach().clone()
@@ -390,6 +415,4 @@ def test_a_clipped_adam(most: float) -> None:
         longest = most * float(p.norm())
         return p - lr * (u * longest / u.norm() if u.norm() > longest > 0 else u)
 
-    Race(
-        "adam", authors(rule), lr=lr, betas=(beta1, beta2), eps=eps, max_unorm=most
-    ).run()
+    Race("adam", authors(rule), lr=lr, betas=(beta1, beta2), eps=eps, max_unorm=most).run()

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from bnbx.optim import create
 from bnbx.optimizers import engine
@@ -49,7 +50,7 @@ def made(rule: str, variant: str, params: list[Tensor], **arguments: Any) -> Opt
 
 def bare(rule: str, params: list[Tensor], **arguments: Any) -> Optimizer8bit:
     """An optimizer whose hyperparameters all have to come from what it loads."""
-    required = {"warmup_steps": 0.0} if rule == "schedule_free_adamw" else {}
+    required: dict[str, Any] = {"warmup_steps": 0.0} if rule == "schedule_free_adamw" else {}
     groups = [{"params": params[::2]}, {"params": params[1::2]}]
     optimizer: Optimizer8bit = create(rule, groups, lr=0.5, **required, **arguments)
     return optimizer
@@ -135,7 +136,8 @@ def test_deepcopies_of_a_dict_load() -> None:
 @pytest.mark.parametrize("arguments", [{}, dict(bits=4), dict(block_wise=False)], ids=str)
 def test_distributed_checkpoints(arguments: dict[str, Any], tmp_path: Path) -> None:
     """torch.distributed.checkpoint names parameters, and drops our header."""
-    models, made_of = [], []
+    models: list[torch.nn.Module] = []
+    made_of: list[Optimizer8bit] = []
     for _ in range(2):
         torch.manual_seed(len(models))
         models.append(torch.nn.Sequential(torch.nn.Linear(80, 80), torch.nn.Linear(80, 1)))
@@ -147,8 +149,8 @@ def test_distributed_checkpoints(arguments: dict[str, Any], tmp_path: Path) -> N
     target = get_optimizer_state_dict(models[1], made_of[1])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save({"optim": state}, checkpoint_id=tmp_path, no_dist=True)
-        dcp.load({"optim": target}, checkpoint_id=tmp_path, no_dist=True)
+        save({"optim": state}, checkpoint_id=tmp_path, no_dist=True)
+        load({"optim": target}, checkpoint_id=tmp_path, no_dist=True)
     set_optimizer_state_dict(models[1], made_of[1], target)
     assert_same(straight, made_of[1])
     train(straight, list(model.parameters()), 3, 2)

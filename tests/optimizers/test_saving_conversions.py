@@ -68,7 +68,8 @@ def parts(saved: dict[str, Any], name: str, shape: torch.Size) -> tuple[Tensor, 
 def value_of(saved: dict[str, Any], name: str, shape: torch.Size) -> Tensor:
     """The values of a state, flat, float32."""
     if f"{name}_type" not in saved:
-        return saved[name].reshape(-1)
+        value: Tensor = saved[name].reshape(-1)
+        return value
     levels, codes, scale = parts(saved, name, shape)
     return levels[codes] * scale
 
@@ -91,7 +92,7 @@ def check_converted(new: dict[str, Any], name: str, value: Tensor, shape: torch.
 
 def _blocks(flat: Tensor, new: dict[str, Any], name: str) -> list[Tensor]:
     _, size = levels_of(new[f"{name}_type"], name)
-    return list(flat.split(size or max(1, flat.numel()))) if flat.numel() else []
+    return list(torch.split(flat, size or flat.numel())) if flat.numel() else []
 
 
 def differ(a: dict[str, Any], b: dict[str, Any]) -> bool:

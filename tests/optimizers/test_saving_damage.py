@@ -32,7 +32,7 @@ def _reference(monkeypatch: pytest.MonkeyPatch) -> None:
 def trained(rule: str = "adamw", **arguments: Any) -> Optimizer8bit:
     """An optimizer of two groups after two steps."""
     params = parameters(torch.float32, SHAPES)
-    groups = [{"params": params[:2]}, {"params": params[2:], "lr": 3e-3}]
+    groups: list[dict[str, Any]] = [{"params": params[:2]}, {"params": params[2:], "lr": 3e-3}]
     optimizer: Optimizer8bit = create(rule, groups, **arguments)
     train(optimizer, params, 0, 2)
     return optimizer

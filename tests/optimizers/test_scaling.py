@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -128,7 +128,7 @@ def test_two_optimizers_on_one_scaler() -> None:
         scale = scaler.get_scale()
         set_gradients(params, [torch.randn(300) * scale for _ in params])
         if step == 1:
-            params[0].grad[0] = torch.nan
+            params[0].grad[0] = torch.nan  # type: ignore[index]
         scaler.scale(torch.zeros(()))
         scaler.step(first)
         scaler.step(second)
@@ -270,7 +270,7 @@ def test_a_grad_scale_beside_that_of_a_scaler_multiplies() -> None:
 class FakeEvent:
     """Remembers whether the host has waited for it."""
 
-    made: list[FakeEvent] = []
+    made: ClassVar[list[FakeEvent]] = []
 
     def __init__(self) -> None:
         self.waited = False
@@ -295,7 +295,7 @@ class OnCuda(Tensor):
     """A CPU tensor that says it is on CUDA."""
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # type: ignore[override]
         return torch.device("cuda", 0)
 
 
@@ -308,9 +308,12 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> type[FakeEvent]:
     """CUDA's events faked, and pinned memory ordinary."""
     empty = torch.empty
     monkeypatch.setattr(scaling, "_cuda", FakeCuda)
-    monkeypatch.setattr(
-        scaling.torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k)
-    )
+
+    def unpinned(*shape: int, pin_memory: bool, **arguments: Any) -> Tensor:
+        assert pin_memory
+        return empty(*shape, **arguments)
+
+    monkeypatch.setattr(torch, "empty", unpinned)
     FakeEvent.made = []
     return FakeEvent
 
@@ -393,7 +396,7 @@ def test_the_history_of_norms_waits_for_the_flag() -> None:
     optimizer.step()
     assert not optimizer.state[p]["gnorm_vec"].any()
     assert not p.any()
-    del optimizer.found_inf
+    del optimizer.found_inf  # type: ignore[attr-defined]
     optimizer.state[p]["step"] = 0
     optimizer.step()
     assert (optimizer.state[p]["gnorm_vec"] == 10).all()
@@ -447,4 +450,6 @@ def check_untouched(made: Case, run: Any) -> None:
         assert all(equal(a, b) for a, b in zip(row, old, strict=True))
     batch.found_inf = torch.zeros(1)
     run([batch])
-    assert any(not equal(row[0], old[0]) for row, old in zip(batch.tensors, before.tensors, strict=True))
+    assert any(
+        not equal(row[0], old[0]) for row, old in zip(batch.tensors, before.tensors, strict=True)
+    )

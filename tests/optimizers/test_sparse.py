@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -174,7 +175,7 @@ def test_adam_is_sparse_adam_of_torch() -> None:
         p.grad = of_rows([step % 7, 11, (3 * step) % ROWS, 11])
         q.grad = p.grad.double()
         ours.step()
-        theirs.step()
+        theirs.step()  # type: ignore[no-untyped-call]
     # 20 steps of length lr, each of which rounds p (below 4 here) and a quotient.
     torch.testing.assert_close(p.detach().double(), q.detach(), rtol=0, atol=20 * 2**-23)
     for name, key in (("m", "exp_avg"), ("v", "exp_avg_sq")):
@@ -194,7 +195,7 @@ def test_an_embedding_learns() -> None:
         optimizer.zero_grad()
         real = (words != 0)[..., None]
         loss = ((embedding(words) - target) * real).square().mean()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(loss.item())
     touched = torch.zeros(1000, dtype=torch.bool)
@@ -248,7 +249,7 @@ def test_untouched_states_are_rounded_by_half_a_step_at_most(
 def max_gap(table: tuple[float, ...]) -> float:
     """The largest distance of neighbors, and twice what is beyond the shorter end."""
     ascending = sorted(table)
-    gaps = [high - low for low, high in zip(ascending, ascending[1:], strict=False)]
+    gaps = [high - low for low, high in pairwise(ascending)]
     return max(*gaps, 2 * (1 - ascending[-1]), 2 * (1 + ascending[0]) if ascending[0] < 0 else 0)
 
 
@@ -419,7 +420,7 @@ def test_autograd_sees_that_the_parameter_has_changed() -> None:
     loss = (p * p).sum()
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

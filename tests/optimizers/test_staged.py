@@ -88,7 +88,7 @@ def test_a_step_in_pieces_has_the_bits_of_one_at_once(
     other = copies(params)
     staged_one = in_pieces(make(rule, variant, params, storage))
     steps(staged_one, params)
-    assert rule == "sgd" or rule == "lars" or len(launches.sizes) > 3 * 2, "nothing was cut"
+    assert rule in ("sgd", "lars") or len(launches.sizes) > 3 * 2, "nothing was cut"
     monkeypatch.setattr(staged, "is_far", is_far)
     direct = make(rule, variant, other, storage)
     steps(direct, other)
@@ -163,7 +163,7 @@ def test_an_overflow_leaves_pieces_as_they_are(launches: Launches) -> None:
     optimizer = in_pieces(make("adamw", "", params, "dynamic8"))
     steps(optimizer, params)
     saved = [p.detach().clone() for p in params]
-    states = [{k: v for k, v in optimizer.state[p].items()} for p in params]
+    states = [optimizer.state[p] for p in params]
     copied = [{k: v.clone() for k, v in s.items() if isinstance(v, Tensor)} for s in states]
     optimizer._scaling.overflowed = lambda found_inf: False  # type: ignore[method-assign]
     optimizer.found_inf = torch.ones(1)  # type: ignore[attr-defined]
@@ -189,7 +189,7 @@ def test_near_and_far_batches_side_by_side(
     monkeypatch.setattr(staged, "is_far", is_far_here)
     ours = in_pieces(
         Optimizer8bit(
-            [{"params": params[:1]}, {"params": params[1:], "paged": True}],
+            [{"params": params[n : n + 1], "paged": n == 1} for n in (0, 1)],
             spec,
             state_types=state_types(spec, "dynamic8"),
         )

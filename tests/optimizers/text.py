@@ -47,13 +47,12 @@ def spec_of(spec: Optimizer, group: Mapping[str, Any]) -> Optimizer:
     return spec.clipped if clips else spec
 
 
-def initial_values(
-    spec: Optimizer, hyper: Mapping[str, float], p: Tensor
-) -> dict[str, Tensor]:
+def initial_values(spec: Optimizer, hyper: Mapping[str, float], p: Tensor) -> dict[str, Tensor]:
     """The states of a parameter before its first step, float32."""
     found = {}
     for state in spec.states:
-        number = float(hyper[state.initial]) if state.initial in hyper else 0.0
+        name = state.initial or ""
+        number = float(hyper[name]) if name in hyper else 0.0
         full = torch.full(p.shape, number, dtype=torch.float32)
         found[state.name] = p.detach().float().clone() if state.initial == "p" else full
     return found
@@ -103,7 +102,8 @@ def unpacked(quant_type: QuantType, packed: Tensor, shape: torch.Size) -> Tensor
     bytes_ = packed.long().repeat_interleave(per_byte)
     place = torch.arange(bytes_.numel()) % per_byte
     codes = bytes_ >> (8 - quant_type.bits * (place + 1)) & (2**quant_type.bits - 1)
-    return codes[: shape.numel()].to(torch.uint8).view(shape)
+    found: Tensor = codes[: shape.numel()].to(torch.uint8).view(shape)
+    return found
 
 
 def decoded(quant_type: QuantType, signed: bool, codes: Tensor, absmax: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ WHOLE_PRODUCT = ("adam", "adamw", "lion", "sgd")
 
 
 def sampled() -> list[tuple[str, str, str, torch.dtype]]:
-    """Rule, variant, storage and dtype: the product for some rules, a third of it for the others."""
+    """Rule, variant, storage and dtype: the product for some rules, a third of it for others."""
     product = itertools.product(enumerate(CASES), enumerate(STORAGES), enumerate(DTYPES))
     return [
         (rule, variant, storage, dtype)

@@ -336,8 +336,7 @@ def test_unknown_states_and_quant_types(state_types: Any, message: str) -> None:
 @pytest.mark.parametrize("state_types", [8, ["linear8"], ("linear8", "linear8"), True])
 def test_state_types_of_the_wrong_kind(state_types: Any) -> None:
     assert refusal(OptionError, dict(state_types=state_types)) == (
-        f"state_types={state_types!r}: expected a quant type's name, or one by state "
-        "(from layer 0)"
+        f"state_types={state_types!r}: expected a quant type's name, or one by state (from layer 0)"
     )
 
 

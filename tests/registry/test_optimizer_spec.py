@@ -222,8 +222,10 @@ def test_names_of_specs(name: str) -> None:
     assert str(caught.value) == f"Optimizer spec {name!r}: {rule}"
 
 
-OPTIONS = """params rule paged bits state_types min_8bit_size block_wise percentile_clipping skip_zeros
-    master maximize overrides page_dir args capturable foreach fused differentiable""".split()
+OPTIONS = """
+    params rule paged bits state_types min_8bit_size block_wise percentile_clipping skip_zeros
+    master maximize overrides page_dir args capturable foreach fused differentiable
+""".split()
 
 
 @pytest.mark.parametrize("name", OPTIONS)

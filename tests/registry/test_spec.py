@@ -16,6 +16,7 @@ import pytest
 from bnbx.errors import SpecError
 from bnbx.registry import (
     Constraint,
+    GroupFormat,
     Hyper,
     Optimizer,
     QuantType,
@@ -88,6 +89,8 @@ OPTIMIZER_CHANGES: dict[str, dict[str, Any]] = {
     "constraints": dict(constraints=()),
     "constraints.condition": dict(constraints=(Constraint(condition="lr < 2", message="large"),)),
     "constraints.message": dict(constraints=(Constraint(condition="lr < 1", message="Large"),)),
+    "saved_as": dict(saved_as={"torch.R": GroupFormat()}),
+    "saved_as counts": dict(saved_as={"torch.R": GroupFormat(counts=False)}),
     "step_code": dict(step_code="c = 1 - beta ** step"),
     "element_code": dict(element_code=OPTIMIZER["element_code"] + "\n"),
     "apply_code": dict(element_code="m = where(beta, beta * m + g, g)",

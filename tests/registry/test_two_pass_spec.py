@@ -1,4 +1,4 @@
-"""Contradictions in rules of two passes, of states that begin somewhere, and of modes, are named."""
+"""Contradictions in rules of two passes, in how states begin, and in modes, are named."""
 
 from __future__ import annotations
 
@@ -39,7 +39,12 @@ def test_the_spec_that_the_others_vary_is_valid() -> None:
     made = spec()
     assert made.tensor.writes == ("trust", "share")
     assert made.apply.reads == ("p", "lr", "share", "u")
-    assert [code.writes for code in made.sections] == [("c",), ("m", "u"), made.tensor.writes, ("p",)]
+    assert [code.writes for code in made.sections] == [
+        ("c",),
+        ("m", "u"),
+        made.tensor.writes,
+        ("p",),
+    ]
     assert made.can_clip
     assert not made.clips_itself
 
@@ -165,7 +170,7 @@ def test_names_that_the_engine_keeps_beside_states_are_taken(name: str) -> None:
 
 def test_where_a_state_may_begin() -> None:
     assert spec(states=(State(name="m", initial="beta"),)).states[0].initial == "beta"
-    assert spec(states=(State(name="m", initial="p", quantized=False),))
+    assert spec(states=(State(name="m", initial="p", quantized=False),)).states[0].initial == "p"
     message = refusal(states=(State(name="m", initial="beat"),))
     assert message == "'beat': no such hyperparameter; did you mean 'beta'?"
     message = refusal(states=(State(name="m", initial="g"),))
@@ -247,7 +252,8 @@ def test_every_clipped_form_is_a_valid_spec(rule: Optimizer) -> None:
 def test_a_rule_whose_own_names_are_those_of_clipping() -> None:
     """A name of the clipped form that the rule has too must not change what either means."""
     made = spec(
-        element_code="m = beta * m + g\nu = m / c\nclip_u = g", apply_code="p = p - lr*share*u*clip_u"
+        element_code="m = beta * m + g\nu = m / c\nclip_u = g",
+        apply_code="p = p - lr*share*u*clip_u",
     )
     if made.can_clip:
         fields = {name: getattr(made.clipped, name) for name in Optimizer.model_fields}

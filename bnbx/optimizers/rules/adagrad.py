@@ -39,6 +39,7 @@ adagrad = Optimizer(
         "bitsandbytes.Adagrad": GroupFormat(
             keys={"betas": (0.0, 0.0)},
             only=dict(lr_decay=0.0, initial_accumulator_value=0.0),
+            called="adagrad",
         ),
     },
 )

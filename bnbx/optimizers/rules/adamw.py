@@ -41,6 +41,6 @@ adamw = Optimizer(
     """,
     saved_as={
         "torch.AdamW": GroupFormat(keys={"decoupled_weight_decay": True}),
-        "bitsandbytes.AdamW": GroupFormat(only=dict(amsgrad=False)),
+        "bitsandbytes.AdamW": GroupFormat(only=dict(amsgrad=False), called="adam"),
     },
 )

@@ -47,5 +47,5 @@ ademamix = Optimizer(
         p = p * (1 - lr * weight_decay)
         p = p - lr * u
     """,
-    saved_as={"bitsandbytes.AdEMAMix": GroupFormat()},
+    saved_as={"bitsandbytes.AdEMAMix": GroupFormat(called="ademamix")},
 )

@@ -51,8 +51,7 @@ lamb = Optimizer(
     """,
     saved_as={
         "bitsandbytes.LAMB": GroupFormat(
-            only=dict(bias_correction=True, amsgrad=False, adam_w_mode=True),
-            elsewhere=("max_unorm",),
+            only=dict(bias_correction=True, amsgrad=False, adam_w_mode=True), called="lamb"
         ),
     },
 )

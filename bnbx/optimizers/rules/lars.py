@@ -48,12 +48,11 @@ lars = Optimizer(
         p = p - lr * trust * u
     """,
     saved_as={
-        "torch.PytorchLARS": GroupFormat(counts=False),  # that of bitsandbytes
         "bitsandbytes.LARS": GroupFormat(
-            keys={"betas": ("momentum", 0.0)},  # dampening, without effect there; not Lion's beta2
+            keys={"betas": ("momentum", 0.0)},
             only=dict(dampening=0.0, nesterov=False),
-            nonzero=("momentum",),
-            elsewhere=("max_unorm",),
+            called="lars",
+            betas=("momentum", "dampening"),
         ),
     },
 )

@@ -26,7 +26,7 @@ lion = Optimizer(
     """,
     saved_as={
         "bitsandbytes.Lion": GroupFormat(
-            keys={"betas": ("beta1", "beta2")}, nonzero=("beta1", "beta2")
+            keys={"betas": ("beta1", "beta2")}, nonzero=("beta1", "beta2"), called="lion"
         )
     },
 )

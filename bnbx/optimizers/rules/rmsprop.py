@@ -42,6 +42,8 @@ rmsprop = Optimizer(
             keys={"betas": ("alpha", "")},  # momentum has no effect there
             only=dict(momentum=0.0, centered=False),
             nonzero=("alpha", "eps"),
+            called="rmsprop",
+            betas=("alpha", "momentum"),
         ),
     },
 )

@@ -38,10 +38,12 @@ sgd = Optimizer(
     """,
     saved_as={
         "torch.SGD": GroupFormat(counts=False),
+        # Dampening has no effect there; where it is zero, Lion's betas are told apart.
         "bitsandbytes.SGD": GroupFormat(
-            keys={"betas": ("momentum", 0.0)},  # dampening, without effect there; not Lion's beta2
+            keys={"betas": ("momentum", 0.0)},
             only=dict(dampening=0.0, nesterov=False),
-            nonzero=("momentum",),
+            called="momentum",
+            betas=("momentum", "dampening"),
         ),
     },
 )

@@ -1,0 +1,148 @@
+"""Learning rates so small that bfloat16 stalls, by the engine; and states that are not there."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import bnbx.optim
+from bnbx.kernels import cpu, master
+from bnbx.kernels.signature import make_signature
+from bnbx.kernels.source import render
+from bnbx.optimizers.engine import Optimizer8bit
+from bnbx.registry import optimizers
+
+LR, STEPS, SIZE = 1e-6, 200, 1 << 14
+# A usual size of weights; bfloat16 numbers there are 2**-13 apart, a hundred times lr.
+START, STEP = 0.02, 2.0**-13
+
+
+def start(dtype: torch.dtype) -> Tensor:
+    """Weights in [0.016, 0.031), which bfloat16 has exactly."""
+    generator = torch.Generator().manual_seed(0)
+    places = torch.randint(128, 250, (SIZE,), generator=generator)
+    return (places.float() * STEP).to(dtype).requires_grad_()
+
+
+def trained(dtype: torch.dtype, **options: Any) -> tuple[Tensor, Tensor, Optimizer8bit]:
+    """Weights before and after; gradients all point one way, so that each step is lr long."""
+    p = start(dtype)
+    before = p.detach().clone()
+    optimizer = bnbx.optim.create("adamw", [p], lr=LR, weight_decay=0.0, bits=32, **options)
+    assert isinstance(optimizer, Optimizer8bit)
+    p.grad = torch.full((SIZE,), 0.5, dtype=dtype)
+    for _ in range(STEPS):
+        optimizer.step()
+    return before.float(), p, optimizer
+
+
+@pytest.fixture(scope="module")
+def moved_in_float32() -> float:
+    """How far a float32 run goes: the same for every weight, but for its roundings."""
+    before, p, _ = trained(torch.float32)
+    moved = (p.detach().double() - before.double()).mean()
+    assert float(moved) == pytest.approx(-LR * STEPS, rel=1e-3)
+    return float(moved)
+
+
+def test_plain_bfloat16_stalls() -> None:
+    before, p, optimizer = trained(torch.bfloat16)
+    assert torch.equal(p.detach().float(), before)
+    assert "residual" not in optimizer.state[p]
+
+
+@pytest.mark.parametrize("name", ["kahan", "residual"])
+def test_masters_move_as_float32_does(name: str, moved_in_float32: float) -> None:
+    """Each step's sum is rounded to what the residual can hold, and that is all that is lost.
+
+    kahan: the residual is at most half a step of the parameter, and of 8 bits itself: off by
+    2**-9 of the power of two above it. residual: off by half of a 127th of half a step.
+    """
+    before, p, optimizer = trained(torch.bfloat16, master=name)
+    held = master.load(name, p.detach(), optimizer.state[p]["residual"]).double()
+    moved = held - before.double()
+    each = STEP / 2 * 2.0**-9 if name == "kahan" else STEP / 2 / 254
+    float32 = 2.0**-24 * 0.04
+    allowed = STEPS * (each + 2 * float32)
+    assert float((moved - moved_in_float32).abs().max()) <= allowed
+    assert allowed < 0.5 * abs(moved_in_float32), "a bound as wide as this would prove little"
+    # And it arrives in the weights themselves: all that have moved by more than half a step.
+    assert float((p.detach().float() - before).abs().max()) >= STEP
+    assert bool(((p.detach().double() - held).abs() <= STEP / 2 * (1 + 2.0**-6)).all())
+
+
+def test_stochastic_rounding_moves_as_float32_does_in_the_mean(moved_in_float32: float) -> None:
+    """Each step adds independent errors of variance at most lr * STEP to each weight."""
+    before, p, optimizer = trained(torch.bfloat16, master="stochastic")
+    moved = p.detach().double() - before.double()
+    sigma = math.sqrt(STEPS * LR * STEP / SIZE)
+    assert abs(float(moved.mean()) - moved_in_float32) < 6 * sigma
+    assert 6 * sigma < 0.05 * abs(moved_in_float32)
+    assert "residual" not in optimizer.state[p]
+    assert len(set(moved.tolist())) > 2
+
+
+@pytest.mark.parametrize("name", ["stochastic", "kahan", "residual"])
+def test_a_master_of_a_float32_parameter_is_none(name: str) -> None:
+    _, plain, _ = trained(torch.float32)
+    _, p, optimizer = trained(torch.float32, master=name)
+    assert torch.equal(p, plain)
+    assert "residual" not in optimizer.state[p]
+
+
+def test_stochastic_runs_repeat_themselves() -> None:
+    assert torch.equal(trained(torch.bfloat16, master="stochastic")[1],
+                       trained(torch.bfloat16, master="stochastic")[1])  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "bytes_"), [("kahan", 2), ("residual", 1)])
+def test_what_a_master_costs(name: str, bytes_: int) -> None:
+    _, p, optimizer = trained(torch.bfloat16, master=name)
+    kept = optimizer.state[p]["residual"]
+    assert kept.shape == p.shape
+    assert kept.element_size() == bytes_
+
+
+# ---- states that are switched off
+
+OPTIONAL = [
+    ("sgd", dict(momentum=0.0), {"m"}),
+    ("lars", dict(momentum=0.0), {"m"}),
+    ("rmsprop", dict(momentum=0.0, centered=False), {"m", "mean"}),
+    ("rmsprop", dict(momentum=0.9, centered=False), {"mean"}),
+    ("rmsprop", dict(momentum=0.0, centered=True), {"m"}),
+    ("adam", dict(amsgrad=False), {"vmax"}),
+    ("adamw", dict(amsgrad=False), {"vmax"}),
+    ("lamb", dict(amsgrad=False), {"vmax"}),
+]
+
+
+@pytest.mark.parametrize(("rule", "off", "absent"), OPTIONAL, ids=str)
+@pytest.mark.parametrize("bits", [4, 8, 32])
+def test_a_state_that_is_off_takes_no_memory_and_no_column(
+    rule: str, off: dict[str, Any], absent: set[str], bits: int
+) -> None:
+    p = torch.randn(512).requires_grad_()
+    p.grad = torch.randn(512)
+    optimizer = bnbx.optim.create(rule, [p], lr=0.1, bits=bits, min_8bit_size=0, **off)
+    optimizer.step()
+    names = {state.name for state in optimizers().get(rule).states}
+    assert absent <= names
+    keys = {key for key in optimizer.state[p] if key != "step"}
+    suffixes = ("_absmax", "_type") if bits < 32 else ()
+    present = names - absent
+    assert keys == present | {name + suffix for name in present for suffix in suffixes}
+    plan = optimizer._slots.plan(p, p.grad.dtype, optimizer.resolved(p))
+    columns = {column.name for column in make_signature(plan).columns}
+    assert present <= columns
+    source = render(plan, cpu.TEMPLATE)
+    for name in absent:
+        assert not {name, f"{name}_absmax"} & columns
+        assert not re.search(rf"\b(State|Most|Largest)_{name}\b|->{name}_\b", source)
+    for name in present:
+        assert re.search(rf"\bState_{name}\b", source)
