@@ -4,7 +4,9 @@
 arXiv:1502.02551); `kahan` keeps the rounding error in the parameter's dtype and adds it back at
 the next step (Kahan 1965; Zamirai et al., arXiv:2010.06192); `residual` keeps it as a fraction of
 half a step of the parameter in 8 bits, which makes a 24-bit master of a bfloat16 parameter
-(FlashOptim, arXiv:2602.23349). templates/master.h says the same in C; the bits are equal.
+(FlashOptim, arXiv:2602.23349). The error that is kept is rounded stochastically, unlike there:
+with lr=1e-6 and weights near 1 an update is below the resolution of 24 bits too, and rounding to
+nearest loses all of it. templates/master.h says the same in C; the bits are equal.
 """
 
 from __future__ import annotations
@@ -35,20 +37,24 @@ def store(
     master: str, x: Tensor, p: Tensor, residual: Tensor | None, seed: int, first_place: int
 ) -> None:
     """Write `x` (float32) to the parameter (1-d), and what that loses to its residual."""
-    if master == "stochastic":
-        places = torch.arange(first_place, first_place + x.numel(), device=x.device)
-        p.copy_(round_stochastically(x, noise(seed, places), p.dtype))
+    if master == "none":
+        p.copy_(x.to(p.dtype))
+        return
+    random = noise(seed, torch.arange(first_place, first_place + x.numel(), device=x.device))
+    if residual is None:
+        p.copy_(round_stochastically(x, random, p.dtype))
         return
     p.copy_(x.to(p.dtype))
-    if residual is None:
-        return
     lost = x - p.float()
     if master == "kahan":
-        residual.copy_(torch.where(lost.isfinite(), lost, 0 * torch.ones_like(lost)))
+        lost = torch.where(lost.isfinite(), lost, torch.zeros_like(lost))
+        residual.copy_(round_stochastically(lost, random, p.dtype))
         return
     half = half_step(p)
     part = lost * (1.0 / half) * 127.0
     part = torch.where(half > 0, part, torch.zeros_like(part))
+    calm = 1 / 128 if p.dtype is torch.bfloat16 else 1 / 16  # see calm_zone in master.h
+    part = part + ((random >> 9).float() * (1 / 8388608) * (1 - 2 * calm) + (calm - 0.5))
     part = torch.where(part > -127.0, part, torch.full_like(part, -127.0))
     part = torch.where(part < 127.0, part, torch.full_like(part, 127.0))
     residual.copy_(part.round())
@@ -93,7 +99,7 @@ def round_stochastically(x: Tensor, random: Tensor, dtype: torch.dtype) -> Tenso
     if dtype is torch.bfloat16:
         rounded = (magnitude + (random & 0xFFFF)) & 0xFFFF0000
     else:
-        places = _floats(magnitude) * 16777216.0 + (random >> 8).float() * (1 / 16777216.0)
+        places = _floats(magnitude) * 16777216.0 + (random >> 18).float() * (1 / 16384)
         small = magnitude < 0x38800000
         places = torch.where(small, places, torch.zeros_like(places))
         steps = (places.int().float() * (1 / 16777216.0)).view(torch.int32).long()

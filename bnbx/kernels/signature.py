@@ -76,7 +76,7 @@ def make_signature(plan: Plan) -> Signature:
         columns=tuple(columns),
         scalars=tuple(plan.lowered.scalars.items()),
         inputs=plan.lowered.inputs,
-        seeded=plan.master == "stochastic",
+        seeded=plan.master != "none",
         part_bytes=8 * (norms + -(-whole // 2)),
         values_bytes=4 * (len(plan.lowered.tensor_scalars) + 2 * whole),
     )

@@ -77,7 +77,10 @@ def _names(plan: Plan) -> dict[str, Any]:
 def _parameter(plan: Plan) -> tuple[str, str]:
     """How an element of the parameter is read, and how it is written."""
     if plan.master in RESIDUAL_TYPES:
-        return "load_parameter(P[I], Residual[I])", "store_parameter(p, P[I], Residual[I]);"
+        return (
+            "load_parameter(P[I], Residual[I])",
+            "store_parameter(p, noise(Seed, PLACE), P[I], Residual[I]);",
+        )
     if plan.master == "stochastic":
         return "to_float(P[I])", "round_stochastically(p, noise(Seed, PLACE), P[I]);"
     return "to_float(P[I])", "from_float(p, P[I]);"

@@ -254,7 +254,7 @@ class Optimizer8bit(torch.optim.Optimizer):
     @contextmanager
     def _no_trace(self, items: Sequence[Item]) -> Iterator[None]:
         """Forget the states that were made, should one of the items turn out to be unusable."""
-        before = [len(self.state[item.p]) if item.p in self.state else 0 for item in items]
+        before = [len(self.state.get(item.p, ())) for item in items]
         try:
             yield
         except BaseException:
@@ -269,8 +269,9 @@ class Optimizer8bit(torch.optim.Optimizer):
             raise
 
     def _slot(self, item: Item) -> Slot:
-        check_parameter(item.p)
-        check_gradient(item.p, item.grad)
+        if item.p not in self.state or not item.p.is_contiguous():
+            check_parameter(item.p)
+            check_gradient(item.p, item.grad)
         saved = self._states_of(item.p, item.resolved)
         return self._slots.slot(item.p, item.grad, saved, item.resolved)
 

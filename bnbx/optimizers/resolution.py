@@ -136,6 +136,6 @@ def hashable(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(map(hashable, value))
     if isinstance(value, Tensor):
-        return float(value)
+        value = float(value)
     # 1.0 and True are equal, and not the same to a check.
     return (type(value), value) if isinstance(value, Hashable) else repr(value)

@@ -3,8 +3,8 @@
 A batch whose states are in host memory while its parameters are on a device is cut into pieces of
 whole blocks; `bnbx.kernels.staging` brings each piece's states to the device and back while others
 are updated. A plan that measures whole tensors (norms, one absmax for a tensor) is not cut inside a
-tensor. Results are the bits of an update at once, but for stochastic rounding, whose noise is
-numbered within a piece.
+tensor. Results are the bits of an update at once, but for the noise of masters, which is numbered
+within a piece.
 """
 
 from __future__ import annotations

@@ -79,7 +79,9 @@ def resolve(spec: Optimizer, types: Catalog[QuantType], layers: Sequence[Layer])
     try:
         return _resolved(spec, types, values, origins)
     except OptionError as error:
-        names = [name for name in values if f"{name}=" in str(error)]
+        members = {member: pack for pack, each in spec.packs.items() for member in each}
+        named = [name for name in (*values, *members) if f"{name}=" in str(error)]
+        names = {members.get(name, name) for name in named}
         told = {origins[name] for name in names} - {DEFAULT, "argument"}
         where = f" (from {', '.join(sorted(told))})" if told else ""
         raise OptionError(f"{error}{where}") from None

@@ -142,7 +142,7 @@ class Optimizer(Spec):
     def modes(self) -> Mapping[str, Code]:
         """Parsed `eval_code` and `train_code`, by mode."""
         codes = {"eval": self.eval_code, "train": self.train_code}
-        return {mode: parse(code, f"{mode}_code") for mode, code in codes.items()}  # type: ignore[arg-type]
+        return {mode: parse(code, f"{mode}_code") for mode, code in codes.items()}
 
     @cached_property
     def sections(self) -> tuple[Code, ...]:
@@ -195,14 +195,19 @@ class Optimizer(Spec):
 
         As bitsandbytes' max_unorm, but a parameter that is zero throughout may leave zero.
         """
+        names = {*self.element.writes, *self.tensor.writes, *self.apply.writes, *self.hyper}
+        names |= {*self.step.writes, *(state.name for state in self.states)}
+        clip = "clip_u"
+        while clip in names:
+            clip += "u"
         scale = (
-            f"clip_u = where(norm_p > 0, where(norm_u > {CLIP} * norm_p, "
+            f"{clip} = where(norm_p > 0, where(norm_u > {CLIP} * norm_p, "
             f"{CLIP} * norm_p / norm_u, 1), 1)"
         )
         return self.model_copy(
             update=dict(
                 hyper={**self.hyper, CLIP: rate(0.0)},
                 tensor_code=f"{self.tensor_code}\n{scale}",
-                apply_code=f"{UPDATE} = clip_u * {UPDATE}\n{self.apply_code}",
+                apply_code=f"{UPDATE} = {clip} * {UPDATE}\n{self.apply_code}",
             )
         )

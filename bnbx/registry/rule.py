@@ -61,7 +61,7 @@ RESERVED = frozenset(
     xor xor_eq half char8_t char16_t char32_t concept consteval constinit const_cast co_await
     co_return co_yield decltype noexcept nullptr requires static_assert static_cast thread_local
     to_float from_float larger_magnitude noise round_stochastically load_parameter store_parameter
-    place_of""".split()
+    place_of calm_zone half_step""".split()
 )
 NAME = re.compile(r"[a-z][a-z0-9_]*(?<!_)\Z")
 FLOAT32_MAX = 3.4028234663852886e38

@@ -94,24 +94,25 @@ DEVICE void round_stochastically(float x, u32 random, bfloat16& to) {
 
 DEVICE void round_stochastically(float x, u32 random, float16& to) {
   const u32 bits = bits_of(x), magnitude = bits & 0x7fffffffu;
-  // Below 2**-14 the steps are 2**-24 throughout.
-  const float places = float_of(magnitude) * 16777216.0f + (float)(random >> 8) * (1.0f / 16777216.0f);
+  // Below 2**-14 the steps are 2**-24 throughout: 10 bits of them, and 14 of noise, are a float.
+  const float places = float_of(magnitude) * 16777216.0f + (float)(random >> 18) * (1.0f / 16384.0f);
   const float small = (float)(i32)(magnitude < 0x38800000u ? places : 0.0f) * (1.0f / 16777216.0f);
   const u32 large = (magnitude + (random & 0x1fffu)) & 0xffffe000u;
   const u32 rounded = magnitude < 0x38800000u ? bits_of(small) : large;
   from_float(magnitude < 0x7f800000u ? float_of(rounded | (bits & 0x80000000u)) : x, to);
 }
 
-// ---- Kahan: the rounding error of the last store, in the parameter's dtype, is added back
+// ---- Kahan: the rounding error of the last store, in the parameter's dtype, is added back. The
+// error is rounded stochastically itself: so even updates below its own resolution are not lost.
 
 template <class T>
 DEVICE float load_parameter(T p, T error) { return to_float(p) + to_float(error); }
 
 template <class T>
-DEVICE void store_parameter(float x, T& p, T& error) {
+DEVICE void store_parameter(float x, u32 random, T& p, T& error) {
   from_float(x, p);
   const float lost = x - to_float(p);
-  from_float(rule_abs(lost) < float_of(0x7f800000u) ? lost : 0.0f, error);
+  round_stochastically(rule_abs(lost) < float_of(0x7f800000u) ? lost : 0.0f, random, error);
 }
 
 // ---- residual: the same error as a fraction of half a step of the parameter, in 8 bits
@@ -126,16 +127,23 @@ DEVICE float half_step(float16 p) {
   return exponent == 0x1fu ? 0.0f : float_of(((exponent < 1u ? 1u : exponent) + 101u) << 23);
 }
 
+// Noise lies between -1/2 and 1/2, and by this much inside, so that a part which was a whole number
+// stays one: as far off as float32 rounds the sum of parameter and error.
+DEVICE float calm_zone(bfloat16) { return 1.0f / 128.0f; }
+DEVICE float calm_zone(float16) { return 1.0f / 16.0f; }
+
 template <class T>
 DEVICE float load_parameter(T p, i8 error) {
   return to_float(p) + (float)error * (1.0f / 127.0f) * half_step(p);
 }
 
 template <class T>
-DEVICE void store_parameter(float x, T& p, i8& error) {
+DEVICE void store_parameter(float x, u32 random, T& p, i8& error) {
   from_float(x, p);
   const float half = half_step(p);
   float part = half > 0.0f ? (x - to_float(p)) * (1.0f / half) * 127.0f : 0.0f;
+  const float calm = calm_zone(p);
+  part += (float)(random >> 9) * (1.0f / 8388608.0f) * (1.0f - 2.0f * calm) + (calm - 0.5f);
   part = rule_min(rule_max(part, -127.0f), 127.0f);
   error = (i8)(i32)((part + 12582912.0f) - 12582912.0f);  // 1.5 * 2**23: rounds to a whole number
 }
@@ -391,6 +399,7 @@ DEVICE void encode_whole_piece(const float (&x)[PER_LANE], u32 largest, const Sh
   }
 }
 
+#define PLACE (Here.FirstChunk * CHUNK + Start + place_of(I))
 // What this plan works on: its dtypes, the traits of its codebooks, and a row of the launch's table.
 typedef bfloat16 Parameter;
 typedef bfloat16 Gradient;
@@ -455,6 +464,7 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
   const float k_1_over_c1_ = scalars[6];  // 1 / c1
   const float k_1_minus_lr_times_weight_decay_ = scalars[7];  // 1 - lr * weight_decay
   const float lr_ = scalars[8];  // lr
+  const u32 Seed = (u32)inputs[0];
   const i64 pieces = CHUNK / PIECE;  // of a chunk
   const i64 stride = (i64)gridDim.x * WARPS;
   for (i64 Piece = (i64)blockIdx.x * WARPS + threadIdx.x / LANES; Piece < chunk_count * pieces; Piece += stride) {
@@ -500,7 +510,7 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
       p = k_1_minus_lr_times_weight_decay_ * p;
       // p = p - lr * u
       p = p - (lr_ * u);
-      store_parameter(p, P[I], Residual[I]);
+      store_parameter(p, noise(Seed, PLACE), P[I], Residual[I]);
       State_m[I] = m;
       State_v[I] = v;
     }

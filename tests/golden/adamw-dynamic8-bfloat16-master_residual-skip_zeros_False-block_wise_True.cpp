@@ -93,24 +93,25 @@ DEVICE void round_stochastically(float x, u32 random, bfloat16& to) {
 
 DEVICE void round_stochastically(float x, u32 random, float16& to) {
   const u32 bits = bits_of(x), magnitude = bits & 0x7fffffffu;
-  // Below 2**-14 the steps are 2**-24 throughout.
-  const float places = float_of(magnitude) * 16777216.0f + (float)(random >> 8) * (1.0f / 16777216.0f);
+  // Below 2**-14 the steps are 2**-24 throughout: 10 bits of them, and 14 of noise, are a float.
+  const float places = float_of(magnitude) * 16777216.0f + (float)(random >> 18) * (1.0f / 16384.0f);
   const float small = (float)(i32)(magnitude < 0x38800000u ? places : 0.0f) * (1.0f / 16777216.0f);
   const u32 large = (magnitude + (random & 0x1fffu)) & 0xffffe000u;
   const u32 rounded = magnitude < 0x38800000u ? bits_of(small) : large;
   from_float(magnitude < 0x7f800000u ? float_of(rounded | (bits & 0x80000000u)) : x, to);
 }
 
-// ---- Kahan: the rounding error of the last store, in the parameter's dtype, is added back
+// ---- Kahan: the rounding error of the last store, in the parameter's dtype, is added back. The
+// error is rounded stochastically itself: so even updates below its own resolution are not lost.
 
 template <class T>
 DEVICE float load_parameter(T p, T error) { return to_float(p) + to_float(error); }
 
 template <class T>
-DEVICE void store_parameter(float x, T& p, T& error) {
+DEVICE void store_parameter(float x, u32 random, T& p, T& error) {
   from_float(x, p);
   const float lost = x - to_float(p);
-  from_float(rule_abs(lost) < float_of(0x7f800000u) ? lost : 0.0f, error);
+  round_stochastically(rule_abs(lost) < float_of(0x7f800000u) ? lost : 0.0f, random, error);
 }
 
 // ---- residual: the same error as a fraction of half a step of the parameter, in 8 bits
@@ -125,16 +126,23 @@ DEVICE float half_step(float16 p) {
   return exponent == 0x1fu ? 0.0f : float_of(((exponent < 1u ? 1u : exponent) + 101u) << 23);
 }
 
+// Noise lies between -1/2 and 1/2, and by this much inside, so that a part which was a whole number
+// stays one: as far off as float32 rounds the sum of parameter and error.
+DEVICE float calm_zone(bfloat16) { return 1.0f / 128.0f; }
+DEVICE float calm_zone(float16) { return 1.0f / 16.0f; }
+
 template <class T>
 DEVICE float load_parameter(T p, i8 error) {
   return to_float(p) + (float)error * (1.0f / 127.0f) * half_step(p);
 }
 
 template <class T>
-DEVICE void store_parameter(float x, T& p, i8& error) {
+DEVICE void store_parameter(float x, u32 random, T& p, i8& error) {
   from_float(x, p);
   const float half = half_step(p);
   float part = half > 0.0f ? (x - to_float(p)) * (1.0f / half) * 127.0f : 0.0f;
+  const float calm = calm_zone(p);
+  part += (float)(random >> 9) * (1.0f / 8388608.0f) * (1.0f - 2.0f * calm) + (calm - 0.5f);
   part = rule_min(rule_max(part, -127.0f), 127.0f);
   error = (i8)(i32)((part + 12582912.0f) - 12582912.0f);  // 1.5 * 2**23: rounds to a whole number
 }
@@ -477,6 +485,7 @@ static inline void encode_block(const float* x, float inverse, const Tables* tab
 
 #endif
 
+#define PLACE (Place + I)
 // What this plan works on: its dtypes, the traits of its codebooks, and a row of the launch's table.
 typedef bfloat16 Parameter;
 typedef bfloat16 Gradient;
@@ -540,7 +549,7 @@ enum { SPAN = 256 };  // elements between two looks at a state's largest magnitu
 // as integers: so the order of comparisons cannot matter, even for NaN.
 static inline __attribute__((always_inline)) void update_elements(
     Parameter* __restrict P, const Gradient* __restrict G, i8* __restrict Residual, float* __restrict State_m, float* __restrict State_v,
-    const float* Scalars, const float Gradient_scale, const int Count, i32& Largest_m, i32& Largest_v) {
+    const float* Scalars, const float Gradient_scale, const u32 Seed, const i64 Place, const int Count, i32& Largest_m, i32& Largest_v) {
   const float beta1_ = Scalars[0];  // beta1
   const float k_1_minus_beta1_ = Scalars[1];  // 1 - beta1
   const float beta2_ = Scalars[2];  // beta2
@@ -569,7 +578,7 @@ static inline __attribute__((always_inline)) void update_elements(
     p = k_1_minus_lr_times_weight_decay_ * p;
     // p = p - lr * u
     p = p - (lr_ * u);
-    store_parameter(p, P[I], Residual[I]);
+    store_parameter(p, noise(Seed, PLACE), P[I], Residual[I]);
     State_m[I] = m;
     State_v[I] = v;
     Most_m = larger_magnitude(Most_m, m);
@@ -614,6 +623,7 @@ static inline void store_state(const float* x, const i32* largest, int count, co
 
 // Chunks [first, last) of a job.
 extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
+  const u32 seed = (u32)job->inputs[0];
   const Row* row = &find_row(job->rows, job->row_count, first);
   const Tables* tables_dynamic8_signed = (const Tables*)job->tables[0];
   const Tables* tables_dynamic8_unsigned = (const Tables*)job->tables[1];
@@ -635,9 +645,9 @@ extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
       Parameter* p = row->p_ + start + at;
       const Gradient* g = row->g_ + start + at;
       if (span == SPAN)  // the same with the count known to the compiler
-        update_elements(p, g, row->residual_ + start + at, state_m + at, state_v + at, job->scalars, *row->gradient_scale_, SPAN, largest_m[at / SPAN], largest_v[at / SPAN]);
+        update_elements(p, g, row->residual_ + start + at, state_m + at, state_v + at, job->scalars, *row->gradient_scale_, seed, chunk * CHUNK + at, SPAN, largest_m[at / SPAN], largest_v[at / SPAN]);
       else
-        update_elements(p, g, row->residual_ + start + at, state_m + at, state_v + at, job->scalars, *row->gradient_scale_, span, largest_m[at / SPAN], largest_v[at / SPAN]);
+        update_elements(p, g, row->residual_ + start + at, state_m + at, state_v + at, job->scalars, *row->gradient_scale_, seed, chunk * CHUNK + at, span, largest_m[at / SPAN], largest_v[at / SPAN]);
     }
     store_state<dynamic8_signed>(state_m, largest_m, count, tables_dynamic8_signed, row->m_ + start / dynamic8_signed::PER_BYTE, absmax_m);
     store_state<dynamic8_unsigned>(state_v, largest_v, count, tables_dynamic8_unsigned, row->v_ + start / dynamic8_unsigned::PER_BYTE, absmax_v);

@@ -67,6 +67,15 @@ def test_stochastic_rounding_is_unbiased(x: float, dtype: torch.dtype) -> None:
         assert abs(float(found.mean()) - float(value[0])) <= allowed
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("x", [1.0 + 2**-12, -0.3, 3.1415926, 1e-3, 6.2e-5, 60000.0])
+def test_over_all_noise_there_is_no_bias_at_all(x: float, dtype: torch.dtype) -> None:
+    """Of normal numbers each of the 2**16 (float16: 2**13) ways to round comes once in a cycle."""
+    value = torch.full((1 << 16,), x, dtype=torch.float32)
+    found = master.round_stochastically(value, torch.arange(1 << 16), dtype).double()
+    assert float(found.mean()) == float(value[0])
+
+
 def neighbors(x: float, dtype: torch.dtype) -> tuple[float, float]:
     """The numbers of a dtype on both sides of x."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).double()
@@ -111,12 +120,12 @@ def test_seeds_are_32_bits_and_far_apart() -> None:
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_kahan_keeps_twice_the_bits(dtype: torch.dtype) -> None:
-    """What is lost is at most half a step; of that the residual loses its own half step."""
+    """What is lost is at most half a step; of that the residual loses less than its own step."""
     x = many_values(dtype)
     p, residual = stored("kahan", x, dtype)
     assert residual is not None
     lost = (x.double() - p.double()).abs()
-    allowed = lost * ROUNDING[dtype] + SMALLEST[dtype] + UNIT * x.double().abs()
+    allowed = 2 * (lost * ROUNDING[dtype] + SMALLEST[dtype]) + UNIT * x.double().abs()
     found = master.load("kahan", p, residual).double()
     finite = p.isfinite()
     assert bool(((found - x.double()).abs() <= allowed)[finite].all())
@@ -127,7 +136,7 @@ def test_kahan_keeps_twice_the_bits(dtype: torch.dtype) -> None:
 def test_residual_keeps_eight_bits_more(dtype: torch.dtype) -> None:
     """With bfloat16's 16 bits that makes 24.
 
-    There are 254 steps across the distance between two numbers: off by half of one, and by
+    There are 254 steps across the distance between two numbers: off by less than one, and by
     float32's roundings of a product or two and a sum.
     """
     x = many_values(dtype)
@@ -136,7 +145,7 @@ def test_residual_keeps_eight_bits_more(dtype: torch.dtype) -> None:
     assert residual is not None
     assert residual.dtype == torch.int8
     half = step_of(p) / 2
-    allowed = half * (1 / 254 + 4 * UNIT) + UNIT * x.double().abs()
+    allowed = half * (1 / 127 + 4 * UNIT) + UNIT * x.double().abs()
     found = master.load("residual", p, residual).double()
     finite = p.isfinite()
     assert bool(((found - x.double()).abs() <= allowed)[finite].all())
@@ -159,6 +168,8 @@ def test_storing_what_was_loaded_changes_nothing(name: str, dtype: torch.dtype) 
 
     Residuals, in 127ths, cannot have the middle between a power of two and the number before it,
     and may change over to the other's steps once. 127ths are no float32 numbers: a last bit moves.
+    A sum of parameter and error that needs more than 24 bits moves by a step of the error, which is
+    then one or two of float32's.
     """
     p, residual = stored(name, many_values(dtype), dtype)
     assert residual is not None
@@ -167,9 +178,9 @@ def test_storing_what_was_loaded_changes_nothing(name: str, dtype: torch.dtype) 
         p, residual = stored(name, x, dtype)
         assert residual is not None
         again = master.load(name, p, residual)
-        allowed = torch.zeros(len(x), dtype=torch.float64)
+        allowed = 4 * UNIT * x.abs().double()
         if name == "residual":
-            allowed = 2 * UNIT * x.abs().double() + (step_of(p) / 2 / 254 if turn == 0 else 0)
+            allowed = 2 * UNIT * x.abs().double() + (step_of(p) / 2 / 127 if turn == 0 else 0)
         assert bool(((again.double() - x.double()).abs() <= allowed)[x.isfinite()].all())
         x = again
 

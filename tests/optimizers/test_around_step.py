@@ -306,14 +306,11 @@ def test_a_profile_names_steps_and_kernels(monkeypatch: pytest.MonkeyPatch) -> N
 def test_pages_by_group_and_by_override() -> None:
     params = parameters(torch.float32, [(300, 301)] * 3)
     other = copies(params)
-    ours = Optimizer8bit(
-        [
-            {"params": [("a", params[0]), ("b", params[1])], "paged": True},
-            {"params": [("c", params[2])]},
-        ],
-        "adamw",
-        overrides={"b": {"paged": False}},
-    )
+    groups: list[dict[str, Any]] = [
+        {"params": [("a", params[0]), ("b", params[1])], "paged": True},
+        {"params": [("c", params[2])]},
+    ]
+    ours = Optimizer8bit(groups, "adamw", overrides={"b": {"paged": False}})
     plain = Optimizer8bit([{"params": each} for each in (other[:2], other[2:])], "adamw")
     for _ in range(2):
         values = random(params)

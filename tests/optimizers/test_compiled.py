@@ -33,6 +33,8 @@ def fresh() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+    # Where an operation of a graph fails, the backend "eager" leaves gradients switched off.
+    torch.set_grad_enabled(True)
 
 
 class Backend:
@@ -227,7 +229,7 @@ def test_the_whole_training_step_may_be_compiled() -> None:
     y = x.sum(1, keepdim=True)
 
     @torch.compile(backend="aot_eager")
-    def train() -> Tensor:
+    def train() -> Any:
         optimizer.zero_grad()
         loss = (model(x) - y).square().mean()
         loss.backward()
@@ -331,7 +333,7 @@ def test_memory_may_stand_for_parameters() -> None:
     for p, old, new, g in zip(params, before, memory, grads, strict=True):
         assert equal(p, old)
         assert equal(new, old - 0.5 * g)
-    assert not optimizer.state
+    assert [optimizer.state[p]["step"] for p in params] == [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from bnbx import optim
 from bnbx.errors import OptionError
-from bnbx.optimizers.engine import Optimizer8bit
 from bnbx.optimizers.manager import GlobalOptimManager
 from bnbx.registry import optimizers
 from optimizers.managing import forgetful_manager

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from bnbx.errors import OptionError, UnknownNameError
 from bnbx.optim import create
-from bnbx.optimizers.engine import Optimizer8bit
 from bnbx.optimizers.manager import GlobalOptimManager
 from optimizers.compare import equal
 from optimizers.managing import forgetful_manager

@@ -16,18 +16,16 @@ import torch
 from torch import Tensor
 
 from bnbx.optimizers import engine
-from bnbx.optimizers.engine import Optimizer8bit
-from bnbx.registry import Optimizer, optimizers
+from bnbx.registry import optimizers
 from optimizers.compare import assert_same
-from optimizers.rounding import Bounded, exact
+from optimizers.rounding import Bounded
 from optimizers.text import (
+    Follower,
     check_step,
     check_within,
+    groups_of,
     held,
     hyperparameters,
-    initial_values,
-    spec_of,
-    step_of_text,
 )
 from optimizers.variants import (
     CASES,
@@ -54,17 +52,6 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """Each target in turn; optimizers run on it and on nothing else."""
     monkeypatch.setattr(engine, "launch", TARGETS[request.param])
     return str(request.param)
-
-
-def groups_of(optimizer: Optimizer8bit) -> dict[Tensor, tuple[Optimizer, dict[str, float]]]:
-    """By parameter: the rule that it runs, and the hyperparameters of its group."""
-    found: dict[Tensor, tuple[Optimizer, dict[str, float]]] = {}
-    for group in optimizer.param_groups:
-        hyper = hyperparameters(optimizer.spec, group)
-        spec = spec_of(optimizer.spec, group)
-        hyper |= {name: group[name] for name in spec.hyper.keys() - hyper.keys()}
-        found |= dict.fromkeys(group["params"], (spec, hyper))
-    return found
 
 
 # ---- the table of variants
@@ -157,26 +144,6 @@ def test_a_million_elements(
 
 
 # ---- from the first step to the last
-
-
-class Follower:
-    """The text's parameters and float32 states, stepped beside an optimizer and never corrected."""
-
-    def __init__(self, optimizer: Optimizer8bit) -> None:
-        self.groups = groups_of(optimizer)
-        self.steps = 0
-        self.values: dict[Tensor, dict[str, Bounded]] = {}
-        for p, (spec, hyper) in self.groups.items():
-            found = {"p": p.detach().clone(), **initial_values(spec, hyper, p)}
-            active = [s.name for s in spec.states if s.when is None or hyper[s.when]]
-            self.values[p] = {name: exact(found[name]) for name in ("p", *active)}
-
-    def step(self) -> None:
-        """A step on the gradients that the parameters have."""
-        self.steps += 1
-        for p, (spec, hyper) in self.groups.items():
-            values = {**self.values[p], "g": exact(p.grad)}
-            self.values[p] = step_of_text(spec, hyper, self.steps, values)
 
 
 @pytest.mark.parametrize(("rule", "variant"), CASES)

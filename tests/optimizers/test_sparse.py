@@ -195,7 +195,7 @@ def test_an_embedding_learns() -> None:
         optimizer.zero_grad()
         real = (words != 0)[..., None]
         loss = ((embedding(words) - target) * real).square().mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         losses.append(loss.item())
     touched = torch.zeros(1000, dtype=torch.bool)

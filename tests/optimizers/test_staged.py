@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bnbx.kernels import reference
 from bnbx.kernels.batch import Batch
+from bnbx.kernels.master import load
 from bnbx.kernels.staging import ImmediateOperations, Stager
 from bnbx.optimizers import engine, staged
 from bnbx.optimizers.engine import Optimizer8bit
@@ -98,14 +99,12 @@ def test_a_step_in_pieces_has_the_bits_of_one_at_once(
 @pytest.mark.parametrize(
     "options",
     [
-        {"master": "kahan"},
-        {"master": "residual"},
         {"block_wise": False},
         {"max_unorm": 0.01},
         {"skip_zeros": True, "maximize": True},
         {"percentile_clipping": 5},
     ],
-    ids=lambda options: "-".join(options),
+    ids="-".join,
 )
 @pytest.mark.parametrize("bits", [32, 8, 4])
 def test_options_in_pieces(
@@ -121,6 +120,34 @@ def test_options_in_pieces(
     direct = Optimizer8bit(other, "adamw", **arguments)
     steps(direct, other)
     assert_same(ours, direct)
+
+
+@pytest.mark.parametrize("master", ["kahan", "residual"])
+@pytest.mark.parametrize("bits", [32, 8, 4])
+def test_masters_in_pieces(
+    bits: int, master: str, launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Residuals are cut as parameters are. Their noise is another: states are the same, and
+    parameters as far as residuals resolve them.
+    """
+    params = parameters(torch.bfloat16, SHAPES)
+    other = copies(params)
+    arguments = {"bits": bits, "min_8bit_size": 0, **VARIANTS["adamw"][""][0], "master": master}
+    ours = in_pieces(Optimizer8bit(params, "adamw", **arguments))
+    steps(ours, params)
+    assert len(launches.sizes) > 3
+    monkeypatch.setattr(staged, "is_far", is_far)
+    direct = Optimizer8bit(other, "adamw", **arguments)
+    steps(direct, other)
+    for p, q in zip(params, other, strict=True):
+        saved, expected = ours.state[p], direct.state[q]
+        assert all(equal(saved[name], expected[name]) for name in saved if name != "residual")
+        exact, again = (
+            load(master, t.detach(), state["residual"]) for t, state in ((p, saved), (q, expected))
+        )
+        # A residual is precise to 1/254 of the distance of neighbors, which is at most 2**-7 |p|.
+        most = 3 * 2 * 2.0**-7 / 254 * exact.abs() + 1e-30
+        assert ((exact - again).abs() <= most).all()
 
 
 def test_pieces_are_of_whole_blocks_and_measured_tensors_stay_whole(launches: Launches) -> None:

@@ -202,3 +202,39 @@ def ranks(codebook: Codebook, x: Tensor) -> npt.NDArray[np.int64]:
     ascending = np.sort(np.array(codebook.values, np.float64))
     found: npt.NDArray[np.int64] = np.searchsorted((ascending[:-1] + ascending[1:]) / 2, x.numpy())
     return found
+
+
+def groups_of(optimizer: Optimizer8bit) -> dict[Tensor, tuple[Optimizer, dict[str, float]]]:
+    """By parameter: the rule that it runs, and the hyperparameters of its group."""
+    found: dict[Tensor, tuple[Optimizer, dict[str, float]]] = {}
+    for group in optimizer.param_groups:
+        hyper = hyperparameters(optimizer.spec, group)
+        spec = spec_of(optimizer.spec, group)
+        hyper |= {name: group[name] for name in spec.hyper.keys() - hyper.keys()}
+        found |= dict.fromkeys(group["params"], (spec, hyper))
+    return found
+
+
+class Follower:
+    """The text's parameters and float32 states, stepped beside an optimizer and never corrected.
+
+    `sign` is -1 for an optimizer that goes up.
+    """
+
+    def __init__(self, optimizer: Optimizer8bit, sign: float = 1.0) -> None:
+        self.groups = groups_of(optimizer)
+        self.sign = sign
+        self.steps = 0
+        self.values: dict[Tensor, dict[str, Bounded]] = {}
+        for p, (spec, hyper) in self.groups.items():
+            found = {"p": p.detach().clone(), **initial_values(spec, hyper, p)}
+            active = [s.name for s in spec.states if s.when is None or hyper[s.when]]
+            self.values[p] = {name: exact(found[name]) for name in ("p", *active)}
+
+    def step(self) -> None:
+        """A step on the gradients that the parameters have."""
+        self.steps += 1
+        for p, (spec, hyper) in self.groups.items():
+            assert p.grad is not None
+            values = {**self.values[p], "g": exact(self.sign * p.grad)}
+            self.values[p] = step_of_text(spec, hyper, self.steps, values)

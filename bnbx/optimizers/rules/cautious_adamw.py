@@ -1,7 +1,7 @@
-"""Cautious AdamW: arXiv:2411.16085, algorithm 2.
+"""Cautious AdamW: arXiv:2411.16085, in the form of its authors' code.
 
 Elements whose update points against their gradient stay where they are; the others move further,
-by the inverse of their share (at least 1e-3, as in the authors' code).
+by the inverse of their share (at least 1e-3).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Cautious Lion: arXiv:2411.16085, algorithm 3; see cautious_adamw."""
+"""Cautious Lion: arXiv:2411.16085; see cautious_adamw."""
 
 from __future__ import annotations
 
