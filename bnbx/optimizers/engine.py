@@ -352,8 +352,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         Raises:
             CheckpointError: it does not fit; then the optimizer is as before.
         """
-        groups, loaded = saving.read(self, state_dict)
-        self._modes.mode = saving.mode_of(state_dict)
+        groups, loaded, self._modes.mode = saving.read(self, state_dict)
         self._slots.clear()
         self.param_groups = groups
         self.state.clear()

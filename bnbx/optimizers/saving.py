@@ -60,7 +60,7 @@ ENGINE_DTYPES = {
 MOST_STEPS = 2**53  # up to which float64 counts
 MOST_JSON = 100_000  # characters of a quant type; a table of 8 bits takes a tenth
 Groups = list[dict[str, Any]]
-Loaded = tuple[Groups, dict[Tensor, ParameterState]]
+Loaded = tuple[Groups, dict[Tensor, ParameterState], str]
 
 
 def written(optimizer: Optimizer8bit, state_dict: dict[str, Any], save_as: str) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def header(optimizer: Optimizer8bit) -> dict[str, Any]:
 
 
 def read(optimizer: Optimizer8bit, state_dict: dict[str, Any]) -> Loaded:
-    """The groups and states of a state dict, checked; nothing of the optimizer changes.
+    """The groups, states and mode of a state dict, checked; nothing of the optimizer changes.
 
     Raises:
         CheckpointError: it does not fit.
@@ -139,7 +139,7 @@ class _Reading:
                 BnbxWarning,
                 stacklevel=foreign.user_level(),
             )
-        return groups, loaded
+        return groups, loaded, mode_of(self.state_dict)
 
     def resolved(self, label: str, p: Tensor, group: Mapping[str, Any]) -> Resolved:
         try:
@@ -221,7 +221,8 @@ class _Reading:
                 kept = Entry(shapes[key], dtype if dtype in dtypes else dtypes[0])
                 _check_entry(f"{label}: {key!r}", value, kept)
             if value is not None and entry == Entry(value.shape, value.dtype):
-                found[key] = self.placed(value, p, resolved)
+                # These stay with the parameter, wherever its states are.
+                found[key] = value.to(p.device, copy=True, memory_format=torch.contiguous_format)
                 continue
             if entry is not None:
                 found[key] = torch.zeros(entry.shape, dtype=entry.dtype, device=p.device)

@@ -417,8 +417,8 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
       float g = to_float(G[I]) * Gradient_scale;
       float m = State_m[I];
       float v = State_v[I];
-      // n = min(max(g / max(sqrt(v), eps), -most), most)
-      float n = rule_min(rule_max((g / rule_max(rule_sqrt(v), eps_)), minus_most_), most_);
+      // n = min(most, max(-most, g / max(eps, sqrt(v))))
+      float n = rule_min(most_, rule_max(minus_most_, (g / rule_max(eps_, rule_sqrt(v)))));
       // m = where(step == 1, 0 * g, beta1 * m + (1 - beta1) * n)
       m = ((step_equals_1_ != 0.0f) ? (0.0f * g) : ((beta1_ * m) + (k_1_minus_beta1_ * n)));
       // v = where(step == 1, g * g, beta2 * v + (1 - beta2) * g * g)

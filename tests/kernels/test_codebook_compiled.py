@@ -32,21 +32,22 @@ BEFORE = """
 DEVICE unsigned int bits_of(float x) { unsigned int b; __builtin_memcpy(&b, &x, 4); return b; }
 DEVICE float float_of(unsigned int b) { float x; __builtin_memcpy(&x, &b, 4); return x; }
 DEVICE float root(float x) { return __builtin_sqrtf(x); }
+DEVICE double root64(double x) { return __builtin_sqrt(x); }
 """
 AFTER = """
 struct Type {
-  static int BLOCK, SHIFT, HALF, ZERO_CODE;
+  static int BLOCK, SHIFT, HALF, ZERO_CODE, BITS;
   static u32 FLOOR, CEILING;
   static bool SIGNED, ORDERED, SEGMENTS;
 };
-int Type::BLOCK, Type::SHIFT, Type::HALF, Type::ZERO_CODE;
+int Type::BLOCK, Type::SHIFT, Type::HALF, Type::ZERO_CODE, Type::BITS;
 u32 Type::FLOOR, Type::CEILING;
 bool Type::SIGNED, Type::ORDERED, Type::SEGMENTS;
 
 extern "C" void set_traits(const i64* traits) {
   Type::BLOCK = (int)traits[0], Type::SHIFT = (int)traits[1], Type::HALF = (int)traits[2];
   Type::ZERO_CODE = (int)traits[3], Type::FLOOR = (u32)traits[4], Type::CEILING = (u32)traits[5];
-  Type::SIGNED = traits[6], Type::ORDERED = traits[7], Type::SEGMENTS = traits[8];
+  Type::SIGNED = traits[6], Type::ORDERED = traits[7], Type::SEGMENTS = traits[8], Type::BITS = (int)traits[9];
 }
 extern "C" void encode_plain(const float* x, const Tables* tables, u8* codes) {
   encode_block_plain<Type>(x, 1.0f, tables, codes);
@@ -93,7 +94,8 @@ def traits(found: Tables, block: int) -> npt.NDArray[np.int64]:
     shift, half, floor, ceiling = shape
     signed = buckets is not None and buckets.signed
     flags = (signed, found.ordered, found.segments is not None)
-    return np.array([block, shift, half, found.zero_code, floor, ceiling, *flags], np.int64)
+    bits = int(np.isfinite(found.thresholds).sum()).bit_length()
+    return np.array([block, shift, half, found.zero_code, floor, ceiling, *flags, bits], np.int64)
 
 
 def pointer(array: npt.NDArray[Any]) -> ctypes.c_void_p:
@@ -144,7 +146,7 @@ def test_compiled_levels_are_scaled_once(
     library: ctypes.CDLL, name: str, values: tuple[float, ...], absmax: float
 ) -> None:
     found = tables(Codebook(values))
-    codes = np.tile(np.arange(256, dtype=np.uint8), 2)
+    codes = np.tile(np.arange(len(values), dtype=np.uint8), 512 // len(values))
     np.random.default_rng(0).shuffle(codes)
     library.set_traits(pointer(traits(found, codes.size)))
     packed, x = aligned(found.pack()), np.zeros(codes.size, np.float32)

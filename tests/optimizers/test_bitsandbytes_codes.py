@@ -65,7 +65,7 @@ def quantized_steps(rule: str, steps: int = 5) -> Iterator[Quantized]:
         for p, q in zip(params, wide_params, strict=True):
             assert torch.equal(p, q)
             saved, floats = optimizer.state[p], wide.state[q]
-            for state in optimizer.spec.states:
+            for state in optimizer.spec.active_states(optimizer.resolved(p).switches):
                 codes, absmax = saved[state.name], saved[f"{state.name}_absmax"]
                 value = floats[state.name].view(-1)
                 yield Quantized(state.signed, value, codes.view(-1), absmax)
@@ -79,6 +79,7 @@ def hand_over(narrow: Optimizer8bit, wide: Optimizer8bit) -> None:
         target["state"][index] = {"step": entry["step"]} | {
             s.name: decoded(quant_type, s.signed, entry[s.name], entry[f"{s.name}_absmax"])
             for s in narrow.spec.states
+            if s.name in entry
         }
     wide.load_state_dict(target)
 

@@ -20,8 +20,7 @@ from bnbx.errors import OptionError
 from bnbx.optimizers import engine
 from bnbx.optimizers.engine import Optimizer8bit
 from optimizers.rounding import UNIT, Bounded
-from optimizers.test_rules import Follower
-from optimizers.text import check_within
+from optimizers.text import Follower, check_within
 from optimizers.variants import TARGETS, parameters, set_gradients
 
 STEPS = 12

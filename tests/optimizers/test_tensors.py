@@ -171,14 +171,14 @@ def sparse_gradient(p: Tensor) -> None:
     p.grad = p.detach().to_sparse()
 
 
-def test_sparse_gradient_is_refused_before_anything_changes() -> None:
+def test_gradient_sparse_in_both_dimensions_is_refused_before_anything_changes() -> None:
     params = parameters(torch.float32, [(5000,), (50, 10)])
     optimizer = create("adamw", params, **ARGUMENTS)
     set_gradients(params, gradients(params))
     optimizer.step()
     before = snapshot(optimizer, params)
     sparse_gradient(params[1])
-    with pytest.raises(UnsupportedTensorError, match=r"\(50, 10\).*sparse_coo.*sparse=False"):
+    with pytest.raises(UnsupportedTensorError, match=r"\(50, 10\).*2 sparse dimensions"):
         optimizer.step()
     after = snapshot(optimizer, params)
     assert all(equal(a, b) for a, b in zip(before, after, strict=True))
@@ -187,16 +187,6 @@ def test_sparse_gradient_is_refused_before_anything_changes() -> None:
 def snapshot(optimizer: Optimizer8bit, params: list[Tensor]) -> list[Any]:
     held = [value for p in params for value in [p.detach(), *optimizer.state[p].values()]]
     return [value.clone() if isinstance(value, Tensor) else value for value in held]
-
-
-def test_sparse_embedding_is_refused_by_name() -> None:
-    layer = torch.nn.Embedding(100, 64, sparse=True)
-    optimizer = create("adamw", layer.parameters())
-    layer(torch.tensor([1, 2])).sum().backward()
-    before = layer.weight.detach().clone()
-    with pytest.raises(UnsupportedTensorError, match="sparse=False"):
-        optimizer.step()
-    assert equal(layer.weight.detach(), before)
 
 
 REFUSED: dict[str, Callable[[], Tensor]] = {

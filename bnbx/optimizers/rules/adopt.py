@@ -25,7 +25,7 @@ adopt = Optimizer(
         most = (step - 1) ** 0.25
     """,
     element_code="""
-        n = min(max(g / max(sqrt(v), eps), -most), most)
+        n = min(most, max(-most, g / max(eps, sqrt(v))))
         m = where(step == 1, 0 * g, beta1 * m + (1 - beta1) * n)
         v = where(step == 1, g * g, beta2 * v + (1 - beta2) * g * g)
         u = m

@@ -29,7 +29,7 @@ rmsprop = Optimizer(
         g = g + weight_decay * p
         v = alpha * v + (1 - alpha) * g * g
         mean = where(centered, alpha * mean + (1 - alpha) * g, 0)
-        n = g / (sqrt(where(centered, max(v - mean * mean, 0), v)) + eps)
+        n = g / (sqrt(where(centered, max(0, v - mean * mean), v)) + eps)
         m = where(momentum, momentum * m + n, n)
         u = m
     """,
