@@ -47,7 +47,8 @@ bool Type::SIGNED, Type::ORDERED, Type::SEGMENTS;
 extern "C" void set_traits(const i64* traits) {
   Type::BLOCK = (int)traits[0], Type::SHIFT = (int)traits[1], Type::HALF = (int)traits[2];
   Type::ZERO_CODE = (int)traits[3], Type::FLOOR = (u32)traits[4], Type::CEILING = (u32)traits[5];
-  Type::SIGNED = traits[6], Type::ORDERED = traits[7], Type::SEGMENTS = traits[8], Type::BITS = (int)traits[9];
+  Type::SIGNED = traits[6], Type::ORDERED = traits[7], Type::SEGMENTS = traits[8];
+  Type::BITS = (int)traits[9];
 }
 extern "C" void encode_plain(const float* x, const Tables* tables, u8* codes) {
   encode_block_plain<Type>(x, 1.0f, tables, codes);

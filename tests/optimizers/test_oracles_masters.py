@@ -120,31 +120,31 @@ def test_what_a_master_costs(name: str, bytes_: int) -> None:
 # ---- states that are switched off
 
 OPTIONAL = [
-    ("sgd", dict(momentum=0.0), {"m"}),
-    ("lars", dict(momentum=0.0), {"m"}),
-    ("rmsprop", dict(momentum=0.0, centered=False), {"m", "mean"}),
-    ("rmsprop", dict(momentum=0.9, centered=False), {"mean"}),
-    ("rmsprop", dict(momentum=0.0, centered=True), {"m"}),
-    ("adam", dict(amsgrad=False), {"vmax"}),
-    ("adamw", dict(amsgrad=False), {"vmax"}),
-    ("lamb", dict(amsgrad=False), {"vmax"}),
+    ("sgd", dict(momentum=0.0), ("m",)),
+    ("lars", dict(momentum=0.0), ("m",)),
+    ("rmsprop", dict(momentum=0.0, centered=False), ("m", "mean")),
+    ("rmsprop", dict(momentum=0.9, centered=False), ("mean",)),
+    ("rmsprop", dict(momentum=0.0, centered=True), ("m",)),
+    ("adam", dict(amsgrad=False), ("vmax",)),
+    ("adamw", dict(amsgrad=False), ("vmax",)),
+    ("lamb", dict(amsgrad=False), ("vmax",)),
 ]
 
 
 @pytest.mark.parametrize(("rule", "off", "absent"), OPTIONAL, ids=str)
 @pytest.mark.parametrize("bits", [4, 8, 32])
 def test_a_state_that_is_off_takes_no_memory_and_no_column(
-    rule: str, off: dict[str, Any], absent: set[str], bits: int
+    rule: str, off: dict[str, Any], absent: tuple[str, ...], bits: int
 ) -> None:
     p = torch.randn(512).requires_grad_()
     p.grad = torch.randn(512)
     optimizer = bnbx.optim.create(rule, [p], lr=0.1, bits=bits, min_8bit_size=0, **off)
     optimizer.step()
     names = {state.name for state in optimizers().get(rule).states}
-    assert absent <= names
+    assert set(absent) <= names
     keys = {key for key in optimizer.state[p] if key != "step"}
     suffixes = ("_absmax", "_type") if bits < 32 else ()
-    present = names - absent
+    present = names - set(absent)
     assert keys == present | {name + suffix for name in present for suffix in suffixes}
     plan = optimizer._slots.plan(p, p.grad.dtype, optimizer.resolved(p))
     columns = {column.name for column in make_signature(plan).columns}
