@@ -68,10 +68,11 @@ def create(
     spec = optimizers().get(rule) if isinstance(rule, str) else rule
     if not isinstance(spec, OptimizerSpec):
         raise OptionError(f"rule={rule!r}: expected a name or a bnbx.registry.Optimizer")
-    options = {"bits": bits, "paged": paged}
+    options = {"bits": bits, "paged": paged, "state_types": state_types}
+    if min_8bit_size != OPTIONS["min_8bit_size"]:
+        options["min_8bit_size"] = min_8bit_size
     given = {**arguments, **{name: value for name, value in options.items() if value is not None}}
     chosen = with_numbers(spec, unaliased(given))
-    chosen |= {"state_types": state_types, "min_8bit_size": min_8bit_size}
     check_names(spec.name, chosen, [*spec.arguments, *options_of(spec), *ENGINE])
     checked = {name: value for name, value in chosen.items() if name not in ENGINE}
     required = {a: 1e-3 for a in spec.arguments if spec.required(a) and a not in chosen}

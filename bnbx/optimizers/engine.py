@@ -124,8 +124,8 @@ class Optimizer8bit(torch.optim.Optimizer):
             UnsupportedTensorError: a parameter that cannot be updated.
         """
         if isinstance(param_group, Mapping):
-            self._resolution.check_keys(key for key in param_group if key != "params")
             given = {key: _plain(value) for key, value in unaliased(param_group).items()}
+            self._resolution.check_keys(key for key in given if key != "params")
             param_group = split_names(given)
         super().add_param_group(param_group)
         try:

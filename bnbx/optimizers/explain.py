@@ -7,6 +7,7 @@ bytes that they will take. The results are plain values; `str` and `rich.print` 
 from __future__ import annotations
 
 import math
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,8 +18,9 @@ from torch import Tensor
 from bnbx.errors import OptionError, UnknownNameError
 from bnbx.optimizers import state as states
 from bnbx.optimizers.overrides import names_of
+from bnbx.optimizers.resolution import ARGUMENT, GROUP
 from bnbx.registry import Optimizer as OptimizerSpec
-from bnbx.registry.config import Resolved
+from bnbx.registry.config import DEFAULT, Resolved
 from bnbx.registry.names import nearest
 from bnbx.registry.quant_type import FLOAT32
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
     from bnbx.kernels.launch import Choice
 
-WIDTH = 100  # columns of `str`
+WIDTH = 100  # columns of `str`, or those of the terminal if it has fewer
 CODES, FULL = "codes", "float32 states"
 FROZEN = "frozen: it gets no gradient"
 T = TypeVar("T")
@@ -112,7 +114,8 @@ class _Rendered:
 
         from rich.console import Console
 
-        console = Console(file=io.StringIO(), width=WIDTH, color_system=None, legacy_windows=False)
+        width = min(WIDTH, shutil.get_terminal_size((WIDTH, 0)).columns)
+        console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
         with console.capture() as captured:
             console.print(self)
         return captured.get().rstrip("\n")
@@ -288,7 +291,7 @@ def explain(optimizer: Explained) -> Explanation:
     )
     values = [parameter.values for parameter in parameters]
     common = {
-        argument: _most_frequent([v[argument] for v in values if argument in v])
+        argument: _most_frequent(_unforced([v[argument] for v in values if argument in v]))
         for argument in (values[0] if values else ())
     }
     return Explanation(optimizer.spec.name, parameters, common)
@@ -373,6 +376,11 @@ def _kind(key: str, types: Mapping[str, str]) -> str:
     return key
 
 
+def _unforced(values: list[Value]) -> list[Value]:
+    """Those that no override has changed, if there are any: what the optimizer was made with."""
+    return [value for value in values if value.origin in (DEFAULT, ARGUMENT, GROUP)] or values
+
+
 def _most_frequent(values: list[T]) -> T:
     """Compared as they are written: values may be dicts, which have no hash."""
     counts = Counter(map(repr, values))
@@ -383,6 +391,6 @@ def _short(value: Any) -> str:
     """A value in few characters: of a mapping, one value where all are the same."""
     if not isinstance(value, Mapping) or not value:
         return repr(value)
-    if len({repr(v) for v in value.values()}) == 1:
+    if len(value) > 1 and len({repr(v) for v in value.values()}) == 1:
         return str(next(iter(value.values())))
     return ", ".join(f"{k}: {v}" for k, v in value.items())

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bnbx.errors import OptionError
 from bnbx.registry.config import Layer
+from bnbx.registry.options import unaliased
 
 REGEX = "regex:"
 NAMES = "param_names"
@@ -112,7 +113,7 @@ def _compile(text: Any, given: Any) -> _Pattern:
     for key in given:
         if not isinstance(key, str):
             raise OptionError(f"{origin}: the key {key!r} is no argument's name; expected a string")
-    values = {k: dict(v) if isinstance(v, Mapping) else v for k, v in given.items()}
+    values = {k: dict(v) if isinstance(v, Mapping) else v for k, v in unaliased(given).items()}
     return _Pattern(text, _expression(text, origin), (origin, values))
 
 

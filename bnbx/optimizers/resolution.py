@@ -18,7 +18,7 @@ from bnbx.registry import Optimizer as OptimizerSpec
 from bnbx.registry import quant_types
 from bnbx.registry.config import Layer, Resolved, resolve
 from bnbx.registry.names import closest
-from bnbx.registry.options import ALIASES, options_of
+from bnbx.registry.options import options_of
 
 # What torch's schedulers write into groups, which may be used again for a new optimizer.
 SCHEDULER_KEYS = frozenset(
@@ -70,7 +70,7 @@ class Resolution:
     def check_keys(self, keys: Iterable[str]) -> None:
         """Groups may carry tags of their own (schedulers add some), but no near misses."""
         for key in keys:
-            near = closest(key, (*self.names, *ALIASES))
+            near = closest(key, self.names)
             if near and key not in self.names and key not in SCHEDULER_KEYS:
                 raise UnknownNameError(
                     f"parameter group: {self.spec.name} has no argument {key!r}; "

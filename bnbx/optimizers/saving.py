@@ -126,7 +126,7 @@ class _Reading:
         _check_indices(saved_groups, self.state_dict["state"])
         loaded: dict[Tensor, ParameterState] = {}
         for number, (group, entry) in enumerate(zip(groups, saved_groups, strict=True)):
-            for p, index in zip(group["params"], entry["params"], strict=True):
+            for p, index in zip(group["params"], _by_name(group, entry), strict=True):
                 saved = self.state_dict["state"].get(index)
                 label = f"state dict, group {number}, parameter {index}"
                 resolved = self.resolved(label, p, group)
@@ -374,6 +374,16 @@ def _merged_groups(current: Groups, saved: Groups) -> Groups:
         {**old, **copy.deepcopy({k: v for k, v in new.items() if k not in kept})}
         for old, new in zip(current, saved, strict=True)
     ]
+
+
+def _by_name(group: Mapping[str, Any], entry: Mapping[str, Any]) -> list[Any]:
+    """The saved numbers of a group's parameters; by name where both have the same names."""
+    names, saved = group.get("param_names"), entry.get("param_names")
+    numbers = list(entry["params"])
+    if not names or not saved or list(names) == list(saved) or sorted(names) != sorted(saved):
+        return numbers
+    known = dict(zip(saved, numbers, strict=True))
+    return [known[name] for name in names]
 
 
 def mode_of(state_dict: Mapping[str, Any]) -> str:

@@ -161,7 +161,7 @@ def _unpack(spec: Optimizer, pack: str, value: Any) -> dict[str, Any]:
 def _state_types(
     spec: Optimizer, types: Catalog[QuantType], bits: Any, chosen: Any
 ) -> dict[str, str]:
-    default = FLOAT32 if bits == 32 and not isinstance(bits, bool) else _default_type(types, bits)
+    default = FLOAT32 if bits == 32 and type(bits) is int else _default_type(types, bits)
     states = [state.name for state in spec.states if state.quantized]
     if chosen is None:
         chosen = {}
@@ -182,7 +182,7 @@ def _state_types(
 
 
 def _default_type(types: Catalog[QuantType], bits: Any) -> str:
-    found = types.find(lambda t: t.state_default and t.bits == bits and not isinstance(bits, bool))
+    found = types.find(lambda t: t.state_default and t.bits == bits and type(bits) is int)
     if found is None:
         known = sorted({t.bits for t in types if t.state_default} | {32}, reverse=True)
         raise OptionError(
