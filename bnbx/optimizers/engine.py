@@ -136,7 +136,10 @@ class Optimizer8bit(torch.optim.Optimizer):
                 raise OptionError("a parameter is given twice in one group; give it once")
             for p in group["params"]:
                 check_parameter(p)
-                states.prepare(p, self._resolution.of(p, group, resolved), self._pages)
+                own = self._resolution.of(p, group, resolved)
+                states.prepare(p, own, self._pages)
+                if p.numel() >= own.min_8bit_size:
+                    states.warn_of_signed_tables(self.spec, own)
         except Exception:
             self._resolution.forget(self.param_groups.pop())
             raise

@@ -10,15 +10,16 @@ int, 1 after the first step.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bnbx.errors import CheckpointError, OptionError
+from bnbx.errors import BnbxWarning, CheckpointError, OptionError
 from bnbx.kernels.master import residual_dtype
 from bnbx.kernels.packing import codes_per_byte, packed_size
 from bnbx.kernels.plan import DTYPES, Storage
@@ -80,6 +81,30 @@ def master_of(p: Tensor, resolved: Resolved) -> str:
 def blocks_of(storage: Storage, numel: int) -> int:
     """How many absmax a quantized state has."""
     return min(numel, 1) if storage.whole else -(-numel // storage.block_size)
+
+
+def warn_of_signed_tables(spec: OptimizerSpec, resolved: Resolved) -> None:
+    """Warn of states that are never negative in a type that has no table for such.
+
+    Half of its codes are of no use then, and what is small becomes zero: an update that is divided
+    by the root of it explodes.
+    """
+    for state in spec.active_states(resolved.switches):
+        name = resolved.state_types[state.name]
+        if state.signed or name == FLOAT32 or quant_types().get(name).unsigned_values is not None:
+            continue
+        known = [t.name for t in quant_types() if t.unsigned_values is not None]
+        _warn_once(
+            f"{spec.name}: state {state.name!r} is never negative, and quant type {name!r} has no "
+            "table for such states: half of its codes are wasted, and small values become zero. "
+            f"Types that have one: {', '.join(known)}; choose by state: "
+            f"state_types={{{state.name!r}: {known[0]!r}, ...}}"
+        )
+
+
+@lru_cache(maxsize=64)
+def _warn_once(message: str) -> None:
+    warnings.warn(message, BnbxWarning, stacklevel=2)
 
 
 def entries_of(storage: Storage, shape: torch.Size) -> dict[str, Entry]:

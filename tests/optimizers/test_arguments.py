@@ -387,3 +387,27 @@ def test_subclass() -> None:
     assert slow.calls == 1
     assert equal(params[0], others[0])
     assert repr(slow).startswith("Slow (")
+
+
+def test_a_second_moment_in_a_type_without_a_table_for_it_is_warned_of() -> None:
+    """Half of the codes wasted, small values zero: such runs explode."""
+    with pytest.warns(BnbxWarning, match=r"'v' is never negative.*'nf4' has no table"):
+        create("adamw", [torch.zeros(5000, requires_grad=True)], state_types="nf4")
+    create("adamw", [torch.zeros(5000, requires_grad=True)], state_types={"m": "nf4"})
+    create("adamw", [torch.zeros(10, requires_grad=True)], state_types="nf4")  # stays in float32
+
+
+def test_other_names_of_options_work_in_groups_and_overrides() -> None:
+    p, q = (torch.zeros(5000, requires_grad=True) for _ in range(2))
+    groups: list[dict[str, Any]] = [{"params": [p], "optim_bits": 32}, {"params": [q]}]
+    optimizer = create("adamw", groups)
+    assert set(optimizer.resolved(p).state_types.values()) == {"float32"}
+    assert "float32" not in optimizer.resolved(q).state_types.values()
+    optimizer = create("adamw", [("p", p), ("q", q)], overrides={"q": {"optim_bits": 32}})
+    assert set(optimizer.resolved(q).state_types.values()) == {"float32"}
+
+
+@pytest.mark.parametrize("bits", [8.0, 32.0, True])
+def test_bits_are_a_whole_number(bits: Any) -> None:
+    with pytest.raises(OptionError, match="bits="):
+        create("adamw", [torch.zeros(3, requires_grad=True)], bits=bits)
