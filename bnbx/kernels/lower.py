@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bnbx.registry.checks import NORM, NUMEL, select
 from bnbx.registry.optimizer import GRADIENT, PARAMETER, STEP, Optimizer
@@ -53,7 +53,7 @@ class Lowered:
     apply: tuple[Statement, ...]
     scalars: Mapping[str, Expression]
     tensor: tuple[Statement, ...] = ()
-    tensor_scalars: Mapping[str, Expression] = ()  # type: ignore[assignment]
+    tensor_scalars: Mapping[str, Expression] = field(default_factory=dict)
     inputs: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
 
