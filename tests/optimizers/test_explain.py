@@ -237,7 +237,15 @@ def test_results_do_not_change() -> None:
 # ---- text
 
 
-def test_text_is_a_table() -> None:
+@pytest.mark.parametrize("columns", [60, 80, 300])
+def test_text_fits_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = str(explain(Fake(model(), OVERRIDES))).splitlines()
+    assert max(map(len, lines)) <= min(columns, 100)
+
+
+def test_text_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     named = model()
     optimizer = Fake(named, OVERRIDES, lr=0.5)
     optimizer.slow.add("body.bias")
