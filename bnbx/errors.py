@@ -35,6 +35,10 @@ class UnsupportedTensorError(BnbxError, TypeError):
     """A parameter or gradient has a dtype, layout or device that the optimizer cannot update."""
 
 
+class QuantizedDataError(BnbxError, ValueError):
+    """Codes, scales or a saved quantization state do not fit what they should stand for."""
+
+
 class CheckpointError(BnbxError, ValueError):
     """A state dict does not fit the optimizer it is loaded into."""
 

@@ -78,11 +78,13 @@ class Tables:
     """All tables of one codebook; `pack` lays them out as the struct `Tables` in codebook.h."""
 
     levels: F32
-    """Values in code order, padded to 256 with zeros."""
+    """Values over the unit, in code order, padded to 256 with zeros."""
     thresholds: F32
     """Ascending, padded to 256 with infinity."""
     order: npt.NDArray[np.uint8]
     """Code by rank, padded to 256."""
+    unit: float
+    """What thresholds are measured in: a block's absmax becomes this."""
     ordered: bool
     """True if the code is the rank."""
     zero_code: int
@@ -103,21 +105,22 @@ _NONE = np.zeros(16, np.float32)
 _NO_SEGMENTS = Segments(_NONE.view(np.int32), _NONE, _NONE, _NONE, _NONE, signed=False, zero=0)
 
 
-@lru_cache(maxsize=64)
-def _tables(values: tuple[float, ...]) -> Tables:
-    codebook = Codebook(values)
+@lru_cache(maxsize=256)
+def _tables(*key: Any) -> Tables:
+    codebook = Codebook(*key)
     levels = np.zeros(256, np.float32)
-    levels[: len(values)] = values
+    levels[: len(codebook.values)] = codebook.levels
     thresholds = np.full(256, np.inf, np.float32)
-    thresholds[: len(values) - 1] = codebook.thresholds
+    thresholds[: len(codebook.thresholds)] = codebook.thresholds
     order = np.zeros(256, np.uint8)
-    order[: len(values)] = codebook.codes
+    order[: len(codebook.codes)] = codebook.codes
     exact = np.asarray(codebook.thresholds, np.float32)
-    ordered = codebook.codes == tuple(range(len(values)))
+    ordered = codebook.codes == tuple(range(len(codebook.codes)))
     return Tables(
         levels=levels,
         thresholds=thresholds,
         order=order,
+        unit=codebook.unit,
         ordered=ordered,
         zero_code=codebook.zero_code,
         buckets=find_buckets(exact),
@@ -127,7 +130,7 @@ def _tables(values: tuple[float, ...]) -> Tables:
 
 def tables(codebook: Codebook) -> Tables:
     """The tables of `codebook`, made once."""
-    return _tables(codebook.values)
+    return _tables(*codebook.key)
 
 
 def find_buckets(thresholds: F32) -> Buckets | None:

@@ -1,7 +1,7 @@
-"""How codes lie in bytes: several to a byte where their width divides 8, first code highest.
+"""How codes lie in bytes: one after the other without gaps, the first in the highest bits.
 
-That is the order in which bitsandbytes packs 4-bit codes. A code of a width that does not divide
-8 takes a byte.
+That is the order in which bitsandbytes packs 4-bit codes. Eight codes of any width fill whole
+bytes; a last byte is filled up with zeros.
 """
 
 from __future__ import annotations
@@ -12,33 +12,42 @@ from torch import Tensor
 from bnbx.registry.quant_type import QuantType
 
 
-def codes_per_byte(quant_type: QuantType) -> int:
-    """How many codes a byte holds: 4, 2 or 1."""
-    return 8 // quant_type.bits if 8 % quant_type.bits == 0 else 1
-
-
 def packed_size(quant_type: QuantType, numel: int) -> int:
     """Bytes that the codes of `numel` elements take."""
-    return -(-numel // codes_per_byte(quant_type))
+    return -(-numel * quant_type.bits // 8)
 
 
 def pack(codes: Tensor, quant_type: QuantType) -> Tensor:
-    """Codes (numel,) uint8 to bytes (packed_size,) uint8; a last byte is filled up with zeros."""
-    count = codes_per_byte(quant_type)
-    if count == 1:
+    """Codes (..., numel) uint8 to bytes (..., packed_size) uint8; each row begins in a byte."""
+    bits, numel = quant_type.bits, codes.shape[-1]
+    if bits == 8:
         return codes
-    rows = torch.nn.functional.pad(codes, (0, -codes.numel() % count)).view(-1, count)
-    packed = torch.zeros_like(rows[:, 0])
-    for place in range(count):
-        packed |= rows[:, place] << (8 - quant_type.bits * (place + 1))
-    return packed
+    together = 8 if 8 % bits else 8 // bits  # codes that fill whole bytes
+    rows = torch.nn.functional.pad(codes, (0, -numel % together))
+    rows = rows.view(*codes.shape[:-1], -1, together)
+    word = torch.zeros_like(rows[..., 0], dtype=torch.int64)
+    for place in range(together):
+        word |= rows[..., place].long() << (bits * (together - 1 - place))
+    count = together * bits // 8
+    parts = [(word >> (8 * (count - 1 - i))) & 0xFF for i in range(count)]
+    packed = torch.stack(parts, -1).to(torch.uint8).flatten(-2)
+    return packed[..., : packed_size(quant_type, numel)].contiguous()
 
 
 def unpack(packed: Tensor, quant_type: QuantType, numel: int | None = None) -> Tensor:
-    """Bytes (packed_size,) uint8 to codes (numel,) uint8; None for all that the bytes hold."""
-    count, bits = codes_per_byte(quant_type), quant_type.bits
-    if count == 1:
+    """Bytes (..., packed_size) uint8 to codes (..., numel) uint8; None for all that they hold."""
+    bits = quant_type.bits
+    if bits == 8:
         return packed
-    shifts = [8 - bits * (place + 1) for place in range(count)]
-    codes = torch.stack([(packed >> shift) & (2**bits - 1) for shift in shifts], 1)
-    return codes.view(-1)[:numel]
+    size = packed.shape[-1]
+    together = 8 if 8 % bits else 8 // bits
+    count = together * bits // 8
+    rows = torch.nn.functional.pad(packed, (0, -size % count))
+    rows = rows.view(*packed.shape[:-1], -1, count)
+    word = torch.zeros_like(rows[..., 0], dtype=torch.int64)
+    for i in range(count):
+        word |= rows[..., i].long() << (8 * (count - 1 - i))
+    shifts = [bits * (together - 1 - place) for place in range(together)]
+    codes = torch.stack([(word >> shift) & (2**bits - 1) for shift in shifts], -1)
+    held = size * 8 // bits if numel is None else numel
+    return codes.flatten(-2)[..., :held].to(torch.uint8).contiguous()

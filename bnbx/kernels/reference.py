@@ -115,10 +115,9 @@ def _store(storage: Storage, value: Tensor, parts: list[Tensor]) -> None:
 @lru_cache(maxsize=64)
 def _codebook(storage: Storage, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
     found = tables(storage.codebook)
-    used = len(storage.codebook.values)
-    levels = torch.from_numpy(found.levels[:used].copy()).to(device)
-    thresholds = torch.from_numpy(found.thresholds[: used - 1].copy()).to(device)
-    order = torch.from_numpy(found.order[:used].copy()).to(device)
+    read, written = len(storage.codebook.values), len(storage.codebook.codes)
+    parts = (found.levels[:read], found.thresholds[: written - 1], found.order[:written])
+    levels, thresholds, order = (torch.from_numpy(part.copy()).to(device) for part in parts)
     return levels, thresholds, order, found.zero_code
 
 
@@ -147,7 +146,8 @@ def encode(storage: Storage, values: Tensor) -> tuple[Tensor, Tensor]:
     finite = largest.isfinite()
     usable = finite & (largest >= SMALLEST_NORMAL)
     one = torch.ones((), dtype=torch.float32, device=values.device)
-    inverse = torch.where(usable, one / torch.where(usable, largest, one), 0 * one)
+    unit = storage.codebook.unit * one
+    inverse = torch.where(usable, unit / torch.where(usable, largest, one), 0 * one)
     absmax = torch.where(usable, largest, torch.where(finite, 0 * one, one * float("nan")))
     scaled = torch.where(usable[:, None], padded * inverse[:, None], 0 * one)
     codes = order[torch.bucketize(scaled, thresholds)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from bnbx.kernels.c_code import c_expression, c_statements, comment, literal64
+from bnbx.kernels.c_code import c_expression, c_statements, comment, literal, literal64
 from bnbx.kernels.codebook import tables
 from bnbx.kernels.lower import text
 from bnbx.kernels.packing import codes_per_byte
@@ -107,6 +107,7 @@ def _type(storage: Storage) -> dict[str, Any]:
         "floor": f"{buckets.floor if buckets else 0:#010x}u",
         "ceiling": f"{buckets.ceiling if buckets else 0:#010x}u",
         "zero_code": found.zero_code,
+        "unit": literal(found.unit),
         "bits": storage.quant_type.bits,
         "per_byte": codes_per_byte(storage.quant_type),
         "whole": _bool(storage.whole),

@@ -212,7 +212,7 @@ def _fits(storage: Storage) -> bool:
 
 
 def _values(storage: Storage) -> tuple[float, ...]:
-    return () if storage.quant_type is None else storage.codebook.values
+    return () if storage.quant_type is None else storage.codebook.levels
 
 
 def _written_stack(

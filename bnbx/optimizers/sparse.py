@@ -189,7 +189,8 @@ class _Blocks:
         are. Where the two ends of a table differ, an element at the shorter end would else shrink
         whenever its block is written.
         """
-        values = self.storage.codebook.values
+        codebook = self.storage.codebook
+        values = [codebook.levels[code] for code in codebook.codes]
         shortest = min(end for end in (max(values), -min(values)) if end > 0)
         untouched = self.levels().abs() >= torch.tensor(shortest, dtype=torch.float32)
         untouched[self.inside] = False

@@ -37,4 +37,5 @@ dynamic8 = QuantType(
     unsigned_values=table(signed=False),
     block_size=256,
     state_default=True,
+    scale_default=True,
 )

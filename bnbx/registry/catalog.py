@@ -76,6 +76,10 @@ class Catalog(Generic[S]):
             if not self._more():
                 return None
 
+    def holds(self, spec: S) -> bool:
+        """Whether this very spec is registered so far; loads nothing."""
+        return self._specs.get(spec.name) == spec
+
     def names(self) -> tuple[str, ...]:
         """All names, sorted; loads every plugin."""
         while self._more():

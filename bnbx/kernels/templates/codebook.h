@@ -2,7 +2,7 @@
 
 // The tables of one codebook; see bnbx/kernels/codebook.py, which packs them.
 struct Tables {
-  float levels[256];      // value by code
+  float levels[256];      // value by code, over the unit
   u8 planes[4][256];      // the same, byte by byte
   u8 order[256];          // code by rank
   float thresholds[256];  // ascending, padded with infinity
@@ -13,18 +13,19 @@ struct Tables {
 
 // What a block's largest magnitude (as float bits) makes of the block. NaN or infinity: the block
 // reads as NaN from now on. Below the smallest normal number: the block is zero. Otherwise the
-// codes are those of x * inverse.
+// codes are those of x * inverse, in which absmax becomes the table's unit.
 struct Scale {
   float absmax, inverse;
 };
 
+DEVICE float absmax_of(u32 largest) {
+  return largest >= 0x7f800000u ? float_of(0x7fc00000u) : largest >= 0x00800000u ? float_of(largest) : 0.0f;
+}
+
+template <class Type>
 DEVICE Scale make_scale(u32 largest) {
-  Scale scale = {0.0f, 0.0f};
-  if (largest >= 0x7f800000u) scale.absmax = float_of(0x7fc00000u);
-  else if (largest >= 0x00800000u) {
-    scale.absmax = float_of(largest);
-    scale.inverse = 1.0f / scale.absmax;
-  }
+  Scale scale = {absmax_of(largest), 0.0f};
+  if (scale.absmax > 0.0f) scale.inverse = Type::UNIT / scale.absmax;
   return scale;
 }
 

@@ -104,7 +104,7 @@ DEVICE void encode_piece(const float (&x)[PER_LANE], i64 left, const Shared<Type
   for (int j = 0; j < VECTORS; ++j) {
     const int at = j * STRIDE + (threadIdx.x & 31) * VECTOR;
     largest[j] = Layout<Type>::WHOLE && j ? largest[0] : largest_of_lanes<Layout<Type>::GROUP>(largest[j]);
-    const Scale scale = make_scale(largest[j]);
+    const Scale scale = make_scale<Type>(largest[j]);
 #pragma unroll
     for (int e = 0; e < VECTOR; ++e) {
       const float scaled = x[j * VECTOR + e] * scale.inverse;
@@ -119,7 +119,7 @@ DEVICE void encode_piece(const float (&x)[PER_LANE], i64 left, const Shared<Type
 template <class Type>
 DEVICE void encode_whole_piece(const float (&x)[PER_LANE], u32 largest, const Shared<Type>& shared,
                                const Tables* tables, u8 (&codes)[PER_LANE]) {
-  const Scale scale = make_scale(largest);
+  const Scale scale = make_scale<Type>(largest);
 #pragma unroll
   for (int i = 0; i < PER_LANE; ++i) {
     const u8 code = encode<Type>(x[i] * scale.inverse, shared.search, (const float*)shared.search, tables->order);
