@@ -12,9 +12,8 @@ from typing import Any
 import jinja2
 
 from bnbx.kernels.c_code import c_expression, c_statements, comment, literal, literal64
-from bnbx.kernels.codebook import tables
+from bnbx.kernels.codebook import Tables, tables
 from bnbx.kernels.lower import text
-from bnbx.kernels.packing import codes_per_byte
 from bnbx.kernels.plan import Plan, Storage
 from bnbx.kernels.signature import RESIDUAL_TYPES, make_signature
 
@@ -94,13 +93,20 @@ def type_name(storage: Storage) -> str:
 
 
 def _type(storage: Storage) -> dict[str, Any]:
-    """The traits of a codebook, as the templates name them."""
-    found = tables(storage.codebook)
-    buckets, segments = found.buckets, found.segments
+    """The traits of a storage's codebook, as the templates name them."""
     assert storage.quant_type is not None
+    found, bits = tables(storage.codebook), storage.quant_type.bits
+    return codebook_traits(type_name(storage), found, bits, storage.block_size, whole=storage.whole)
+
+
+def codebook_traits(
+    name: str, found: Tables, bits: int, block: int, *, whole: bool = False
+) -> dict[str, Any]:
+    """What `traits.j2` asks of a codebook."""
+    buckets, segments = found.buckets, found.segments
     return {
-        "name": type_name(storage),
-        "block": storage.block_size,
+        "name": name,
+        "block": block,
         "shift": buckets.shift if buckets else 0,
         "half": buckets.half if buckets else 0,
         "entries": len(buckets.entries) if buckets else 0,
@@ -108,9 +114,9 @@ def _type(storage: Storage) -> dict[str, Any]:
         "ceiling": f"{buckets.ceiling if buckets else 0:#010x}u",
         "zero_code": found.zero_code,
         "unit": literal(found.unit),
-        "bits": storage.quant_type.bits,
-        "per_byte": codes_per_byte(storage.quant_type),
-        "whole": _bool(storage.whole),
+        "bits": bits,
+        "per_byte": 8 // bits if 8 % bits == 0 else 1,
+        "whole": _bool(whole),
         "signed": _bool(buckets is not None and buckets.signed),
         "ordered": _bool(found.ordered),
         "segments": _bool(segments is not None),
