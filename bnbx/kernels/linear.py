@@ -1,0 +1,103 @@
+"""Products with a quantized weight, on the fastest target there is: what layers stand on.
+
+No product makes a dense copy of the weight: one or a few rows of input are multiplied with the
+codes as they are read, and for many rows the weight is decoded in panels that share one buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bnbx.errors import UnsupportedTensorError
+from bnbx.kernels import coding
+from bnbx.kernels.coding import check_numbers
+from bnbx.kernels.encoding import Encoding, check_parts
+
+
+def linear(
+    encoding: Encoding,
+    parts: Sequence[Tensor],
+    shape: Sequence[int],
+    x: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """x @ weight.T + bias.
+
+    Args:
+        encoding: of the weight; see `bnbx.kernels.encoding`.
+        parts: of the weight.
+        shape: of the weight: (out, in).
+        x: (..., in), float32, bfloat16 or float16, any strides; there may be no rows.
+        bias: (out,), of the dtype of x.
+
+    Returns:
+        (..., out), of the dtype of x.
+
+    Raises:
+        QuantizedDataError: the parts do not fit the encoding and the shape.
+        UnsupportedTensorError: x or bias has another dtype, layout, shape or device.
+    """
+    out, inner = _check_weight(encoding, parts, shape)
+    _check_input("x", x, inner, parts[0].device)
+    if bias is not None:
+        _check_bias(bias, out, x)
+    weight = coding.decode(encoding, parts, (out, inner), x.dtype)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def grad_input(
+    encoding: Encoding, parts: Sequence[Tensor], shape: Sequence[int], grad: Tensor
+) -> Tensor:
+    """grad @ weight: the gradient of `linear` for its input.
+
+    Args:
+        encoding: of the weight; see `bnbx.kernels.encoding`.
+        parts: of the weight.
+        shape: of the weight: (out, in).
+        grad: (..., out), float32, bfloat16 or float16, any strides; there may be no rows.
+
+    Returns:
+        (..., in), of the dtype of grad.
+
+    Raises:
+        QuantizedDataError: the parts do not fit the encoding and the shape.
+        UnsupportedTensorError: grad has another dtype, layout, shape or device.
+    """
+    out, inner = _check_weight(encoding, parts, shape)
+    _check_input("grad", grad, out, parts[0].device)
+    weight = coding.decode(encoding, parts, (out, inner), grad.dtype)
+    return grad @ weight
+
+
+def _check_weight(
+    encoding: Encoding, parts: Sequence[Tensor], shape: Sequence[int]
+) -> tuple[int, int]:
+    if len(shape) != 2:
+        raise UnsupportedTensorError(
+            f"the weight of a linear product has the shape (out, in), not {tuple(shape)}"
+        )
+    check_parts(encoding, shape, parts)
+    return int(shape[0]), int(shape[1])
+
+
+def _check_input(what: str, x: Tensor, size: int, device: torch.device) -> None:
+    check_numbers(what, x)
+    if x.dim() == 0 or x.shape[-1] != size:
+        raise UnsupportedTensorError(
+            f"{what} has shape {tuple(x.shape)}; expected (..., {size}) for this weight"
+        )
+    if x.device != device:
+        raise UnsupportedTensorError(
+            f"{what} is on {x.device}, the weight on {device}: move one to the other"
+        )
+
+
+def _check_bias(bias: Tensor, out: int, x: Tensor) -> None:
+    if bias.dtype != x.dtype or bias.device != x.device or tuple(bias.shape) != (out,):
+        raise UnsupportedTensorError(
+            f"bias is {bias.dtype} of shape {tuple(bias.shape)} on {bias.device}; expected "
+            f"{x.dtype} of shape ({out},) on {x.device}, as x and the weight have it"
+        )
