@@ -24,7 +24,7 @@ def linear(
     x: Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """x @ weight.T + bias.
+    """The product x @ weight.T + bias.
 
     Args:
         encoding: of the weight; see `bnbx.kernels.encoding`.
@@ -51,7 +51,7 @@ def linear(
 def grad_input(
     encoding: Encoding, parts: Sequence[Tensor], shape: Sequence[int], grad: Tensor
 ) -> Tensor:
-    """grad @ weight: the gradient of `linear` for its input.
+    """The product grad @ weight: the gradient of `linear` for its input.
 
     Args:
         encoding: of the weight; see `bnbx.kernels.encoding`.
