@@ -17,6 +17,7 @@ from bnbx.kernels.packing import pack, unpack
 
 SMALLEST = 1e-38  # a block's absmax below this is scaled as if it were this; 1 / SMALLEST is finite
 LARGEST_FLOAT = 3.4028234663852886e38
+LARGEST_BFLOAT16 = 3.3895313892515355e38
 E4M3_MOST = 448.0
 
 
@@ -118,7 +119,8 @@ def scales_of(
     finite = largest.isfinite()
     dtype = encoding.quant_type.scale.dtype
     if dtype in ("float32", "bfloat16"):
-        kept = torch.where(finite, largest, torch.nan).to(getattr(torch, dtype))
+        most = LARGEST_FLOAT if dtype == "float32" else LARGEST_BFLOAT16
+        kept = torch.where(finite, largest.clamp(max=most), torch.nan).to(getattr(torch, dtype))
         factor = kept.float()
         large = factor >= SMALLEST
         inverse = (unit / torch.where(large, factor, 1.0)).clamp(max=LARGEST_FLOAT)
@@ -127,8 +129,8 @@ def scales_of(
     if dtype == "e8m0":
         exponent = (largest.view(torch.int32) >> 23) - (unit.view(torch.int32) >> 23)
         byte = torch.where(finite, (exponent + 127).clamp(0, 254), 255)
-        # 2**(127 - byte); byte 254 would be below the normal numbers, and is beyond every float.
-        inverse = ((254 - byte.clamp(max=253)) << 23).int().view(torch.float32)
+        # 2**(127 - byte); for byte 254 that is a subnormal number.
+        inverse = torch.where(byte < 254, (254 - byte) << 23, 1 << 22).int().view(torch.float32)
         kept = byte.to(torch.uint8)
         return kept, factor_of(encoding, kept, None), torch.where(finite, inverse, 0.0)
     scale = 1.0 if tensor_scale is None else tensor_scale
@@ -136,7 +138,8 @@ def scales_of(
     kept = step.to(torch.float8_e4m3fn).view(torch.uint8)
     factor = factor_of(encoding, kept, tensor_scale)
     usable = finite & (factor > 0)
-    return kept, factor, torch.where(usable, 1.0 / torch.where(usable, factor, 1.0), 0.0)
+    inverse = (1.0 / torch.where(usable, factor, 1.0)).clamp(max=LARGEST_FLOAT)
+    return kept, factor, torch.where(usable, inverse, 0.0)
 
 
 def factor_of(encoding: Encoding, kept: Tensor, tensor_scale: Tensor | None) -> Tensor:
