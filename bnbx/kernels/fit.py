@@ -1,0 +1,290 @@
+"""Scales that fit: the same codes and parts as `coding.encode`, with a smaller squared error.
+
+A block's absmax lets its largest element decide the scale of all others. A search over multiples
+of it, then alternating least squares (for given codes the best scale is <x, q> / <q, q>; for a
+given scale the best codes are the nearest) finds scales that waste less, without any data but the
+weight itself. Clipping by search is as old as 4-bit quantization (arXiv:1810.05723, "ACIQ");
+alternating between codes and scale is Lloyd's algorithm with a table that only stretches.
+
+Every candidate is first rounded to what the encoding can keep (bfloat16, e4m3, a power of two,
+8-bit codes of scales), and replaces absmax only if the error of that block, as decoded, is
+smaller. What blocks share (the scale of the tensor, the scales of scales and their mean) stays
+what `encode` made it, so each block may choose alone and none is ever worse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bnbx.errors import OptionError
+from bnbx.kernels.coding import encode
+from bnbx.kernels.coding_reference import (
+    LARGEST_FLOAT,
+    SMALLEST,
+    factors,
+    scales_of,
+    second_encoding,
+)
+from bnbx.kernels.encoding import Encoding
+from bnbx.kernels.packing import pack, unpack
+
+METHODS = ("mse",)
+MULTIPLES = tuple(1.3 * 0.92**i for i in range(16))
+"""Of absmax: from 1.3, where a table that reaches further to one side wins, to 0.37, where 2 bits
+of long-tailed weights do."""
+POWERS = (2.0, 0.5, 0.25)
+"""The same, where scales are powers of two."""
+FIRST_STEP = 0.04
+STEPS = 3
+MARGIN = 1e-5  # of an error: what float32 sums may be off by, many times over
+PIECE = 1 << 18  # elements at a time, so that temporaries stay small; a multiple of 8
+
+
+def fit_scales(
+    encoding: Encoding, x: Tensor, method: str = "mse", *, steps: int = STEPS
+) -> list[Tensor]:
+    """Quantize with fitted scales.
+
+    Args:
+        encoding: any; see `bnbx.kernels.encoding`.
+        x: float32, bfloat16 or float16, any shape, strides and device.
+        method: "mse": the least sum of squared differences in each block.
+        steps: rounds of refinement after the search; each tries a scale a little larger, one a
+            little smaller, and the least-squares one.
+
+    Returns:
+        The parts, as `encode` gives them. Of no block is the squared error of the decoded float32
+        numbers larger than with `encode`; blocks with NaN or infinity are those of `encode`.
+
+    Raises:
+        OptionError: no such method; negative steps.
+        UnsupportedTensorError: x has another dtype or layout.
+    """
+    if method not in METHODS:
+        raise OptionError(f"fit={method!r}; expected one of {METHODS}, or None for absmax")
+    if steps < 0:
+        raise OptionError(f"steps={steps!r}; expected a number of rounds, 0 or more")
+    parts = encode(encoding, x)
+    if x.numel():
+        with torch.no_grad():
+            fit = _Fit(encoding, parts, x.shape, steps)
+            for start, stop, blocks, packed in _chunks(encoding, x.detach(), parts[0]):
+                fit.chunk(start, stop, blocks, packed)
+    return parts
+
+
+def _chunks(
+    encoding: Encoding, x: Tensor, codes: Tensor
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """Blocks from `start` to `stop` (blocks, elements), and views (blocks, bytes) of their codes.
+
+    A last block that is shorter comes alone.
+    """
+    rows, columns = encoding.grid(x.shape)
+    flat, packed = x.reshape(rows, columns), codes.view(rows, -1)
+    if encoding.per == "block":
+        size = encoding.block_size
+        whole = columns // size
+        of_whole = whole * size * encoding.bits // 8
+        yield from _split(
+            0,
+            flat[0, : whole * size].reshape(whole, size),
+            packed[0, :of_whole].view(whole, size * encoding.bits // 8),
+        )
+        if columns % size:
+            yield whole, whole + 1, flat[:, whole * size :], packed[:, of_whole:]
+    else:
+        yield from _split(0, flat, packed)
+
+
+def _split(start: int, blocks: Tensor, packed: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    count = max(1, PIECE // max(1, blocks.shape[1]))
+    for some, some_packed in zip(
+        torch.split(blocks, count), torch.split(packed, count), strict=True
+    ):
+        yield start, start + len(some), some, some_packed
+        start += len(some)
+
+
+@dataclass
+class _Sums:
+    """Of each block: the squared error, and what least squares need (q: the decoded levels)."""
+
+    error: Tensor
+    qx: Tensor
+    qq: Tensor
+    q: Tensor
+    x: Tensor
+
+
+@dataclass
+class _Choice:
+    """What has been found best for each block of a chunk."""
+
+    sums: _Sums
+    kept: Tensor
+    factor: Tensor
+    center: Tensor | None
+    changed: Tensor
+
+    def improve(self, other: _Choice) -> None:
+        """Take over the blocks in which the other's error is smaller."""
+        better = other.sums.error < self.sums.error
+        for name in vars(self.sums):
+            new, old = getattr(other.sums, name), getattr(self.sums, name)
+            setattr(self.sums, name, torch.where(better, new, old))
+        self.kept = torch.where(better, other.kept, self.kept)
+        self.factor = torch.where(better, other.factor, self.factor)
+        if self.center is not None and other.center is not None:
+            self.center = torch.where(better, other.center, self.center)
+        self.changed |= better
+
+
+class _Fit:
+    """One tensor that is being fitted: `chunk` writes into its parts."""
+
+    def __init__(
+        self, encoding: Encoding, parts: Sequence[Tensor], shape: Sequence[int], steps: int
+    ) -> None:
+        self.encoding = encoding
+        self.found = dict(zip(encoding.parts, parts, strict=True))
+        self.factors = factors(encoding, parts, shape)
+        self.powers = encoding.quant_type.scale.dtype == "e8m0"
+        self.steps = 0 if self.powers else steps
+        # Absmax is a multiple of the factor by which levels are multiplied.
+        self.per_factor = encoding.codebook.unit if encoding.keeps_step else 1.0
+        self.natural = 1.0 if encoding.keeps_step else encoding.codebook.unit
+        device = parts[0].device
+        self.levels = torch.from_numpy(encoding.tables.levels.copy()).to(device)
+        self.thresholds, self.order = _search_tables(encoding, device)
+        self.ascending = self.levels[self.order.long()]
+        if encoding.second is not None:
+            inner = second_encoding(encoding)
+            self.second_thresholds, self.second_order = _search_tables(inner, device)
+            assert encoding.second_tables is not None
+            self.second_levels = torch.from_numpy(encoding.second_tables.levels.copy()).to(device)
+            self.second_inverse = scales_of(inner, self.found["second_scale"], None)[2]
+
+    def chunk(self, start: int, stop: int, blocks: Tensor, packed: Tensor) -> None:
+        """Fit the blocks from `start` to `stop`, and write what is better."""
+        center = self.found["center"][start:stop] if "center" in self.found else None
+        largest = self._largest(blocks, center)
+        norm = 1.0 / largest.clamp(min=SMALLEST)
+        kept, factor = self.found["scale"][start:stop], self.factors[start:stop]
+        sums = self._measure(blocks, factor, center, norm, packed)
+        sums.error = sums.error * (1 - MARGIN)
+        best = _Choice(sums, kept, factor, center, torch.zeros_like(largest, dtype=torch.bool))
+
+        def attempt(factor: Tensor, center: Tensor | None) -> None:
+            kept, rounded = self._rounded(factor, start, stop)
+            found = self._measure(blocks, rounded, center, norm)
+            best.improve(_Choice(found, kept, rounded, center, best.changed))
+
+        multiples = POWERS if self.powers else MULTIPLES
+        for multiple in (*multiples, 1.0) if self.encoding.second else multiples:
+            attempt(largest * (multiple / self.per_factor), center)
+        for step in range(self.steps):
+            for change in (1 + FIRST_STEP * 0.5**step, 1 - FIRST_STEP * 0.5**step):
+                attempt(best.factor * change, best.center)
+            attempt(*self._least_squares(best, blocks.shape[1]))
+        self._write(best, start, stop, blocks, packed)
+
+    def _write(self, best: _Choice, start: int, stop: int, blocks: Tensor, packed: Tensor) -> None:
+        self.found["scale"][start:stop] = best.kept
+        if best.center is not None:
+            self.found["center"][start:stop] = best.center
+        inverse = self._inverse(best.factor)
+        place = 0
+        for x in torch.split(blocks, PIECE, 1):
+            codes = self.order[self._ranks(x.float(), inverse, best.center)]
+            new = pack(codes, self.encoding.quant_type)
+            old = packed[:, place : place + new.shape[1]]
+            old.copy_(torch.where(best.changed[:, None], new, old))
+            place += new.shape[1]
+
+    def _rounded(self, factor: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """What is kept of factors, and the factors that it reads as."""
+        encoding = self.encoding
+        if encoding.second is None:
+            scale = self.found.get("tensor_scale")
+            kept, read, _ = scales_of(encoding, factor * self.per_factor, scale)
+            return kept, read
+        place = torch.arange(start, stop, device=factor.device) // encoding.second_block
+        scaled = (factor - self.found["mean"]) * self.second_inverse[place]
+        kept = self.second_order[torch.bucketize(scaled, self.second_thresholds)]
+        read = self.second_levels[kept.long()] * self.found["second_scale"][place]
+        return kept, read + self.found["mean"]
+
+    def _inverse(self, factor: Tensor) -> Tensor:
+        usable = (factor > 0) & factor.isfinite()
+        inverse = (self.natural / torch.where(usable, factor, 1.0)).clamp(max=LARGEST_FLOAT)
+        return torch.where(usable, inverse, 0.0)
+
+    def _ranks(self, x: Tensor, inverse: Tensor, center: Tensor | None) -> Tensor:
+        scaled = (
+            x * inverse[:, None] if center is None else (x - center[:, None]) * inverse[:, None]
+        )
+        return torch.bucketize(scaled, self.thresholds, out_int32=True)
+
+    def _measure(
+        self,
+        blocks: Tensor,
+        factor: Tensor,
+        center: Tensor | None,
+        norm: Tensor,
+        packed: Tensor | None = None,
+    ) -> _Sums:
+        """The sums for these scales, with the nearest codes or with those that are packed."""
+        inverse = self._inverse(factor)
+        total = [torch.zeros_like(norm) for _ in range(5)]
+        place = 0
+        for x in torch.split(blocks, PIECE, 1):
+            x = x.float()
+            if packed is None:
+                q = self.ascending[self._ranks(x, inverse, center)]
+            else:
+                size = -(-x.shape[1] * self.encoding.bits // 8)
+                codes = unpack(
+                    packed[:, place : place + size], self.encoding.quant_type, x.shape[1]
+                )
+                q = self.levels[codes.int()]
+                place += size
+            value = q * factor[:, None]
+            value = value if center is None else value + center[:, None]
+            off = (x - value) * norm[:, None]
+            total[0] += (off * off).sum(1)
+            x = x * norm[:, None]
+            total[1] += (q * x).sum(1)
+            total[2] += (q * q).sum(1)
+            if center is not None:
+                total[3] += q.sum(1)
+                total[4] += x.sum(1)
+        return _Sums(total[0], total[1] / norm, total[2], total[3], total[4] / norm)
+
+    def _least_squares(self, best: _Choice, size: int) -> tuple[Tensor, Tensor | None]:
+        """The best factor, and center, for the codes at hand."""
+        sums = best.sums
+        if best.center is None:
+            return sums.qx / sums.qq, None
+        spread = sums.qq - sums.q * sums.q / size
+        factor = (sums.qx - sums.q * sums.x / size) / spread
+        return factor, (sums.x - factor * sums.q) / size
+
+    def _largest(self, blocks: Tensor, center: Tensor | None) -> Tensor:
+        found = torch.zeros(len(blocks), device=blocks.device)
+        for x in torch.split(blocks, PIECE, 1):
+            x = x.float() if center is None else x.float() - center[:, None]
+            found = torch.maximum(found, x.abs().amax(1))
+        return found
+
+
+def _search_tables(encoding: Encoding, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Thresholds, and codes in the order of their numbers."""
+    written = len(encoding.codebook.codes)
+    thresholds = torch.from_numpy(encoding.tables.thresholds[: written - 1].copy())
+    order = torch.from_numpy(encoding.tables.order[:written].copy())
+    return thresholds.to(device), order.to(device)
