@@ -41,6 +41,11 @@ def render(plan: Plan, template: str) -> str:
     return _templates().get_template(template).render(_names(plan))
 
 
+def fill(template: str) -> str:
+    """Source text of a kernel that depends on no spec."""
+    return _templates().get_template(template).render()
+
+
 def _names(plan: Plan) -> dict[str, Any]:
     lowered, signature = plan.lowered, make_signature(plan)
     declared = ["p", "g", *(storage.state.name for storage in plan.storages)]
@@ -115,7 +120,6 @@ def codebook_traits(
         "zero_code": found.zero_code,
         "unit": literal(found.unit),
         "bits": bits,
-        "per_byte": 8 // bits if 8 % bits == 0 else 1,
         "whole": _bool(whole),
         "signed": _bool(buckets is not None and buckets.signed),
         "ordered": _bool(found.ordered),
