@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 
 from bnbx.kernels.master import residual_dtype
-from bnbx.kernels.packing import codes_per_byte
 from bnbx.kernels.plan import Plan, Storage
 
 ABSMAX_BYTES = 4
@@ -63,7 +62,7 @@ def state_bytes(storage: Storage) -> float:
     if storage.quant_type is None:
         return float(itemsize("float32"))
     absmax = 0.0 if storage.whole else ABSMAX_BYTES / storage.block_size
-    return 1 / codes_per_byte(storage.quant_type) + absmax
+    return storage.quant_type.bits / 8 + absmax
 
 
 def itemsize(dtype: str) -> int:

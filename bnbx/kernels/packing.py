@@ -17,6 +17,31 @@ def packed_size(quant_type: QuantType, numel: int) -> int:
     return -(-numel * quant_type.bits // 8)
 
 
+def bytes_of(quant_type: QuantType, numel: int) -> int:
+    """Bytes between the codes of one block of `numel` elements and those of the next.
+
+    `numel` is a multiple of 8, so that codes fill whole bytes.
+    """
+    assert numel % 8 == 0, numel
+    return numel * quant_type.bits // 8
+
+
+def codes_at(packed: Tensor, quant_type: QuantType, places: Tensor) -> Tensor:
+    """The codes of some elements, uint8 of the shape of `places` (int64, on the same device)."""
+    first = places * quant_type.bits
+    byte, shift = first // 8, 16 - quant_type.bits - first % 8
+    after = (byte + 1).clamp(max=packed.numel() - 1)
+    word = (packed[byte].long() << 8) | packed[after].long()
+    return ((word >> shift) & (2**quant_type.bits - 1)).to(torch.uint8)
+
+
+def filled_with(code: int, quant_type: QuantType) -> list[int]:
+    """The bytes that repeat where every element has this code."""
+    one = torch.full((8,), code, dtype=torch.uint8)
+    period: list[int] = pack(one, quant_type).tolist()
+    return period[:1] if len(set(period)) == 1 else period
+
+
 def pack(codes: Tensor, quant_type: QuantType) -> Tensor:
     """Codes (..., numel) uint8 to bytes (..., packed_size) uint8; each row begins in a byte."""
     bits, numel = quant_type.bits, codes.shape[-1]

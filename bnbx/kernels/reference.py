@@ -124,32 +124,46 @@ def _codebook(storage: Storage, device: torch.device) -> tuple[Tensor, Tensor, T
 def decode(storage: Storage, packed: Tensor, absmax: Tensor, numel: int) -> Tensor:
     """Packed codes (bytes,) uint8 and absmax (blocks,) float32 to values (numel,) float32."""
     assert storage.quant_type is not None
-    levels, *_ = _codebook(storage, packed.device)
     codes = unpack(packed, storage.quant_type, numel)
     scale = absmax if storage.whole else absmax.repeat_interleave(storage.block_size)[:numel]
-    return levels[codes.long()] * scale
+    return levels_of(storage, codes) * scale
+
+
+def levels_of(storage: Storage, codes: Tensor) -> Tensor:
+    """What codes (uint8, any shape) stand for where absmax is 1, in float32."""
+    levels, *_ = _codebook(storage, codes.device)
+    return levels[codes.long()]
 
 
 def encode(storage: Storage, values: Tensor) -> tuple[Tensor, Tensor]:
     """Values (numel,) float32 to packed codes (bytes,) uint8 and absmax (blocks,) float32.
 
-    A block with NaN or infinity gets absmax NaN; one whose largest magnitude is subnormal gets
-    absmax 0. Both get the code of zero throughout.
+    A block with NaN or infinity gets absmax NaN; one whose largest magnitude has no finite
+    inverse, or is subnormal, gets absmax 0. Both get the code of zero throughout.
     """
-    _, thresholds, order, zero_code = _codebook(storage, values.device)
     assert storage.quant_type is not None
     numel = values.numel()
     size = max(numel, 1) if storage.whole else storage.block_size
     padded = torch.nn.functional.pad(values, (0, -numel % size)).view(-1, size)
     # As integers, magnitudes compare like floats, and NaN is the largest.
     largest = (padded.view(torch.int32) & 0x7FFFFFFF).amax(1).view(torch.float32)
+    codes, absmax = encode_blocks(storage, padded, largest)
+    return pack(codes.view(-1)[:numel], storage.quant_type), absmax
+
+
+def encode_blocks(storage: Storage, blocks: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (blocks, size) uint8, and absmax (blocks,) float32, of blocks (blocks, size) float32.
+
+    `largest` (blocks,) is what becomes the table's unit: no less than the magnitudes in a block.
+    """
+    _, thresholds, order, zero_code = _codebook(storage, blocks.device)
     finite = largest.isfinite()
+    one = torch.ones((), dtype=torch.float32, device=blocks.device)
     usable = finite & (largest >= SMALLEST_NORMAL)
-    one = torch.ones((), dtype=torch.float32, device=values.device)
-    unit = storage.codebook.unit * one
-    inverse = torch.where(usable, unit / torch.where(usable, largest, one), 0 * one)
+    inverse = storage.codebook.unit * one / torch.where(usable, largest, one)
+    usable &= inverse.isfinite()
     absmax = torch.where(usable, largest, torch.where(finite, 0 * one, one * float("nan")))
-    scaled = torch.where(usable[:, None], padded * inverse[:, None], 0 * one)
+    scaled = torch.where(usable[:, None], blocks * inverse[:, None], 0 * one)
     codes = order[torch.bucketize(scaled, thresholds)]
     codes = torch.where(usable[:, None], codes, torch.full_like(codes, zero_code))
-    return pack(codes.view(-1)[:numel], storage.quant_type), absmax
+    return codes, absmax

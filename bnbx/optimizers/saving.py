@@ -176,7 +176,6 @@ class _Reading:
         entries = entries_of(held, p.shape)
         for key, entry in entries.items():
             _check_entry(f"{label}: {key!r}", saved.get(key), entry)
-        _check_codes(label, held, saved)
         if _same(held, wanted):
             tensors = {key: saved[key] for key in entries}
         else:
@@ -330,19 +329,6 @@ def _check_entry(label: str, value: Any, entry: Entry) -> None:
         raise CheckpointError(f"{label} has memory for {room} of {value.numel()} elements")
 
 
-def _check_codes(label: str, held: Storage, saved: Mapping[str, Any]) -> None:
-    """Raise CheckpointError if a byte is no code: a table may have fewer than 256 entries."""
-    quant_type = held.quant_type
-    if quant_type is None or 8 % quant_type.bits == 0:
-        return
-    codes = saved[held.state.name]
-    if codes.numel() and int(codes.max()) >= 2**quant_type.bits:
-        raise CheckpointError(
-            f"{label}: {held.state.name!r} has a code {int(codes.max())}, and {quant_type.name} "
-            f"has {2**quant_type.bits}"
-        )
-
-
 def _same(held: Storage, wanted: Storage) -> bool:
     """Whether the tensors of one storage are those of the other, whatever its type is called."""
     if held.quant_type is None or wanted.quant_type is None:
@@ -350,6 +336,7 @@ def _same(held: Storage, wanted: Storage) -> bool:
     return (
         held.quant_type.bits == wanted.quant_type.bits
         and held.codebook.values == wanted.codebook.values
+        and held.codebook.unit == wanted.codebook.unit
         and held.whole == wanted.whole
         and (held.whole or held.block_size == wanted.block_size)
     )

@@ -9,16 +9,16 @@ the touched rows; weight decay and the decay of states concern them alone, too.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bnbx.errors import UnsupportedTensorError
 from bnbx.kernels.batch import Batch, step_scalars
-from bnbx.kernels.packing import codes_per_byte, pack, unpack
+from bnbx.kernels.packing import codes_at, pack
 from bnbx.kernels.plan import Plan, Storage, make_plan
-from bnbx.kernels.reference import SMALLEST_NORMAL, decode, encode
+from bnbx.kernels.reference import encode_blocks, levels_of
 from bnbx.kernels.signature import RESIDUAL, RESIDUAL_TYPES, absmax_name
 from bnbx.optimizers.state import DTYPE_NAMES, ParameterState, master_of, storage_of
 from bnbx.registry import Optimizer as OptimizerSpec
@@ -121,9 +121,7 @@ class _Blocks:
     ) -> None:
         assert storage.quant_type is not None
         self.storage, self.quant_type = storage, storage.quant_type
-        self.whole = replace(storage, block_wise=False)
         self.numel = shape.numel()
-        self.per_byte = codes_per_byte(self.quant_type)
         self.packed = saved[storage.state.name].view(-1)
         self.absmax: Tensor = saved[absmax_name(storage.state.name)]
         self.size = self.numel if storage.whole else storage.block_size
@@ -139,12 +137,7 @@ class _Blocks:
     def levels(self) -> Tensor:
         """What the codes of the blocks' elements stand for where absmax is 1; 0 beyond the end."""
         elements = self.elements.clamp(max=self.numel - 1)
-        together = unpack(self.packed[elements // self.per_byte], self.quant_type)
-        codes = together.view(-1, self.per_byte).gather(1, (elements % self.per_byte)[:, None])[
-            :, 0
-        ]
-        one = torch.ones(1, device=codes.device)
-        found = decode(self.whole, pack(codes, self.quant_type), one, codes.numel())
+        found = levels_of(self.storage, codes_at(self.packed, self.quant_type, elements))
         return torch.where(self.elements < self.numel, found, 0 * found)
 
     def values(self) -> Tensor:
@@ -155,7 +148,10 @@ class _Blocks:
         """Encode the blocks anew with these values in their rows; as they were if `found_inf`."""
         every = self.values()
         every[self.inside] = value.reshape(-1).to(every.device)
-        packed, absmax = self._encoded(every.view(-1, self.size))
+        blocks = every.view(-1, self.size)
+        largest = torch.maximum(blocks.abs().amax(1), self._needed())
+        codes, absmax = encode_blocks(self.storage, blocks, largest)
+        packed = pack(codes, self.quant_type)
         count = packed.shape[1]
         places = self.blocks[:, None] * count + torch.arange(count, device=packed.device)
         there = places < self.packed.numel()
@@ -166,21 +162,6 @@ class _Blocks:
             absmax = torch.where(keep, self.absmax[self.blocks], absmax)
         self.packed[places] = packed
         self.absmax[self.blocks] = absmax
-
-    def _encoded(self, every: Tensor) -> tuple[Tensor, Tensor]:
-        """Bytes (blocks, bytes of one) and absmax (blocks,), which is no less than is needed."""
-        largest = torch.maximum(every.abs().amax(1), self._needed())
-        finite = largest.isfinite()
-        usable = finite & (largest >= SMALLEST_NORMAL)
-        zero, one = torch.zeros_like(largest), torch.ones_like(largest)
-        absmax = torch.where(usable, largest, torch.where(finite, zero, torch.nan))
-        inverse = one / torch.where(usable, largest, one)
-        scaled = torch.where(usable[:, None], every * inverse[:, None], zero[:, None]).clamp(-1, 1)
-        # As one tensor whose absmax is 1, by one byte more at its end.
-        rows = torch.nn.functional.pad(scaled, (0, -self.size % self.per_byte))
-        end = torch.ones(self.per_byte, device=rows.device)
-        packed, _ = encode(self.whole, torch.cat([rows.view(-1), end]))
-        return packed[:-1].view(len(rows), -1), absmax
 
     def _needed(self) -> Tensor:
         """The absmax (blocks,) that untouched elements ask for, at the least.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bnbx.kernels.batch import Batch, seed_of
-from bnbx.kernels.packing import codes_per_byte
+from bnbx.kernels.packing import bytes_of
 from bnbx.kernels.plan import Plan
 from bnbx.kernels.signature import RESIDUAL_TYPES
 from bnbx.kernels.staging import PIECE_BYTES, Piece, Stager, cut, pack
@@ -101,7 +101,7 @@ def _entries(plan: Plan, states: Sequence[Tensor], block: int, numel: int) -> li
         if storage.quant_type is None:
             found.append(block)
         else:
-            found += [block // codes_per_byte(storage.quant_type), block // storage.block_size]
+            found += [bytes_of(storage.quant_type, block), block // storage.block_size]
     return found
 
 

@@ -1,7 +1,7 @@
 """The states of a parameter: how they are made, told apart, and checked when loaded.
 
 A quantized state is three entries of `optimizer.state[p]`: the codes under the state's name
-(uint8, of the parameter's shape; one-dimensional where several codes share a byte),
+(uint8, of the parameter's shape; one-dimensional where codes have fewer bits than a byte),
 `<name>_absmax` (float32, one per block, or one in all) and `<name>_type`, the quant type's name. A
 state without these is a float32 tensor of the parameter's shape. `residual` is what a 16-bit
 parameter's master keeps beside it, `gnorm_vec` the last 100 gradient norms. `step` is a Python
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bnbx.errors import BnbxWarning, CheckpointError, OptionError
 from bnbx.kernels.master import residual_dtype
-from bnbx.kernels.packing import codes_per_byte, packed_size
+from bnbx.kernels.packing import filled_with, packed_size, unpack
 from bnbx.kernels.plan import DTYPES, Storage
 from bnbx.kernels.reference import decode, encode
 from bnbx.kernels.signature import RESIDUAL, absmax_name
@@ -113,8 +113,8 @@ def entries_of(storage: Storage, shape: torch.Size) -> dict[str, Entry]:
     if quant_type is None:
         return {name: Entry(shape, torch.float32)}
     numel = shape.numel()
-    packed = codes_per_byte(quant_type) > 1
-    codes = torch.Size([packed_size(quant_type, numel)]) if packed else shape
+    packed = torch.Size([packed_size(quant_type, numel)])
+    codes = shape if quant_type.bits == 8 else packed
     blocks = torch.Size([blocks_of(storage, numel)])
     return {
         name: Entry(codes, torch.uint8),
@@ -184,18 +184,17 @@ def new_state(p: Tensor, state: State, resolved: Resolved, make: Make) -> Parame
     if storage.quant_type is None:
         return {name: make(entries[name], number)}
     codes, absmax = encode(storage, torch.full((1,), number))
-    code = int(codes[0]) >> (8 - 8 // codes_per_byte(storage.quant_type))
+    code = int(unpack(codes, storage.quant_type, 1))
+    period = filled_with(code, storage.quant_type)
+    made = make(entries[name], period[0])
+    for place in range(1, len(period)):
+        made[place :: len(period)] = period[place]
     key = absmax_name(name)
     return {
-        name: make(entries[name], _repeated(code, storage.quant_type)),
+        name: made,
         key: make(entries[key], float(absmax[0])),
         type_key(name): label_of(storage),
     }
-
-
-def _repeated(code: int, quant_type: QuantType) -> int:
-    """A byte full of a code."""
-    return sum(code << (quant_type.bits * i) for i in range(codes_per_byte(quant_type)))
 
 
 def values_of(storage: Storage, saved: Mapping[str, Any], shape: torch.Size) -> Tensor:

@@ -39,10 +39,12 @@ struct Type {
   static int BLOCK, SHIFT, HALF, ZERO_CODE, BITS;
   static u32 FLOOR, CEILING;
   static bool SIGNED, ORDERED, SEGMENTS;
+  static float UNIT;
 };
 int Type::BLOCK, Type::SHIFT, Type::HALF, Type::ZERO_CODE, Type::BITS;
 u32 Type::FLOOR, Type::CEILING;
 bool Type::SIGNED, Type::ORDERED, Type::SEGMENTS;
+float Type::UNIT;
 
 extern "C" void set_traits(const i64* traits) {
   Type::BLOCK = (int)traits[0], Type::SHIFT = (int)traits[1], Type::HALF = (int)traits[2];
@@ -62,8 +64,9 @@ extern "C" void decode_plain(const u8* codes, float absmax, const Tables* tables
 extern "C" void decode_fast(const u8* codes, float absmax, const Tables* tables, float* x) {
   decode_block<Type>(codes, absmax, tables, x);
 }
-extern "C" void make_scales(const u32* largest, int count, Scale* scales) {
-  for (int i = 0; i < count; ++i) scales[i] = make_scale(largest[i]);
+extern "C" void make_scales(const u32* largest, int count, float unit, Scale* scales) {
+  Type::UNIT = unit;
+  for (int i = 0; i < count; ++i) scales[i] = make_scale<Type>(largest[i]);
 }
 """
 
@@ -156,16 +159,20 @@ def test_compiled_levels_are_scaled_once(
     assert np.array_equal(x.view(np.uint32), expected.view(np.uint32))
 
 
-def test_scales_of_every_kind_of_block(library: ctypes.CDLL) -> None:
+@pytest.mark.parametrize("unit", [1.0, 6.0, 127.0, 448.0, 2.0**-16, 2.0**16])
+def test_scales_of_every_kind_of_block(library: ctypes.CDLL, unit: float) -> None:
     """NaN for a block that is not finite, zero for one too small to have an inverse."""
-    normal = [0x00800000, 0x00800001, 0x3F800000, 0x40490FDB, 0x7E800001, 0x7F7FFFFF]
+    normal = [0x00800000, 0x00800001, 0x00C00000, 0x3F800000, 0x40490FDB, 0x7E800001, 0x7F7FFFFF]
     cases = {
         **dict.fromkeys([0, 1, 0x007FFFFF], (0.0, 0.0)),
         **dict.fromkeys([0x7F800000, 0x7F800001, 0x7FC00000, 0x7FFFFFFF], (np.nan, 0.0)),
     }
     for bits in normal:
         absmax = np.uint32(bits).view(np.float32)
-        cases[bits] = (float(absmax), float(np.float32(1) / absmax))
+        with np.errstate(over="ignore"):
+            inverse = np.float32(unit) / absmax
+        cases[bits] = (float(absmax), float(inverse)) if np.isfinite(inverse) else (0.0, 0.0)
     largest, scales = np.array(list(cases), np.uint32), np.zeros((len(cases), 2), np.float32)
-    library.make_scales(pointer(largest), len(cases), pointer(scales))
+    library.make_scales(pointer(largest), len(cases), ctypes.c_float(unit), pointer(scales))
     assert np.array_equal(scales, np.array(list(cases.values()), np.float32), equal_nan=True)
+    assert (scales[largest == 0x00800000, 0] == 0).all() == (unit > 2)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bnbx.kernels import reference
 from bnbx.kernels.batch import Batch
-from bnbx.kernels.packing import codes_per_byte
+from bnbx.kernels.packing import bytes_of
 from bnbx.kernels.plan import Plan
 from bnbx.kernels.staging import Part, Piece, Stager, cut, pack
 from plans import Case, assert_equal_bits, cases, copy, make_batch, mixed_cases
@@ -29,7 +29,7 @@ def entries(plan: Plan) -> list[int]:
         if storage.quant_type is None:
             found.append(plan.chunk)
         else:
-            found += [plan.chunk // codes_per_byte(storage.quant_type)]
+            found += [bytes_of(storage.quant_type, plan.chunk)]
             found += [plan.chunk // storage.block_size]
     return found
 

@@ -12,20 +12,18 @@ struct Tables {
 };
 
 // What a block's largest magnitude (as float bits) makes of the block. NaN or infinity: the block
-// reads as NaN from now on. Below the smallest normal number: the block is zero. Otherwise the
-// codes are those of x * inverse, in which absmax becomes the table's unit.
+// reads as NaN from now on. Below the smallest normal number, or without a finite inverse: the block
+// is zero. Otherwise the codes are those of x * inverse, in which absmax becomes the table's unit.
 struct Scale {
   float absmax, inverse;
 };
 
-DEVICE float absmax_of(u32 largest) {
-  return largest >= 0x7f800000u ? float_of(0x7fc00000u) : largest >= 0x00800000u ? float_of(largest) : 0.0f;
-}
-
 template <class Type>
 DEVICE Scale make_scale(u32 largest) {
-  Scale scale = {absmax_of(largest), 0.0f};
-  if (scale.absmax > 0.0f) scale.inverse = Type::UNIT / scale.absmax;
+  Scale scale = {largest >= 0x7f800000u ? float_of(0x7fc00000u) : 0.0f, 0.0f};
+  if (largest < 0x00800000u || largest >= 0x7f800000u) return scale;
+  const float inverse = Type::UNIT / float_of(largest);
+  if (bits_of(inverse) < 0x7f800000u) scale.absmax = float_of(largest), scale.inverse = inverse;
   return scale;
 }
 

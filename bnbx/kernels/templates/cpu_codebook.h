@@ -22,37 +22,57 @@ static inline void encode_block_plain(const float* x, float inverse, const Table
   for (int i = 0; i < Type::BLOCK; ++i) codes[i] = (u8)(Type::ORDERED ? rank[i] : tables->order[rank[i]]);
 }
 
-// Codes in bytes of their own to codes packed in bytes, the first in the highest bits, and back.
+// Codes in bytes of their own to codes packed without gaps, the first in the highest bits, and back:
+// as many at a time as fill whole bytes.
+template <class Type>
+struct Group {
+  static constexpr int CODES = 8 % Type::BITS ? 8 : 8 / Type::BITS, BYTES = CODES * Type::BITS / 8;
+};
+
+template <class Type>
+static inline void unpack_group(const u8* packed, u8* codes) {
+  unsigned long long word = 0;
+  for (int i = 0; i < Group<Type>::BYTES; ++i) word = word << 8 | packed[i];
+  for (int i = 0; i < Group<Type>::CODES; ++i)
+    codes[i] = (u8)((word >> (Type::BITS * (Group<Type>::CODES - 1 - i))) & ((1 << Type::BITS) - 1));
+}
+
+template <class Type>
+static inline void pack_group(const u8* codes, u8* packed) {
+  unsigned long long word = 0;
+  for (int i = 0; i < Group<Type>::CODES; ++i) word = word << Type::BITS | codes[i];
+  for (int i = 0; i < Group<Type>::BYTES; ++i) packed[i] = (u8)(word >> (8 * (Group<Type>::BYTES - 1 - i)));
+}
+
 template <class Type>
 static inline void unpack_codes(const u8* packed, int count, u8* codes) {
-  if (Type::PER_BYTE == 1) {
+  if (Type::BITS == 8) {
     __builtin_memcpy(codes, packed, count);
     return;
   }
-  const int whole = count / Type::PER_BYTE;
-  for (int i = 0; i < whole; ++i)
-    for (int j = 0; j < Type::PER_BYTE; ++j)
-      codes[i * Type::PER_BYTE + j] = (u8)((packed[i] >> (8 - Type::BITS * (j + 1))) & ((1 << Type::BITS) - 1));
-  for (int i = whole * Type::PER_BYTE; i < count; ++i)
-    codes[i] = (u8)((packed[whole] >> (8 - Type::BITS * (i % Type::PER_BYTE + 1))) & ((1 << Type::BITS) - 1));
+  const int whole = count / Group<Type>::CODES, rest = count % Group<Type>::CODES;
+  for (int i = 0; i < whole; ++i) unpack_group<Type>(packed + i * Group<Type>::BYTES, codes + i * Group<Type>::CODES);
+  if (rest) {  // its bytes may be fewer than those of a group
+    u8 bytes[Group<Type>::BYTES] = {}, last[Group<Type>::CODES];
+    __builtin_memcpy(bytes, packed + whole * Group<Type>::BYTES, (rest * Type::BITS + 7) / 8);
+    unpack_group<Type>(bytes, last);
+    __builtin_memcpy(codes + whole * Group<Type>::CODES, last, rest);
+  }
 }
 
 template <class Type>
 static inline void pack_codes(const u8* codes, int count, u8* packed) {
-  if (Type::PER_BYTE == 1) {
+  if (Type::BITS == 8) {
     __builtin_memcpy(packed, codes, count);
     return;
   }
-  const int whole = count / Type::PER_BYTE;
-  for (int i = 0; i < whole; ++i) {
-    u32 byte = 0;
-    for (int j = 0; j < Type::PER_BYTE; ++j) byte |= (u32)codes[i * Type::PER_BYTE + j] << (8 - Type::BITS * (j + 1));
-    packed[i] = (u8)byte;
-  }
-  if (whole * Type::PER_BYTE < count) {
-    u32 byte = 0;
-    for (int i = whole * Type::PER_BYTE; i < count; ++i) byte |= (u32)codes[i] << (8 - Type::BITS * (i % Type::PER_BYTE + 1));
-    packed[whole] = (u8)byte;
+  const int whole = count / Group<Type>::CODES, rest = count % Group<Type>::CODES;
+  for (int i = 0; i < whole; ++i) pack_group<Type>(codes + i * Group<Type>::CODES, packed + i * Group<Type>::BYTES);
+  if (rest) {
+    u8 bytes[Group<Type>::BYTES], last[Group<Type>::CODES] = {};
+    __builtin_memcpy(last, codes + whole * Group<Type>::CODES, rest);
+    pack_group<Type>(last, bytes);
+    __builtin_memcpy(packed + whole * Group<Type>::BYTES, bytes, (rest * Type::BITS + 7) / 8);
   }
 }
 
@@ -122,6 +142,7 @@ static inline void encode_narrow_block(const float* x, float inverse, const Tabl
 template <class Type>
 static inline void decode_block(const u8* codes, float absmax, const Tables* tables, float* x) {
   if (Type::BITS <= 4) return decode_narrow_block<Type>(codes, absmax, tables, x);
+  if (Type::BLOCK < 64) return decode_block_plain<Type>(codes, absmax, tables, x);
   const __m512i lanes = _mm512_load_si512(interleave);
   const __m512 scale = _mm512_set1_ps(absmax);
   for (int i = 0; i < Type::BLOCK; i += 64) {

@@ -44,30 +44,67 @@ struct Layout {
   static constexpr bool WHOLE = Type::BLOCK == PIECE;                               // both vectors in one block
 };
 
-// Codes of this lane, unpacked; those that do not exist are zero's. Its four neighbors lie in bytes
-// of their own.
+// Codes lie one after the other without gaps, the first in the highest bits. The four neighbors of a
+// lane are the lower bits of a word: those of codes in even widths fill whole bytes, and those of odd
+// widths do so together with the next lane's.
+template <class Type>
+struct Packed {
+  static constexpr int WORD = VECTOR * Type::BITS;  // bits of a lane
+  static constexpr bool ODD = WORD % 8 != 0;
+};
+
+// The bytes of `left` elements' codes.
+template <class Type>
+DEVICE i64 bytes_of(i64 left) {
+  return (left * Type::BITS + 7) / 8;
+}
+
+// Codes of this lane, unpacked; those that do not exist are zero's.
 template <class Type>
 DEVICE void load_codes(const u8* from, i64 left, bool aligned, u8 (&codes)[PER_LANE]) {
-  if (Type::PER_BYTE == 1) return load_piece(from, left, aligned, (u8)Type::ZERO_CODE, codes);
+  if (Type::BITS == 8) return load_piece(from, left, aligned, (u8)Type::ZERO_CODE, codes);
+  const i64 bytes = bytes_of<Type>(left);
 #pragma unroll
-  for (int i = 0; i < PER_LANE; ++i) {
-    const int place = place_of(i);
-    const u32 byte = place < left ? from[place / Type::PER_BYTE] : 0u;
-    const u32 code = (byte >> (8 - Type::BITS * (place % Type::PER_BYTE + 1))) & ((1u << Type::BITS) - 1u);
-    codes[i] = place < left ? (u8)code : (u8)Type::ZERO_CODE;
+  for (int j = 0; j < VECTORS; ++j) {
+    const int at = place_of(j * VECTOR), first = at * Type::BITS / 8;
+    const int skipped = Packed<Type>::ODD ? at * Type::BITS % 8 : 0;
+    u32 word = 0;
+#pragma unroll
+    for (int i = 0; i < (Packed<Type>::WORD + 7) / 8; ++i) word = word << 8 | (first + i < bytes ? from[first + i] : 0u);
+    word >>= (Packed<Type>::ODD ? 4 - skipped : 0);
+#pragma unroll
+    for (int e = 0; e < VECTOR; ++e) {
+      const u32 code = (word >> (Type::BITS * (VECTOR - 1 - e))) & ((1u << Type::BITS) - 1u);
+      codes[j * VECTOR + e] = at + e < left ? (u8)code : (u8)Type::ZERO_CODE;
+    }
   }
 }
 
 template <class Type>
 DEVICE void store_codes(u8* to, i64 left, bool aligned, const u8 (&codes)[PER_LANE]) {
-  if (Type::PER_BYTE == 1) return store_piece(to, left, aligned, codes);
+  if (Type::BITS == 8) return store_piece(to, left, aligned, codes);
+  const i64 bytes = bytes_of<Type>(left);
 #pragma unroll
-  for (int i = 0; i < PER_LANE; i += Type::PER_BYTE) {
-    u32 byte = 0;
+  for (int j = 0; j < VECTORS; ++j) {
+    const int at = place_of(j * VECTOR);
+    u32 word = 0;
 #pragma unroll
-    for (int e = 0; e < Type::PER_BYTE; ++e)
-      if (place_of(i + e) < left) byte |= (u32)codes[i + e] << (8 - Type::BITS * (e + 1));
-    if (place_of(i) < left) to[place_of(i) / Type::PER_BYTE] = (u8)byte;
+    for (int e = 0; e < VECTOR; ++e) word = word << Type::BITS | (at + e < left ? codes[j * VECTOR + e] : 0u);
+    if (Packed<Type>::ODD) {  // of the bytes of two lanes, the first writes one more
+      const u32 other = __shfl_xor_sync(0xffffffffu, word, 1);
+      const bool second = threadIdx.x & 1;
+      const unsigned long long pair = (unsigned long long)(second ? other : word) << Packed<Type>::WORD | (second ? word : other);
+      const int first = (at - (second ? VECTOR : 0)) * Type::BITS / 8;
+#pragma unroll
+      for (int i = 0; i < Type::BITS; ++i)
+        if ((i > Type::BITS / 2) == second && first + i < bytes) to[first + i] = (u8)(pair >> (8 * (Type::BITS - 1 - i)));
+    } else {
+#pragma unroll
+      for (int i = 0; i < Packed<Type>::WORD / 8; ++i) {
+        const int place = at * Type::BITS / 8 + i;
+        if (place < bytes) to[place] = (u8)(word >> (Packed<Type>::WORD - 8 - 8 * i));
+      }
+    }
   }
 }
 
