@@ -245,6 +245,15 @@ def intern(quant_type: QuantType) -> str:
     return name
 
 
+def type_named(name: str) -> QuantType:
+    """The type that `intern` gave this name, or the registered one.
+
+    Raises:
+        UnknownNameError: no such type.
+    """
+    return _ANONYMOUS.get(name) or quant_types().get(name)
+
+
 @lru_cache(maxsize=1024)
 def from_label(label: str) -> Encoding:
     """The encoding with this `label`.

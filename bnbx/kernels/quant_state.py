@@ -1,0 +1,408 @@
+"""What is kept beside the codes of one quantized tensor: `QuantState`.
+
+Functions and layers share it, and so do files: attribute names, state-dict keys and the bytes
+behind them are those of bitsandbytes, for any registered type and not only its two. A state dict
+may come from a stranger, so everything in it is checked against what the quant type and the shape
+demand before a kernel reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnbx.errors import BnbxError, QuantizedDataError
+from bnbx.kernels.encoding import Encoding, check_parts, intern, make_encoding, type_named
+from bnbx.kernels.state_dict import (
+    DTYPES,
+    PACKED,
+    checked_fields,
+    dtype_name,
+    pack_json,
+    packed_entry,
+    tensor_entry,
+)
+from bnbx.kernels.table_types import type_of_table
+from bnbx.registry import QuantType, quant_types
+
+
+class QuantState:
+    """Scales, shape and type of a quantized tensor.
+
+    Attributes:
+        absmax: one scale per block; their codes (uint8), if they are quantized too.
+        shape: of the tensor, torch.Size; None if it is not known.
+        code: the table of numbers (2**bits,), float32, in code order, over the type's unit.
+        blocksize: elements that share a scale; 0 where a row or the tensor does.
+        quant_type: name of the type; None where only `code` says what it is.
+        dtype: that the tensor had, and gets when it is dequantized.
+        offset: mean of the scales (0-d float32), if they are quantized too.
+        state2: of the scales, if they are quantized too.
+        center: mid-points of blocks, in types that have them.
+        tensor_scale: what all scales are multiplied by, in types that have it.
+        signed: False for the table of numbers that are never negative.
+    """
+
+    def __init__(
+        self,
+        absmax: Tensor,
+        shape: torch.Size | None = None,
+        code: Tensor | None = None,
+        blocksize: int | None = None,
+        quant_type: str | None = None,
+        dtype: torch.dtype | None = None,
+        offset: Tensor | None = None,
+        state2: QuantState | None = None,
+        *,
+        center: Tensor | None = None,
+        tensor_scale: Tensor | None = None,
+        signed: bool = True,
+    ) -> None:
+        self.absmax = absmax
+        self.shape = None if shape is None else torch.Size(shape)
+        self.code = code
+        self.blocksize = blocksize
+        self.quant_type = quant_type
+        self.dtype = dtype
+        self.offset = offset
+        self.state2 = state2
+        self.center = center
+        self.tensor_scale = tensor_scale
+        self.signed = signed
+        self._labeled: tuple[Any, str] | None = None
+
+    @classmethod
+    def from_parts(
+        cls, encoding: Encoding, parts: list[Tensor], shape: torch.Size, dtype: torch.dtype
+    ) -> tuple[Tensor, QuantState]:
+        """The codes, and the state of what `bnbx.kernels.coding.encode` gave for a tensor."""
+        named = dict(zip(encoding.parts, parts, strict=True))
+        device = parts[0].device
+        second = None
+        if encoding.second is not None:
+            second = cls(
+                absmax=named["second_scale"],
+                code=_levels(make_encoding(encoding.second, encoding.second_block), device),
+                blocksize=encoding.second_block,
+                quant_type=intern(encoding.second),
+                dtype=torch.float32,
+            )
+        state = cls(
+            absmax=named["scale"],
+            shape=shape,
+            code=_levels(encoding, device),
+            blocksize=encoding.block_size,
+            quant_type=intern(encoding.quant_type),
+            dtype=dtype,
+            offset=named["mean"].reshape(()) if second is not None else None,
+            state2=second,
+            center=named.get("center"),
+            tensor_scale=named.get("tensor_scale"),
+            signed=encoding.signed,
+        )
+        state.label  # noqa: B018 - made now, for torch.compile to find it
+        return named["codes"], state
+
+    # ---- what kernels need
+
+    @property
+    def nested(self) -> bool:
+        """Whether the scales are quantized too."""
+        return self.state2 is not None
+
+    @property
+    def encoding(self) -> Encoding:
+        """The encoding that these attributes describe.
+
+        Raises:
+            UnknownNameError: no such quant type.
+            OptionError: a block size that it cannot have.
+            QuantizedDataError: there is neither a type nor a table.
+        """
+        second, block = self.state2, 256
+        second_type = None
+        if second is not None:
+            second_type = _type_of(second)
+            block = 256 if second.blocksize is None else second.blocksize
+        return _encoding(_type_of(self), self.blocksize or None, self.signed, second_type, block)
+
+    @property
+    def label(self) -> str:
+        """The label of `encoding`; kept, since a product with a few rows would feel its making."""
+        second = self.state2
+        key = (
+            self.quant_type,
+            self.blocksize,
+            self.signed,
+            None if self.quant_type else self.code,
+            None if second is None else (second.quant_type or second.code, second.blocksize),
+        )
+        if self._labeled is None or not _same(self._labeled[0], key):
+            self._labeled = key, self.encoding.label
+        return self._labeled[1]
+
+    def parts(self, codes: Tensor) -> list[Tensor]:
+        """All parts, in the order of `Encoding.parts`; codes may be stored in any dtype."""
+        if codes.dtype != torch.uint8:
+            codes = codes.view(torch.uint8)
+        found = [codes, self.absmax]
+        if self.center is not None:
+            found.append(self.center)
+        if self.tensor_scale is not None:
+            found.append(self.tensor_scale)
+        if self.state2 is not None:
+            found.append(self.state2.absmax)
+            if self.offset is not None:
+                found.append(self.offset.reshape(1))
+        return found
+
+    def check(self, codes: Tensor) -> Encoding:
+        """The encoding, if codes and state fit one another.
+
+        Raises:
+            QuantizedDataError: they do not; the message says which part, and what was expected.
+        """
+        encoding = self.encoding
+        if self.shape is None:
+            raise QuantizedDataError(f"{encoding.describe()}: the shape of the tensor is not known")
+        if codes.dtype != torch.uint8 and not codes.is_contiguous():
+            raise QuantizedDataError(f"{encoding.describe()}: codes are not contiguous")
+        check_parts(encoding, self.shape, self.parts(codes))
+        return encoding
+
+    def to(self, device: torch.device | str | int | None) -> QuantState:
+        """Move all tensors, in place; returns itself."""
+        for name in ("absmax", "code", "offset", "center", "tensor_scale"):
+            found = getattr(self, name)
+            if found is not None:
+                setattr(self, name, found.to(device))
+        if self.state2 is not None:
+            self.state2.to(device)
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        own = (self.absmax, self.code, self.offset, self.center, self.tensor_scale)
+        mine = sum(tensor.nbytes for tensor in own if tensor is not None)
+        return mine + (self.state2.nbytes if self.state2 is not None else 0)
+
+    # ---- files
+
+    def as_dict(self, packed: bool = False) -> dict[str, Any]:
+        """The state by the names that bitsandbytes gives to its entries.
+
+        Args:
+            packed: tensors only, as safetensors wants them: what is no tensor goes, as JSON, into
+                one uint8 tensor under "quant_state.bitsandbytes__" and the name of the type.
+        """
+        found: dict[str, Any] = {
+            "quant_type": self.quant_type,
+            "absmax": self.absmax,
+            "blocksize": self.blocksize,
+            "quant_map": self.code,
+            "dtype": dtype_name(self.dtype),
+            "shape": None if self.shape is None else tuple(self.shape),
+        }
+        if self.state2 is not None and self.state2.code is not None:
+            found["nested_absmax"] = self.state2.absmax
+            found["nested_blocksize"] = self.state2.blocksize
+            found["nested_quant_map"] = self.state2.code.clone()  # safetensors refuses shared ones
+            found["nested_dtype"] = dtype_name(self.state2.dtype)
+            found["nested_offset"] = 0.0 if self.offset is None else self.offset.item()
+        if self.center is not None:
+            found["center"] = self.center
+        if self.tensor_scale is not None:
+            found["tensor_scale"] = self.tensor_scale
+        if not self.signed:
+            found["signed"] = False
+        if self.quant_type is not None:
+            spec = type_named(self.quant_type)
+            if not quant_types().holds(spec):
+                found["spec"] = spec.to_json()  # so that the file says all that there is to know
+        if not packed or self.quant_type is None:
+            return found
+        tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
+        others = {key: value for key, value in found.items() if not isinstance(value, Tensor)}
+        return {**tensors, PACKED + self.quant_type: pack_json(others)}
+
+    @classmethod
+    def from_dict(cls, qs_dict: Mapping[str, Any], device: torch.device | str | None) -> QuantState:
+        """The state that `as_dict` gave, packed or not; keys may have a prefix up to a dot.
+
+        Raises:
+            QuantizedDataError: something is missing, of the wrong kind or size, or contradicts the
+                quant type.
+            UnknownNameError: no such quant type is registered.
+        """
+        given = {key: value for key, value in qs_dict.items() if PACKED not in key}
+        entries = {key.rpartition(".")[2]: value for key, value in given.items()}
+        fields = {**entries, **packed_entry(qs_dict)}
+        found = checked_fields(fields)
+        what = f"quantization state of {found['quant_type']!r}"
+        spec = _type_in(found, what)
+        second = None
+        if "nested_absmax" in fields:
+            second = cls(
+                absmax=tensor_entry(what, fields, "nested_absmax", torch.float32, device),
+                code=tensor_entry(what, fields, "nested_quant_map", torch.float32, device),
+                blocksize=found["nested_blocksize"],
+                dtype=DTYPES[found["nested_dtype"]],
+            )
+            second.quant_type = intern(type_of_table(second.code))
+        state = cls(
+            absmax=torch.empty(0),
+            shape=found["shape"],
+            code=tensor_entry(what, fields, "quant_map", torch.float32, device),
+            blocksize=found["blocksize"],
+            quant_type=found["quant_type"] if spec is None else intern(spec),
+            dtype=DTYPES[found["dtype"]],
+            offset=None if second is None else torch.tensor(found["nested_offset"]).to(device),
+            state2=second,
+            signed=found["signed"],
+        )
+        encoding = _checked_encoding(state, what)
+        kept = torch.uint8 if encoding.second else None
+        for key, name in (("absmax", "scale"), ("center",) * 2, ("tensor_scale",) * 2):
+            if name in encoding.parts:
+                shapes = encoding.shapes(state.shape or ())
+                dtype = kept if key == "absmax" and kept else shapes[name][1]
+                setattr(state, key, tensor_entry(what, fields, key, dtype, device))
+        _check_table(state, encoding, what)
+        _check_sizes(state, encoding, what)
+        return state
+
+    # ---- what Python code does with states
+
+    def __getitem__(self, index: int) -> Any:
+        """Entries by number, as states were lists once: absmax, shape, dtype, blocksize, ..."""
+        nested = [self.offset, self.state2] if self.nested else None
+        found = [self.absmax, self.shape, self.dtype, self.blocksize, nested, self.quant_type]
+        return found[index]
+
+    def __getattr__(self, name: str) -> Any:
+        """FSDP looks entries of state dicts up as attributes: "bitsandbytes__nf4"."""
+        prefix, _, key = PACKED.rpartition(".")
+        if name.startswith(key) and "quant_type" in self.__dict__:
+            found = self.as_dict(packed=True)
+            if f"{prefix}.{name}" in found:
+                return found[f"{prefix}.{name}"]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, QuantState):
+            return False
+        plain = ("shape", "dtype", "blocksize", "quant_type", "signed", "state2")
+        numbers = ("absmax", "code", "offset", "center", "tensor_scale")
+        return all(getattr(self, name) == getattr(other, name) for name in plain) and all(
+            _close(getattr(self, name), getattr(other, name)) for name in numbers
+        )
+
+    __hash__ = None  # type: ignore[assignment] # tensors inside may change
+
+    def __repr__(self) -> str:
+        second = f", scales in blocks of {self.state2.blocksize}" if self.state2 else ""
+        shape = None if self.shape is None else tuple(self.shape)
+        return (
+            f"QuantState({self.quant_type}, shape={shape}, {dtype_name(self.dtype)}, "
+            f"blocksize={self.blocksize}{second})"
+        )
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equality, by identity where there are tensors."""
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return all(map(_same, a, b))
+    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b))
+
+
+def _close(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    same = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+    return same and torch.allclose(a.float(), b.float(), atol=1e-6, equal_nan=True)
+
+
+def _levels(encoding: Encoding, device: torch.device) -> Tensor:
+    return torch.tensor(encoding.codebook.levels, dtype=torch.float32, device=device)
+
+
+@lru_cache(maxsize=1024)
+def _encoding(
+    quant_type: QuantType | str,
+    block_size: int | None,
+    signed: bool,
+    second: QuantType | None,
+    second_block: int,
+) -> Encoding:
+    if isinstance(quant_type, str):
+        quant_type = type_named(quant_type)
+    if quant_type.scale.per != "block":
+        block_size = None
+    return make_encoding(
+        quant_type, block_size, signed=signed, second=second, second_block=second_block
+    )
+
+
+def _type_of(state: QuantState) -> QuantType | str:
+    if state.quant_type is not None:
+        return state.quant_type
+    return type_of_table(state.code)
+
+
+def _type_in(found: Mapping[str, Any], what: str) -> QuantType | None:
+    """The type that the state brings along, if it does."""
+    if found["spec"] is None:
+        return None
+    try:
+        spec = QuantType.from_json(found["spec"])
+    except BnbxError as error:
+        raise QuantizedDataError(f"{what}: {error}") from None
+    if spec.name != found["quant_type"].partition("@")[0]:
+        raise QuantizedDataError(f"{what} comes with the spec of {spec.name!r}")
+    return spec
+
+
+def _checked_encoding(state: QuantState, what: str) -> Encoding:
+    try:
+        return state.encoding
+    except QuantizedDataError:
+        raise
+    except BnbxError as error:
+        raise type(error)(f"{what}: {error}") from None
+
+
+def _check_table(state: QuantState, encoding: Encoding, what: str) -> None:
+    expected = torch.tensor(encoding.codebook.levels)
+    code = state.code.cpu() if state.code is not None else expected
+    same = code.shape == expected.shape and torch.allclose(
+        code, expected, rtol=0, atol=1e-6, equal_nan=True
+    )
+    if not same:
+        raise QuantizedDataError(
+            f"{what}: quant_map has {tuple(code.shape)} numbers, {code.flatten()[:4].tolist()}...; "
+            f"the registered type has {tuple(expected.shape)}, {expected[:4].tolist()}...: the "
+            "file was written with another type of this name"
+        )
+
+
+def _check_sizes(state: QuantState, encoding: Encoding, what: str) -> None:
+    for name, (size, dtype) in encoding.shapes(state.shape or ()).items():
+        if name in ("codes", "mean"):
+            continue
+        found = {
+            "scale": state.absmax,
+            "center": state.center,
+            "tensor_scale": state.tensor_scale,
+            "second_scale": state.state2.absmax if state.state2 is not None else None,
+        }[name]
+        if found is None or found.numel() != size[0] or found.dtype != dtype:
+            kind = "nothing" if found is None else f"{found.dtype} of {found.numel()} elements"
+            raise QuantizedDataError(
+                f"{what}, of shape {tuple(state.shape or ())}: {name} is {kind}; expected {dtype} "
+                f"of {size[0]} elements"
+            )
