@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from bnbx.errors import QuantizedDataError, UnsupportedTensorError
-from bnbx.kernels import coding_reference
+from bnbx.kernels import coding_cpu, coding_reference
+from bnbx.kernels.coding_source import CodingPlan
 from bnbx.kernels.encoding import Encoding, check_parts
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@lru_cache(maxsize=1024)
+def choose(encoding: Encoding, device: str) -> str:
+    """The target that runs an encoding on a type of device."""
+    if device == "cpu":
+        coding_cpu.kernel(CodingPlan(encoding, "float32"))
+        return "cpu"
+    return "reference"
 
 
 def encode(
@@ -40,6 +52,32 @@ def encode(
             f"rand is {rand.dtype} of {rand.numel()} elements on {rand.device}; expected float32 "
             f"numbers in [0, 1) on {x.device}"
         )
+    if encoding.second is None:
+        return _encode(encoding, x, rand, seed)
+    found = dict(zip(encoding.parts, _encode(first_level(encoding), x, rand, seed), strict=False))
+    return encode_scales(encoding, found)
+
+
+def first_level(encoding: Encoding) -> Encoding:
+    """The encoding with its scales as they are."""
+    return replace(encoding, second=None)
+
+
+def encode_scales(encoding: Encoding, found: dict[str, Tensor]) -> list[Tensor]:
+    """Quantize the scales of parts that are of `first_level(encoding)`, by name."""
+    mean = coding_reference.mean_of(found["scale"])
+    inner = coding_reference.second_encoding(encoding)
+    scale, second_scale = _encode(inner, found["scale"] - mean)
+    found |= {"scale": scale, "second_scale": second_scale, "mean": mean.reshape(1)}
+    return [found[name] for name in encoding.parts]
+
+
+def _encode(
+    encoding: Encoding, x: Tensor, rand: Tensor | None = None, seed: int | None = None
+) -> list[Tensor]:
+    target = choose(encoding, x.device.type)
+    if target == "cpu":
+        return coding_cpu.encode(encoding, x, rand, seed)
     return coding_reference.encode(encoding, x, rand, seed)
 
 
@@ -76,8 +114,38 @@ def decode(
             f"out is {out.dtype} of shape {tuple(out.shape)} on {out.device}; expected {dtype} of "
             f"shape {tuple(shape)} on {parts[0].device}, contiguous"
         )
-    found = coding_reference.decode(encoding, parts, shape, dtype)
-    return found if out is None else out.copy_(found)
+    if out is None:
+        out = torch.empty(tuple(shape), dtype=dtype, device=parts[0].device)
+    _decode(encoding, parts, shape, out, 0)
+    return out
+
+
+def decode_rows(
+    encoding: Encoding, parts: Sequence[Tensor], shape: Sequence[int], out: Tensor, first: int
+) -> None:
+    """Dequantize the rows from number `first` on of a tensor of two dimensions.
+
+    For callers that have checked: nothing is checked here.
+
+    Args:
+        encoding: see `bnbx.kernels.encoding`.
+        parts: of the whole tensor.
+        shape: (rows, columns) of it.
+        out: (some rows, columns), contiguous, float32, bfloat16 or float16; filled.
+        first: the row that the first row of `out` is.
+    """
+    _decode(encoding, parts, shape, out, first * shape[1])
+
+
+def _decode(
+    encoding: Encoding, parts: Sequence[Tensor], shape: Sequence[int], out: Tensor, start: int
+) -> None:
+    target = choose(encoding, out.device.type)
+    if target == "cpu":
+        coding_cpu.decode(encoding, parts, shape, out, start)
+        return
+    every = coding_reference.decode(encoding, parts, shape, out.dtype).view(-1)
+    out.view(-1).copy_(every[start : start + out.numel()])
 
 
 def check_numbers(what: str, x: Tensor) -> None:

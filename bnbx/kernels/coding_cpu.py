@@ -1,0 +1,157 @@
+"""Quantize and dequantize on a CPU: C++ compiled at run time, on torch's own pool of threads."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnbx.kernels import threads
+from bnbx.kernels.cache import key_of, load_or_build
+from bnbx.kernels.codebook import Tables
+from bnbx.kernels.coding_source import CodingPlan, render_coding
+from bnbx.kernels.compiler import find_compiler
+from bnbx.kernels.cpu import aligned
+from bnbx.kernels.encoding import Encoding
+
+TEMPLATE = "coding.cpp.j2"
+PARTS = ("codes", "scale", "center", "tensor_scale", "second_scale", "mean")
+NUMBERS = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+
+class Job(ctypes.Structure):
+    """The struct `Job` of coding.cpp.j2."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in (*PARTS, "tables", "second_tables", "numbers")),
+        *((name, ctypes.c_int64) for name in ("start", "count", "columns")),
+        ("rand", ctypes.c_void_p),
+        ("rand_count", ctypes.c_int64),
+        ("ascending", ctypes.c_void_p),
+        ("written", ctypes.c_int64),
+        ("seed", ctypes.c_uint32),
+        ("largest", ctypes.c_uint32),
+        ("high", ctypes.c_int32),
+        ("low", ctypes.c_int32),
+        ("row_count", ctypes.c_int64),
+        ("chunk_count", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("update", "measure", "reduce")),
+    )
+
+
+class Kernel:
+    """A compiled plan."""
+
+    def __init__(self, plan: CodingPlan) -> None:
+        source = render_coding(plan, TEMPLATE)
+        compiler = find_compiler()
+        key = key_of(source, *compiler.key())
+        self.library = load_or_build(key, source, ".cpp", compiler.compile, _open)
+        names = ("encode", "decode", "measure")
+        self.entries = {name: _address(self.library, name) for name in names}
+
+    def run(self, job: Job, work: str, elements: int) -> None:
+        """Run a phase of the kernel on as many threads as `elements` are worth."""
+        job.update = self.entries[work]
+        count, parallel = threads.threads_for(elements)
+        self.library.bnbx_run(ctypes.byref(job), 1, count, parallel)
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    library.bnbx_run.argtypes = [pointer, integer, integer, pointer]
+    library.bnbx_run.restype = None
+    _ = library.bnbx_encode  # a library without it is refused here
+    return library
+
+
+def _address(library: ctypes.CDLL, name: str) -> int:
+    return ctypes.cast(getattr(library, f"bnbx_{name}"), ctypes.c_void_p).value or 0
+
+
+@lru_cache(maxsize=512)
+def kernel(plan: CodingPlan) -> Kernel:
+    """The kernel of `plan`, compiled or read from the cache on first use.
+
+    Raises:
+        CompileError: there is no compiler, or it refuses the source.
+    """
+    return Kernel(plan)
+
+
+@lru_cache(maxsize=512)
+def packed_tables(encoding: Encoding) -> tuple[np.ndarray, np.ndarray | None]:  # type: ignore[type-arg]
+    """The tables of an encoding as kernels read them: of codes, and of scales if there are any."""
+    second = encoding.second_tables
+    return aligned(encoding.tables.pack()), aligned(second.pack()) if second else None
+
+
+@lru_cache(maxsize=512)
+def ascending_numbers(encoding: Encoding) -> np.ndarray:  # type: ignore[type-arg]
+    """The numbers that codes are written for, ascending, in the unit of thresholds."""
+    codebook = encoding.codebook
+    return np.array([codebook.values[code] for code in codebook.codes], np.float32)
+
+
+def _job(encoding: Encoding, parts: Sequence[Tensor], shape: Sequence[int]) -> Job:
+    job = Job()
+    for name, part in zip(encoding.parts, parts, strict=True):
+        setattr(job, name, part.data_ptr())
+    codes, scales = packed_tables(encoding)
+    job.tables = codes.ctypes.data
+    job.second_tables = scales.ctypes.data if scales is not None else None
+    _, job.columns = encoding.grid(shape)
+    return job
+
+
+def encode(
+    encoding: Encoding, x: Tensor, rand: Tensor | None = None, seed: int | None = None
+) -> list[Tensor]:
+    """The parts of `x`, whose scales are not quantized yet; see `bnbx.kernels.coding.encode`."""
+    assert encoding.second is None
+    parts = encoding.empty(x.shape, x.device)
+    x = x.contiguous()
+    plan = CodingPlan(encoding, NUMBERS[x.dtype], rand is not None or seed is not None)
+    job = _job(encoding, parts, x.shape)
+    rows, columns = encoding.grid(x.shape)
+    job.numbers, job.count = x.data_ptr(), x.numel()
+    if plan.stochastic:
+        numbers = ascending_numbers(encoding)
+        job.ascending, job.written, job.seed = numbers.ctypes.data, len(numbers), seed or 0
+    if rand is not None:
+        rand = rand.contiguous()
+        job.rand, job.rand_count = rand.data_ptr(), rand.numel()
+    compiled = kernel(plan)
+    scale = encoding.quant_type.scale
+    chunks = -(-columns // plan.chunk)
+    job.chunk_count = rows if encoding.per == "row" else max(chunks, 1)
+    job.high = job.low = -(2**31)
+    if scale.tensor_scale or encoding.per == "tensor":
+        job.measure = compiled.entries["measure"]
+    compiled.run(job, "encode", x.numel())
+    return parts
+
+
+def decode(
+    encoding: Encoding, parts: Sequence[Tensor], shape: Sequence[int], out: Tensor, start: int
+) -> None:
+    """Decode the elements from number `start` on to `out`; see `bnbx.kernels.coding.decode_rows`."""
+    if out.numel() == 0:
+        return
+    plan = CodingPlan(encoding, NUMBERS[out.dtype])
+    job = _job(encoding, parts, shape)
+    job.numbers, job.start, job.count = out.data_ptr(), start, out.numel()
+    if encoding.per == "row":
+        job.chunk_count = out.numel() // job.columns
+    else:
+        job.chunk_count = -(-(start + out.numel()) // plan.chunk) - start // plan.chunk
+    kernel(plan).run(job, "decode", out.numel())
