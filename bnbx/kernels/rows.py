@@ -1,0 +1,110 @@
+"""Rows of a quantized matrix, decoded without the others: what an embedding looks up.
+
+Where rows begin at whole bytes and blocks, rows of the parts are gathered and decoded as any
+tensor is. Where they do not, each number is looked up by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bnbx.errors import QuantizedDataError
+from bnbx.kernels import coding
+from bnbx.kernels.coding_reference import factor_of
+from bnbx.kernels.encoding import Encoding, check_parts
+
+Parts = dict[str, Tensor]
+
+
+def decode_rows(
+    encoding: Encoding,
+    parts: Sequence[Tensor],
+    shape: Sequence[int],
+    ids: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows of a matrix, as `coding.decode` gives them.
+
+    Args:
+        encoding: of the matrix; see `bnbx.kernels.encoding`.
+        parts: of the matrix.
+        shape: of the matrix: (rows, columns).
+        ids: which rows, int64 or int32, any shape.
+        dtype: of the result: float32, bfloat16 or float16.
+
+    Returns:
+        (*ids.shape, columns).
+
+    Raises:
+        QuantizedDataError: the parts do not fit the encoding and the shape.
+        IndexError: a row that the matrix does not have.
+    """
+    if len(shape) != 2:
+        raise QuantizedDataError(f"rows are of a matrix, not of shape {tuple(shape)}")
+    check_parts(encoding, shape, parts)
+    count, columns = shape
+    flat = ids.reshape(-1).long()
+    if flat.device.type == "cpu" and flat.numel():
+        low, high = (int(end) for end in flat.aminmax())
+        if low < 0 or high >= count:
+            wrong = low if low < 0 else high
+            raise IndexError(f"row {wrong} of a quantized matrix with {count} rows")
+    named = dict(zip(encoding.parts, parts, strict=True))
+    size = encoding.block_size
+    if not flat.numel() or not columns:
+        found = torch.empty(flat.numel(), columns, dtype=dtype, device=parts[0].device)
+    elif encoding.per == "row" or (encoding.per == "block" and columns % size == 0):
+        found = _decode_gathered(encoding, named, shape, flat, dtype)
+    else:
+        found = _decode_each(encoding, named, flat, columns).to(dtype)
+    return found.view(*ids.shape, columns)
+
+
+def _decode_gathered(
+    encoding: Encoding, named: Parts, shape: Sequence[int], ids: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Rows that begin at whole bytes and blocks."""
+    count, columns = shape
+    blocks = 1 if encoding.per == "row" else columns // encoding.block_size
+    codes = named["codes"].view(count, -1)[ids]
+    place = ids[:, None] * blocks + torch.arange(blocks, device=ids.device)
+    gathered = {"codes": codes, "scale": _scales(encoding, named, place)}
+    if "center" in named:
+        gathered["center"] = named["center"][place]
+    if "tensor_scale" in named:
+        gathered["tensor_scale"] = named["tensor_scale"]
+    without = Encoding(encoding.quant_type, encoding.block_size, encoding.signed)
+    some = (len(ids), columns)
+    sizes = without.shapes(some)
+    ready = [gathered[name].reshape(sizes[name][0]).contiguous() for name in without.parts]
+    return coding.decode(without, ready, some, dtype)
+
+
+def _scales(encoding: Encoding, named: Parts, place: Tensor) -> Tensor:
+    """Scales of some blocks, as they are kept, but float32 where they are quantized."""
+    kept = named["scale"][place]
+    if encoding.second_tables is None:
+        return kept
+    levels = torch.from_numpy(encoding.second_tables.levels.copy()).to(kept.device)
+    second = named["second_scale"][place // encoding.second_block]
+    return levels[kept.long()] * second + named["mean"]
+
+
+def _decode_each(encoding: Encoding, named: Parts, ids: Tensor, columns: int) -> Tensor:
+    """Rows that begin anywhere, number by number; float32."""
+    place = ids[:, None] * columns + torch.arange(columns, device=ids.device)
+    packed, bits = named["codes"].reshape(-1), encoding.bits
+    first = place * bits
+    byte = first // 8
+    after = (byte + 1).clamp(max=len(packed) - 1)
+    word = packed[byte].long() << 8 | packed[after].long()
+    code = word >> (16 - bits - first % 8) & (2**bits - 1)
+    block = place // encoding.block_size if encoding.per == "block" else torch.zeros_like(place)
+    kept = _scales(encoding, named, block)
+    factor = kept if encoding.second else factor_of(encoding, kept, named.get("tensor_scale"))
+    levels = torch.from_numpy(encoding.tables.levels.copy()).to(packed.device)
+    values = levels[code] * factor
+    return values + named["center"][block] if "center" in named else values
