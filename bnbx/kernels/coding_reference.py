@@ -29,13 +29,15 @@ def encode(
     blocks = _blocks(encoding, x.reshape(rows, columns).float())
     found: dict[str, Tensor] = {}
     if encoding.quant_type.scale.centered:
-        center = _center(blocks)
-        blocks = torch.where(_padding(encoding, blocks, columns), 0.0, blocks - center[:, None])
+        padding = _padding(encoding, blocks, columns)
+        center = _center(blocks, padding)
+        blocks = torch.where(padding, 0.0, blocks - center[:, None])
         found["center"] = center
     largest = _largest(blocks)
     tensor_scale = None
     if encoding.quant_type.scale.tensor_scale:
-        tensor_scale = tensor_scale_of(encoding, _largest(blocks.reshape(1, -1)))
+        finite = torch.where(blocks.isfinite(), blocks, 0.0)
+        tensor_scale = tensor_scale_of(encoding, _largest(finite.reshape(1, -1)))
         found["tensor_scale"] = tensor_scale
     kept, _, inverse = scales_of(encoding, largest, tensor_scale)
     usable = inverse > 0
@@ -43,7 +45,7 @@ def encode(
     codes = _codes(encoding, scaled, rand, seed, columns)
     zero = torch.full_like(codes, encoding.tables.zero_code)
     codes = torch.where(usable[:, None], codes, zero)
-    flat = codes.reshape(rows, -1)[:, :columns] if columns else codes.reshape(rows, 0)
+    flat = codes.reshape(-1)[: x.numel()].reshape(rows, columns)
     packed = pack(flat, encoding.quant_type)
     sizes = encoding.shapes(x.shape)
     found["codes"] = packed.reshape(sizes["codes"][0])
@@ -74,7 +76,7 @@ def decode(
     values = values * factors(encoding, parts, shape)[:, None]
     if "center" in found:
         values = values + found["center"][:, None]
-    return values.reshape(rows, -1)[:, :columns].to(dtype).reshape(tuple(shape))
+    return values.reshape(-1)[: rows * columns].to(dtype).reshape(tuple(shape))
 
 
 def factors(encoding: Encoding, parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
@@ -103,9 +105,9 @@ def mean_of(scales: Tensor) -> Tensor:
 
 
 def tensor_scale_of(encoding: Encoding, largest: Tensor) -> Tensor:
-    """The scale (1,) of a whole tensor with this absmax (1,): so that e4m3 scales reach 448."""
+    """The scale (1,) of a tensor with this largest finite magnitude: e4m3 scales then reach 448."""
     found = largest / torch.tensor(E4M3_MOST * encoding.codebook.unit, device=largest.device)
-    return torch.where(found > 0, found, torch.where(largest.isnan(), largest, 1.0))
+    return torch.where(found > 0, found, 1.0)
 
 
 def scales_of(
@@ -120,7 +122,8 @@ def scales_of(
     dtype = encoding.quant_type.scale.dtype
     if dtype in ("float32", "bfloat16"):
         most = LARGEST_FLOAT if dtype == "float32" else LARGEST_BFLOAT16
-        kept = torch.where(finite, largest.clamp(max=most), torch.nan).to(getattr(torch, dtype))
+        kept = largest.clamp(max=most).to(getattr(torch, dtype))
+        kept = torch.where(finite, kept, torch.nan)  # the one NaN, whatever the conversion makes
         factor = kept.float()
         large = factor >= SMALLEST
         inverse = (unit / torch.where(large, factor, 1.0)).clamp(max=LARGEST_FLOAT)
@@ -134,7 +137,7 @@ def scales_of(
         kept = byte.to(torch.uint8)
         return kept, factor_of(encoding, kept, None), torch.where(finite, inverse, 0.0)
     scale = 1.0 if tensor_scale is None else tensor_scale
-    step = (largest / unit / scale).clamp(max=E4M3_MOST)
+    step = (torch.where(finite, largest, torch.nan) / unit / scale).clamp(max=E4M3_MOST)
     kept = step.to(torch.float8_e4m3fn).view(torch.uint8)
     factor = factor_of(encoding, kept, tensor_scale)
     usable = finite & (factor > 0)
@@ -179,10 +182,12 @@ def _largest(blocks: Tensor) -> Tensor:
     return (blocks.view(torch.int32) & 0x7FFFFFFF).amax(1).view(torch.float32)
 
 
-def _center(blocks: Tensor) -> Tensor:
+def _center(blocks: Tensor, padding: Tensor) -> Tensor:
+    """The mid-point of each row's range, without the padding; NaN if it has no finite range."""
     if blocks.shape[1] == 0:
         return torch.zeros(blocks.shape[0], device=blocks.device)
-    center = 0.5 * blocks.amax(1) + 0.5 * blocks.amin(1)
+    high = torch.where(padding, -torch.inf, blocks).amax(1)
+    center = 0.5 * high + 0.5 * torch.where(padding, torch.inf, blocks).amin(1)
     return torch.where(center.isfinite(), center, torch.nan)
 
 

@@ -49,7 +49,7 @@ def pack(codes: Tensor, quant_type: QuantType) -> Tensor:
         return codes
     together = 8 if 8 % bits else 8 // bits  # codes that fill whole bytes
     rows = torch.nn.functional.pad(codes, (0, -numel % together))
-    rows = rows.view(*codes.shape[:-1], -1, together)
+    rows = rows.view(*codes.shape[:-1], -(-numel // together), together)
     word = torch.zeros_like(rows[..., 0], dtype=torch.int64)
     for place in range(together):
         word |= rows[..., place].long() << (bits * (together - 1 - place))
@@ -68,7 +68,7 @@ def unpack(packed: Tensor, quant_type: QuantType, numel: int | None = None) -> T
     together = 8 if 8 % bits else 8 // bits
     count = together * bits // 8
     rows = torch.nn.functional.pad(packed, (0, -size % count))
-    rows = rows.view(*packed.shape[:-1], -1, count)
+    rows = rows.view(*packed.shape[:-1], -(-size // count), count)
     word = torch.zeros_like(rows[..., 0], dtype=torch.int64)
     for i in range(count):
         word |= rows[..., i].long() << (8 * (count - 1 - i))

@@ -95,11 +95,11 @@ DEVICE float inverse_of(float absmax) {
   return absmax >= smallest_absmax() ? finite_or_most(Code::UNIT / absmax) : 1e38f;
 }
 
-// The scale of a whole tensor: the largest block's e4m3 scale becomes 448.
+// The scale of a whole tensor, by its largest finite magnitude: that block's e4m3 scale becomes 448.
 template <class Code>
 DEVICE float tensor_scale_of(u32 largest) {
   const float scale = float_of(largest) / (448.0f * Code::UNIT);
-  return largest > 0x7f800000u || scale > 0.0f ? scale : 1.0f;
+  return scale > 0.0f ? scale : 1.0f;
 }
 
 // Finds a block's scale, and keeps it.
@@ -124,7 +124,7 @@ DEVICE Scaling keep_scale(const Parts& parts, i64 block, const Range& range, flo
     if (finite) scaling.inverse = float_of(byte < 254u ? (254u - byte) << 23 : 1u << 22);
   } else if (Code::SCALE == E4M3) {
     const float step = Code::TENSOR_SCALE ? absmax / Code::UNIT / tensor_scale : absmax / Code::UNIT;
-    const u8 kept = to_e4m3(step < 448.0f || !finite ? step : 448.0f);
+    const u8 kept = to_e4m3(step > 448.0f ? 448.0f : step);
     ((u8*)parts.scale)[block] = kept;
     const float factor = Code::TENSOR_SCALE ? from_e4m3(kept) * tensor_scale : from_e4m3(kept);
     if (finite && factor > 0.0f) scaling.inverse = finite_or_most(1.0f / factor);
