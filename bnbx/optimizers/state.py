@@ -28,7 +28,7 @@ from bnbx.kernels.signature import RESIDUAL, absmax_name
 from bnbx.optimizers.clipping import HISTORY, NORMS
 from bnbx.optimizers.paging import Pages, managed_zeros
 from bnbx.registry import Optimizer as OptimizerSpec
-from bnbx.registry import QuantType, quant_types
+from bnbx.registry import quant_types
 from bnbx.registry.config import Resolved
 from bnbx.registry.optimizer import PARAMETER, STEP, State
 from bnbx.registry.quant_type import FLOAT32
