@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bnbx.errors import OptionError
-from bnbx.kernels.coding import encode
+from bnbx.kernels.coding import check_numbers, encode
 from bnbx.kernels.coding_reference import (
     LARGEST_FLOAT,
     SMALLEST,
@@ -29,7 +29,7 @@ from bnbx.kernels.coding_reference import (
     scales_of,
     second_encoding,
 )
-from bnbx.kernels.encoding import Encoding
+from bnbx.kernels.encoding import Encoding, check_parts
 from bnbx.kernels.packing import pack, unpack
 
 METHODS = ("mse",)
@@ -45,7 +45,12 @@ PIECE = 1 << 18  # elements at a time, so that temporaries stay small; a multipl
 
 
 def fit_scales(
-    encoding: Encoding, x: Tensor, method: str = "mse", *, steps: int = STEPS
+    encoding: Encoding,
+    x: Tensor,
+    method: str = "mse",
+    *,
+    steps: int = STEPS,
+    start: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Quantize with fitted scales.
 
@@ -55,25 +60,35 @@ def fit_scales(
         method: "mse": the least sum of squared differences in each block.
         steps: rounds of refinement after the search; each tries a scale a little larger, one a
             little smaller, and the least-squares one.
+        start: parts of a tensor of this shape that is near x, which to improve upon instead of
+            those of `encode`; they are left as they are.
 
     Returns:
         The parts, as `encode` gives them. Of no block is the squared error of the decoded float32
-        numbers larger than with `encode`; blocks with NaN or infinity are those of `encode`.
+        numbers larger than at the start; blocks with NaN or infinity are as there.
 
     Raises:
         OptionError: no such method; negative steps.
         UnsupportedTensorError: x has another dtype or layout.
+        QuantizedDataError: `start` does not fit.
     """
     if method not in METHODS:
         raise OptionError(f"fit={method!r}; expected one of {METHODS}, or None for absmax")
     if steps < 0:
         raise OptionError(f"steps={steps!r}; expected a number of rounds, 0 or more")
-    parts = encode(encoding, x)
+    if start is None:
+        parts = encode(encoding, x)
+    else:
+        check_numbers("x", x)
+        check_parts(encoding, x.shape, start)
+        parts = [part.clone() for part in start]
     if x.numel():
         with torch.no_grad():
-            fit = _Fit(encoding, parts, x.shape, steps)
-            for start, stop, blocks, packed in _chunks(encoding, x.detach(), parts[0]):
-                fit.chunk(start, stop, blocks, packed)
+            # Where codes are not the nearest for their scales: those, and absmax, are tried too.
+            again = start is not None or encoding.second is not None
+            fit = _Fit(encoding, parts, x.shape, steps, again=again)
+            for first, stop, blocks, packed in _chunks(encoding, x.detach(), parts[0]):
+                fit.chunk(first, stop, blocks, packed)
     return parts
 
 
@@ -148,13 +163,21 @@ class _Fit:
     """One tensor that is being fitted: `chunk` writes into its parts."""
 
     def __init__(
-        self, encoding: Encoding, parts: Sequence[Tensor], shape: Sequence[int], steps: int
+        self,
+        encoding: Encoding,
+        parts: Sequence[Tensor],
+        shape: Sequence[int],
+        steps: int,
+        *,
+        again: bool,
     ) -> None:
         self.encoding = encoding
         self.found = dict(zip(encoding.parts, parts, strict=True))
         self.factors = factors(encoding, parts, shape)
-        self.powers = encoding.quant_type.scale.dtype == "e8m0"
-        self.steps = 0 if self.powers else steps
+        powers = encoding.quant_type.scale.dtype == "e8m0"
+        self.steps = 0 if powers else steps
+        self.multiples = (POWERS if powers else MULTIPLES) + ((1.0,) if again else ())
+        self.again = again
         # Absmax is a multiple of the factor by which levels are multiplied.
         self.per_factor = encoding.codebook.unit if encoding.keeps_step else 1.0
         self.natural = 1.0 if encoding.keeps_step else encoding.codebook.unit
@@ -184,8 +207,9 @@ class _Fit:
             found = self._measure(blocks, rounded, center, norm)
             best.improve(_Choice(found, kept, rounded, center, best.changed))
 
-        multiples = POWERS if self.powers else MULTIPLES
-        for multiple in (*multiples, 1.0) if self.encoding.second else multiples:
+        if self.again:
+            attempt(factor, center)
+        for multiple in self.multiples:
             attempt(largest * (multiple / self.per_factor), center)
         for step in range(self.steps):
             for change in (1 + FIRST_STEP * 0.5**step, 1 - FIRST_STEP * 0.5**step):
