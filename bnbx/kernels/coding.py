@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bnbx.errors import QuantizedDataError, UnsupportedTensorError
-from bnbx.kernels import coding_cpu, coding_reference
+from bnbx.kernels import coding_cpu, coding_cuda, coding_reference, targets
 from bnbx.kernels.coding_source import CodingPlan
 from bnbx.kernels.encoding import Encoding, check_parts
 
@@ -19,11 +19,10 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @lru_cache(maxsize=1024)
 def choose(encoding: Encoding, device: str) -> str:
-    """The target that runs an encoding on a type of device."""
-    if device == "cpu":
-        coding_cpu.kernel(CodingPlan(encoding, "float32"))
-        return "cpu"
-    return "reference"
+    """The target that runs an encoding on a type of device; makes its kernel ready."""
+    plan = CodingPlan(encoding, "float32")
+    ready = {"cpu": lambda: coding_cpu.kernel(plan), "cuda": lambda: coding_cuda.ready(encoding)}
+    return targets.choose(device, ready, "quantization")
 
 
 def encode(
@@ -78,6 +77,8 @@ def _encode(
     target = choose(encoding, x.device.type)
     if target == "cpu":
         return coding_cpu.encode(encoding, x, rand, seed)
+    if target == "cuda":
+        return coding_cuda.encode(encoding, x, rand, seed)
     return coding_reference.encode(encoding, x, rand, seed)
 
 
@@ -143,6 +144,9 @@ def _decode(
     target = choose(encoding, out.device.type)
     if target == "cpu":
         coding_cpu.decode(encoding, parts, shape, out, start)
+        return
+    if target == "cuda":
+        coding_cuda.decode(encoding, parts, shape, out, start)
         return
     every = coding_reference.decode(encoding, parts, shape, out.dtype).view(-1)
     out.view(-1).copy_(every[start : start + out.numel()])

@@ -8,24 +8,27 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from bnbx.kernels import threads
 from bnbx.kernels.cache import key_of, load_or_build
-from bnbx.kernels.codebook import Tables
 from bnbx.kernels.coding_source import CodingPlan, render_coding
 from bnbx.kernels.compiler import find_compiler
 from bnbx.kernels.cpu import aligned
 from bnbx.kernels.encoding import Encoding
 
 TEMPLATE = "coding.cpp.j2"
+U8 = npt.NDArray[np.uint8]
+F32 = npt.NDArray[np.float32]
 PARTS = ("codes", "scale", "center", "tensor_scale", "second_scale", "mean")
 NUMBERS = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
+
 
 class Job(ctypes.Structure):
     """The struct `Job` of coding.cpp.j2."""
@@ -89,14 +92,14 @@ def kernel(plan: CodingPlan) -> Kernel:
 
 
 @lru_cache(maxsize=512)
-def packed_tables(encoding: Encoding) -> tuple[np.ndarray, np.ndarray | None]:  # type: ignore[type-arg]
+def packed_tables(encoding: Encoding) -> tuple[U8, U8 | None]:
     """The tables of an encoding as kernels read them: of codes, and of scales if there are any."""
     second = encoding.second_tables
     return aligned(encoding.tables.pack()), aligned(second.pack()) if second else None
 
 
 @lru_cache(maxsize=512)
-def ascending_numbers(encoding: Encoding) -> np.ndarray:  # type: ignore[type-arg]
+def ascending_numbers(encoding: Encoding) -> F32:
     """The numbers that codes are written for, ascending, in the unit of thresholds."""
     codebook = encoding.codebook
     return np.array([codebook.values[code] for code in codebook.codes], np.float32)

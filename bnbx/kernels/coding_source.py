@@ -58,8 +58,15 @@ def code_traits(encoding: Encoding) -> dict[str, Any]:
 
 # Traits with which thresholds are found by halving, whatever the table.
 _UNKNOWN = {
-    **{"shift": 0, "half": 0, "entries": 0, "zero_code": 0, "floor": "0u", "ceiling": "0u"},
-    **{"signed": "false", "ordered": "false", "segments": "false"},
+    "shift": 0,
+    "half": 0,
+    "entries": 0,
+    "zero_code": 0,
+    "floor": "0u",
+    "ceiling": "0u",
+    "signed": "false",
+    "ordered": "false",
+    "segments": "false",
 }
 
 

@@ -33,12 +33,12 @@ DEVICE u8 to_e4m3(float x) {
 
 // ---- reading
 
-// What the levels of a block are multiplied by.
+// What the levels of a block are multiplied by; `second_levels` are those of quantized scales.
 template <class Code>
-DEVICE float factor_at(const Parts& parts, i64 block) {
+DEVICE float factor_at(const Parts& parts, i64 block, const float* second_levels) {
   if (Code::SCALE == BFLOAT16) return to_float(((const bfloat16*)parts.scale)[block]);
   if (Code::SCALE == SECOND)
-    return parts.second_tables->levels[((const u8*)parts.scale)[block]] * parts.second_scale[block / Code::SECOND_BLOCK] + *parts.mean;
+    return second_levels[((const u8*)parts.scale)[block]] * parts.second_scale[block / Code::SECOND_BLOCK] + *parts.mean;
   if (Code::SCALE == E8M0) {
     const u32 byte = ((const u8*)parts.scale)[block];
     return float_of(byte == 255u ? 0x7fc00000u : byte ? byte << 23 : 1u << 22);
@@ -48,6 +48,11 @@ DEVICE float factor_at(const Parts& parts, i64 block) {
     return Code::TENSOR_SCALE ? step * *parts.tensor_scale : step;
   }
   return ((const float*)parts.scale)[block];
+}
+
+template <class Code>
+DEVICE float factor_at(const Parts& parts, i64 block) {
+  return factor_at<Code>(parts, block, Code::SCALE == SECOND ? parts.second_tables->levels : 0);
 }
 
 template <class Code>
@@ -102,9 +107,9 @@ DEVICE float tensor_scale_of(u32 largest) {
   return scale > 0.0f ? scale : 1.0f;
 }
 
-// Finds a block's scale, and keeps it.
+// Finds a block's scale, and keeps it if `keep`: where several threads find the same, one writes it.
 template <class Code>
-DEVICE Scaling keep_scale(const Parts& parts, i64 block, const Range& range, float tensor_scale) {
+DEVICE Scaling keep_scale(const Parts& parts, i64 block, const Range& range, float tensor_scale, bool keep) {
   Scaling scaling = {0.0f, 0.0f};
   u32 largest = range.largest;
   if (Code::CENTERED) {
@@ -113,30 +118,30 @@ DEVICE Scaling keep_scale(const Parts& parts, i64 block, const Range& range, flo
     const u32 below = bits_of(range.low - scaling.center) & 0x7fffffffu;
     if (largest >= 0x7f800000u) scaling.center = float_of(0x7fc00000u);
     else largest = above > below ? above : below;
-    parts.center[block] = scaling.center;
+    if (keep) parts.center[block] = scaling.center;
   }
   const bool finite = largest < 0x7f800000u;
   const float absmax = float_of(finite ? largest : 0x7fc00000u);
   if (Code::SCALE == E8M0) {
     const i32 exponent = (i32)(largest >> 23) - (i32)(bits_of(Code::UNIT) >> 23) + 127;
     const u32 byte = finite ? (u32)(exponent < 0 ? 0 : exponent > 254 ? 254 : exponent) : 255u;
-    ((u8*)parts.scale)[block] = (u8)byte;
+    if (keep) ((u8*)parts.scale)[block] = (u8)byte;
     if (finite) scaling.inverse = float_of(byte < 254u ? (254u - byte) << 23 : 1u << 22);
   } else if (Code::SCALE == E4M3) {
     const float step = Code::TENSOR_SCALE ? absmax / Code::UNIT / tensor_scale : absmax / Code::UNIT;
     const u8 kept = to_e4m3(step > 448.0f ? 448.0f : step);
-    ((u8*)parts.scale)[block] = kept;
+    if (keep) ((u8*)parts.scale)[block] = kept;
     const float factor = Code::TENSOR_SCALE ? from_e4m3(kept) * tensor_scale : from_e4m3(kept);
     if (finite && factor > 0.0f) scaling.inverse = finite_or_most(1.0f / factor);
   } else if (Code::SCALE == BFLOAT16) {
     bfloat16 kept;
     const float most = float_of(0x7f7f0000u);
     from_float(absmax > most ? most : absmax, kept);
-    ((bfloat16*)parts.scale)[block] = kept;
+    if (keep) ((bfloat16*)parts.scale)[block] = kept;
     const float factor = to_float(kept);
     if ((bits_of(factor) & 0x7fffffffu) < 0x7f800000u) scaling.inverse = inverse_of<Code>(factor);
   } else {
-    ((float*)parts.scale)[block] = absmax;
+    if (keep) ((float*)parts.scale)[block] = absmax;
     if (finite) scaling.inverse = inverse_of<Code>(absmax);
   }
   return scaling;

@@ -1,0 +1,159 @@
+"""Quantize and dequantize on CUDA: compiled by NVRTC through CuPy, on torch's current stream.
+
+Nothing here waits for the device. What a scale per tensor needs to know of the whole tensor is found
+by a launch of its own, and read by the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnbx.kernels.coding_cpu import NUMBERS, PARTS, ascending_numbers
+from bnbx.kernels.coding_source import CodingPlan, render_coding
+from bnbx.kernels.cuda_module import THREADS, CudaModule
+from bnbx.kernels.encoding import Encoding
+
+TEMPLATE = "coding.cu.j2"
+NOTHING = (0, -(2**31), -(2**31))  # the struct Whole of a tensor before it is measured
+PIECE = 256  # elements that a warp takes at a time, as in cuda_pieces.h
+WARPS = THREADS // 32
+NAMES = ("measure", "encode", "decode")
+
+
+def source(plan: CodingPlan) -> str:
+    """CUDA source of `plan`."""
+    return render_coding(plan, TEMPLATE)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel: its name, how many blocks it has work for, and its arguments."""
+
+    name: str
+    blocks: int
+    arguments: tuple[Any, ...]
+
+
+def _blocks(pieces: int) -> int:
+    return max(-(-pieces // WARPS), 1)
+
+
+def encode_launches(
+    plan: CodingPlan,
+    shape: Sequence[int],
+    numbers: Any,
+    whole: Any,
+    parts: Mapping[str, Any],
+    noise: tuple[Any, int, Any, int, int],
+) -> list[Launch]:
+    """The kernels that quantize, in order; memory as the launcher holds it, None for none.
+
+    `noise` is rand, how many that are, the table's numbers ascending, how many, and the seed.
+    """
+    encoding = plan.encoding
+    rows, columns = encoding.grid(shape)
+    count = rows * columns
+    rand, rand_count, ascending, written, seed = noise
+    found = []
+    if encoding.quant_type.scale.tensor_scale or encoding.per == "tensor":
+        pieces = -(-count // PIECE)
+        found.append(Launch("measure", _blocks(pieces), (numbers, np.int64(count), whole)))
+    units = rows if encoding.per == "row" else -(-columns // PIECE)
+    held = [parts.get(name) for name in (*PARTS, "tables", "second_tables")]
+    sizes = map(np.int64, (rows, columns))
+    noisy = (rand, np.int64(rand_count), ascending, np.int64(written), np.int64(seed))
+    found.append(Launch("encode", _blocks(units), (numbers, *sizes, whole, *noisy, *held)))
+    return found
+
+
+def decode_launch(
+    plan: CodingPlan,
+    shape: Sequence[int],
+    numbers: Any,
+    start: int,
+    count: int,
+    parts: Mapping[str, Any],
+) -> Launch:
+    """The kernel that dequantizes `count` elements from number `start` on."""
+    _, columns = plan.encoding.grid(shape)
+    pieces = -(-count // PIECE) + 1
+    if plan.encoding.per == "row":
+        pieces = count // max(columns, 1) * -(-columns // PIECE)
+    held = [parts.get(name) for name in (*PARTS, "tables", "second_tables")]
+    sizes = map(np.int64, (columns, start, count))
+    return Launch("decode", _blocks(pieces), (numbers, *sizes, *held))
+
+
+@lru_cache(maxsize=512)
+def _kernel(plan: CodingPlan, index: int) -> CudaModule:
+    return CudaModule(source(plan), NAMES, torch.device("cuda", index), plan.describe())
+
+
+@lru_cache(maxsize=512)
+def _tables(encoding: Encoding, index: int) -> dict[str, Tensor]:
+    device = torch.device("cuda", index)
+    second = encoding.second_tables
+    found = {"tables": torch.from_numpy(encoding.tables.pack()).to(device)}
+    if second is not None:
+        found["second_tables"] = torch.from_numpy(second.pack()).to(device)
+    return found
+
+
+@lru_cache(maxsize=512)
+def _ascending(encoding: Encoding, index: int) -> Tensor:
+    return torch.from_numpy(ascending_numbers(encoding)).to(torch.device("cuda", index))
+
+
+def ready(encoding: Encoding) -> None:
+    """Make the kernel of an encoding on torch's current device.
+
+    Raises:
+        TargetError: CuPy is missing, or NVRTC refuses the source.
+    """
+    _kernel(CodingPlan(encoding, "float32"), torch.cuda.current_device())
+
+
+def _held(encoding: Encoding, parts: Sequence[Tensor], index: int) -> dict[str, Tensor]:
+    return dict(zip(encoding.parts, parts, strict=True)) | _tables(encoding, index)
+
+
+def encode(
+    encoding: Encoding, x: Tensor, rand: Tensor | None = None, seed: int | None = None
+) -> list[Tensor]:
+    """The parts of `x`, whose scales are not quantized yet; see `bnbx.kernels.coding.encode`."""
+    assert encoding.second is None
+    x = x.contiguous()
+    parts = encoding.empty(x.shape, x.device)
+    plan = CodingPlan(encoding, NUMBERS[x.dtype], rand is not None or seed is not None)
+    whole = torch.tensor(NOTHING, dtype=torch.int32).pin_memory().to(x.device, non_blocking=True)
+    rand = None if rand is None else rand.contiguous()
+    numbers = _ascending(encoding, x.device.index) if plan.stochastic else None
+    counts = [0 if given is None else given.numel() for given in (rand, numbers)]
+    noise = (rand, counts[0], numbers, counts[1], seed or 0)
+    held = _held(encoding, parts, x.device.index)
+    _run(plan, x, encode_launches(plan, x.shape, x, whole, held, noise))
+    return parts
+
+
+def decode(
+    encoding: Encoding, parts: Sequence[Tensor], shape: Sequence[int], out: Tensor, start: int
+) -> None:
+    """Decode the elements from number `start` on to `out`; see `bnbx.kernels.coding.decode_rows`."""
+    if out.numel() == 0:
+        return
+    plan = CodingPlan(encoding, NUMBERS[out.dtype])
+    held = _held(encoding, parts, out.device.index)
+    _run(plan, out, [decode_launch(plan, shape, out, start, out.numel(), held)])
+
+
+def _run(plan: CodingPlan, near: Tensor, launches: Sequence[Launch]) -> None:
+    compiled = _kernel(plan, near.device.index)
+    for each in launches:
+        compiled.launch(each.name, each.blocks, each.arguments)
