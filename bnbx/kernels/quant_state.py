@@ -231,7 +231,9 @@ class QuantState:
         return {**tensors, PACKED + self.quant_type: pack_json(others)}
 
     @classmethod
-    def from_dict(cls, qs_dict: Mapping[str, Any], device: torch.device | str | None) -> QuantState:
+    def from_dict(
+        cls, qs_dict: Mapping[str, Any], device: torch.device | str | int | None
+    ) -> QuantState:
         """The state that `as_dict` gave, packed or not; keys may have a prefix up to a dot.
 
         Raises:

@@ -181,7 +181,7 @@ def tensor_entry(
     fields: Mapping[str, Any],
     key: str,
     dtype: torch.dtype,
-    device: torch.device | str | None,
+    device: torch.device | str | int | None,
 ) -> Tensor:
     """A tensor among the fields, contiguous and on a device.
 
