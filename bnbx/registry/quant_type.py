@@ -17,18 +17,15 @@ from typing import Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from bnbx.registry.grid import float32, grid_threshold
 from bnbx.registry.spec import Frozen, Spec
 
 FLOAT32 = "float32"
 BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-LEAST, MOST = 2.0**-16, 2.0**16
+LEAST, MOST = 2.0**-16, 2.0**16  # of units
+LARGEST = 2.0**128 - 2.0**104  # float32 number
 Values = tuple[float | None, ...]
 Ties = Literal["low", "even"]
-
-
-def float32(value: float) -> float:
-    """Round to the nearest float32, as a Python float."""
-    return float(struct.unpack("<f", struct.pack("<f", value))[0])
 
 
 class Scale(Frozen):
@@ -74,11 +71,15 @@ class QuantType(Spec):
             a code that stands for no number (it reads as NaN).
         unsigned_values: the table used where values are known to be >= 0 (second moments);
             None if the type has no such form, then `values` serves.
-        unit: the number of the table that a block's absmax becomes: 1, or in tables that are written
-            as whole numbers or as floats, the largest of them (127, 448, 6).
+        unit: the number of the table that a block's absmax becomes: 1, or in tables that are
+            written as whole numbers or as floats, the largest of them (127, 448, 6).
         decode_only: codes that are read, but never written: a second zero, say.
         ties: what becomes of a number midway between two entries: "low" takes the lower one,
             "even" the one with an even code.
+        grid: if not 0, numbers over absmax are first rounded to one of this many evenly spaced
+            points of [-1, 1], and get the code nearest to that point; some codes are then never
+            written. A block whose inverse absmax is beyond float32 keeps signs alone. For codes
+            that equal those of programs that work so.
         block_size: elements that share one scale, where scales are per block.
         scale: what else there is to say of scales. Optimizer states keep the absmax of every
             block in float32, whatever it says.
@@ -92,6 +93,7 @@ class QuantType(Spec):
     unit: float = Field(default=1.0, ge=LEAST, le=MOST)
     decode_only: tuple[int, ...] = ()
     ties: Ties = "low"
+    grid: int = Field(default=0, ge=0, le=65536)
     block_size: int = 256
     scale: Scale = Scale()
     state_default: bool = False
@@ -103,6 +105,12 @@ class QuantType(Spec):
             raise ValueError(f"the name {FLOAT32!r} stands for states without a quant type")
         if self.block_size not in BLOCK_SIZES:
             raise ValueError(f"block_size {self.block_size} is not one of {BLOCK_SIZES}")
+        if self.grid and (self.unit != 1.0 or self.ties != "low" or self.scale != Scale()):
+            raise ValueError("grid is for unit 1, ties 'low', and a float32 scale per block")
+        if self.grid == 1:
+            raise ValueError("grid: one point tells no numbers apart; expected 0, or 2 and more")
+        if float32(self.unit) != self.unit:
+            raise ValueError(f"unit {self.unit!r} is not a float32 number")
         for code in self.decode_only:
             if not 0 <= code < 2**self.bits:
                 raise ValueError(f"decode_only: {code} is no code of {self.bits} bits")
@@ -117,12 +125,12 @@ class QuantType(Spec):
 
     @cached_property
     def _signed(self) -> Codebook:
-        return Codebook(self.values, self.ties, self.decode_only, self.unit)
+        return Codebook(self.values, self.ties, self.decode_only, self.unit, self.grid)
 
     @cached_property
     def _unsigned(self) -> Codebook:
         values = self.unsigned_values or self.values
-        return Codebook(values, self.ties, self.decode_only, self.unit)
+        return Codebook(values, self.ties, self.decode_only, self.unit, self.grid)
 
 
 class Codebook:
@@ -138,22 +146,31 @@ class Codebook:
         ties: Ties = "low",
         decode_only: tuple[int, ...] = (),
         unit: float = 1.0,
+        grid: int = 0,
     ) -> None:
         self.values = values
         self.unit = unit
         self.ties = ties
         self.decode_only = decode_only
+        self.grid = grid
         numbers = {
             code: value
             for code, value in enumerate(values)
             if value is not None and code not in decode_only
         }
-        self.codes: tuple[int, ...] = tuple(sorted(numbers, key=numbers.__getitem__))
+        codes = sorted(numbers, key=numbers.__getitem__)
+        thresholds = [
+            _on_grid(numbers[low], numbers[high], grid)
+            if grid
+            else _threshold(numbers[low], numbers[high], up=ties == "even" and high % 2 == 0)
+            for low, high in pairwise(codes)
+        ]
+        if grid:  # of equal thresholds all but the last belong to codes that no point has
+            above = dict(zip(thresholds, codes[1:], strict=True))
+            codes, thresholds = [codes[0], *above.values()], list(above)
+        self.codes: tuple[int, ...] = tuple(codes)
         """Codes that are written, in ascending order of their values."""
-        self.thresholds: tuple[float, ...] = tuple(
-            _threshold(numbers[low], numbers[high], up=ties == "even" and high % 2 == 0)
-            for low, high in pairwise(self.codes)
-        )
+        self.thresholds: tuple[float, ...] = tuple(thresholds)
         """Mid-points between neighbors, rounded to float32; ascending, one fewer than codes."""
         self.zero_code: int = self.codes[sum(threshold < 0.0 for threshold in self.thresholds)]
         """The code that 0.0 encodes to."""
@@ -164,15 +181,19 @@ class Codebook:
         return tuple(math.nan if v is None else float32(v / self.unit) for v in self.values)
 
     @property
-    def key(self) -> tuple[Values, Ties, tuple[int, ...], float]:
+    def key(self) -> tuple[Values, Ties, tuple[int, ...], float, int]:
         """What tells codebooks apart."""
-        return self.values, self.ties, self.decode_only, self.unit
+        return self.values, self.ties, self.decode_only, self.unit, self.grid
 
 
 def _threshold(low: float, high: float, *, up: bool) -> float:
     """The mid-point; for ties to go `up`, the number just below it, where it is a tie at all."""
     middle = float32((low + high) / 2)
     return next_below(middle) if up and middle == (low + high) / 2 and low < high else middle
+
+
+def _on_grid(low: float, high: float, points: int) -> float:
+    return grid_threshold((low + high) / 2, points)
 
 
 def next_below(value: float) -> float:
@@ -193,13 +214,13 @@ def _check_table(what: str, values: Values, spec: QuantType, *, signed: bool = T
     for code, value in enumerate(values):
         if value is None:
             continue
-        if float32(value) != value:
-            raise ValueError(f"{what}[{code}] = {value!r} is not a float32 number")
-        if code in spec.decode_only:
-            continue
-        if not lowest <= value <= spec.unit:
+        reads = code in spec.decode_only
+        if not reads and not lowest <= value <= spec.unit:
             raise ValueError(f"{what}[{code}] = {value!r} is outside [{lowest:g}, {spec.unit:g}]")
-        written.append(value)
+        if abs(value) > LARGEST or float32(value) != value:
+            raise ValueError(f"{what}[{code}] = {value!r} is not a float32 number")
+        if not reads:
+            written.append(value)
     near = math.isclose(max(map(abs, written), default=0.0), spec.unit, rel_tol=0.1)
     if len(set(written)) < 2 or not near:
         raise ValueError(
