@@ -35,6 +35,14 @@ class UnsupportedTensorError(BnbxError, TypeError):
     """A parameter or gradient has a dtype, layout or device that the optimizer cannot update."""
 
 
+class InputError(UnsupportedTensorError, ValueError):
+    """An argument of a function is a tensor of a dtype or shape that the function cannot take."""
+
+
+class DeviceError(InputError, RuntimeError):
+    """Tensors that belong together are on different devices."""
+
+
 class QuantizedDataError(BnbxError, ValueError):
     """Codes, scales or a saved quantization state do not fit what they should stand for."""
 

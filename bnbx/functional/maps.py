@@ -1,0 +1,211 @@
+"""Tables by recipe: `create_dynamic_map` and its kin, equal to those of bitsandbytes to the bit.
+
+A table of fewer than 8 bits is filled up with zeros to 256 entries, in ascending order, as the
+functions that take a table by bytes expect it.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from bnbx.errors import InputError, OptionError
+from bnbx.functional import checks
+from bnbx.functional.statistics import estimate_quantiles
+from bnbx.registry import quant_types
+
+ENTRIES = 256
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _default_numbers() -> tuple[float, ...]:
+    found = quant_types().find(lambda t: t.scale_default)
+    if found is None:
+        raise OptionError("no registered quant type says scale_default; pass a table as `code`")
+    return found.codebook(signed=True).levels
+
+
+def default_table(device: torch.device | str | None = None) -> Tensor:
+    """The signed table that is meant where none is given (256,), float32."""
+    return torch.tensor(_default_numbers(), dtype=torch.float32, device=device)
+
+
+def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool = True) -> Tensor:
+    """Evenly spaced numbers.
+
+    Args:
+        signed: from -1 to 1, else from 0.
+        total_bits: 1 to 8.
+        add_zero: whether zero is among signed numbers of 8 bits, twice, at the cost of one number;
+            with fewer bits it always is.
+
+    Returns:
+        (256,), float32, ascending.
+
+    Raises:
+        OptionError: no such number of bits.
+    """
+    _check_bits(total_bits, 1)
+    count = 1 << total_bits
+    if signed and (add_zero or total_bits < 8):
+        count -= 1
+    numbers = torch.linspace(-1.0 if signed else 0.0, 1.0, count)
+    half = count // 2
+    return torch.cat([numbers[:half], torch.zeros(ENTRIES - count), numbers[half:]])
+
+
+def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -> Tensor:
+    """Quantiles of the normal distribution, with zero: NF4 (arXiv:2305.14314, appendix E).
+
+    Args:
+        offset: the quantile that becomes 1, between 0.5 and 1.
+        use_extra_value: eight numbers on one side of zero and seven on the other, 16 in all; else
+            seven on both.
+
+    Returns:
+        (256,), float32, ascending.
+
+    Raises:
+        OptionError: an offset out of range.
+    """
+    if not 0.5 < offset < 1.0:
+        raise OptionError(f"offset={offset!r}; expected a number between 0.5 and 1")
+    above = _normal_quantiles(offset, 9 if use_extra_value else 8)
+    below = _normal_quantiles(offset, 8)
+    zeros = torch.zeros(ENTRIES - len(above) - len(below))
+    numbers = torch.cat([torch.tensor(above), -torch.tensor(below), zeros]).sort().values
+    return numbers / numbers.max()
+
+
+def _normal_quantiles(offset: float, count: int) -> list[float]:
+    """Normal quantiles from `offset` down to, but without, the median."""
+    normal = NormalDist()
+    return [normal.inv_cdf(share) for share in torch.linspace(offset, 0.5, count)[:-1].tolist()]
+
+
+def create_fp8_map(
+    signed: bool = True, exponent_bits: int = 5, precision_bits: int = 2, total_bits: int = 8
+) -> Tensor:
+    """Numbers of a small floating-point format, over their largest.
+
+    Args:
+        signed: whether one bit is a sign.
+        exponent_bits: of the exponent; zero is for numbers without the leading one.
+        precision_bits: of the fraction.
+        total_bits: all of these together, 2 to 8.
+
+    Returns:
+        (256,), float32, ascending.
+
+    Raises:
+        OptionError: the bits do not add up.
+    """
+    _check_bits(total_bits, 2)
+    if exponent_bits + precision_bits + bool(signed) != total_bits or exponent_bits < 1:
+        raise OptionError(
+            f"{exponent_bits} exponent bits, {precision_bits} fraction bits and "
+            f"{int(bool(signed))} sign bit do not make total_bits={total_bits}"
+        )
+    bias = 2 ** (exponent_bits - 1)
+    fractions = [part / 2**precision_bits for part in range(2**precision_bits)]
+    numbers = []
+    for exponent, fraction in product(range(2**exponent_bits), fractions):
+        # As in bitsandbytes: exponents count down, so that the first one has the largest numbers.
+        power = -bias if exponent == 0 else bias + 1 - exponent
+        numbers.append(((exponent > 0) + fraction) * 2.0**power)
+    if signed:
+        numbers += [-number for number in numbers]
+    return _filled(torch.tensor(numbers))
+
+
+def create_dynamic_map(
+    signed: bool = True,
+    max_exponent_bits: int = 7,
+    total_bits: int = 8,
+    *,
+    n: int | None = None,
+) -> Tensor:
+    """Numbers with a dynamic exponent: the larger it is, the fewer bits has the fraction.
+
+    Source: arXiv:1511.04561, section 2.1, and arXiv:2110.02861, section 2.2.
+
+    Args:
+        signed: whether one bit is a sign.
+        max_exponent_bits: the most bits that tell the exponent.
+        total_bits: of a code, 2 to 8.
+        n: another name for max_exponent_bits, as in bitsandbytes 0.0.24.
+
+    Returns:
+        (256,), float32, ascending, from -1 (if signed) to 1.
+
+    Raises:
+        OptionError: no such number of bits.
+    """
+    _check_bits(total_bits, 2)
+    most = max_exponent_bits if n is None else n
+    bits = total_bits - 1
+    if type(most) is not int or not 1 <= most <= 7:
+        raise OptionError(f"max_exponent_bits={most!r}; expected 1 to 7")
+    numbers = [0.0, 1.0]
+    for place in range(most):
+        power = place + bits - most
+        count = 2.0 ** (power if signed else power + 1)
+        numbers += _decade(int(count), place - (most - 1), signed)
+    if most < bits:
+        numbers += _decade(2 ** (bits - most) - 1, 0, signed)
+    if len(numbers) != 1 << total_bits:
+        raise OptionError(
+            f"max_exponent_bits={most} and total_bits={total_bits} give {len(numbers)} numbers; "
+            f"expected {1 << total_bits}"
+        )
+    return _filled(torch.tensor(numbers), normalize=False)
+
+
+def _decade(count: int, power: int, signed: bool) -> list[float]:
+    """Mid-points of `count` even pieces of [0.1, 1], times a power of ten."""
+    if count < 1:
+        return []
+    edges = torch.linspace(0.1, 1, count + 1, dtype=torch.float32)
+    middles = (edges[:-1] + edges[1:]) / 2.0 * 10.0**power
+    return [*middles.tolist(), *((-middles).tolist() if signed else [])]
+
+
+def create_quantile_map(
+    A: Tensor,  # noqa: N803 - the name it has in bitsandbytes
+    total_bits: int = 8,
+) -> Tensor:
+    """A table fitted to data: its quantiles, and zero.
+
+    Args:
+        A: the data; float32, bfloat16 or float16, any shape, at least 256 elements.
+        total_bits: of a code, 2 to 8.
+
+    Returns:
+        (256,), float32, ascending; the largest magnitude is 1.
+
+    Raises:
+        InputError: too little data, or none but zeros.
+        OptionError: no such number of bits.
+    """
+    _check_bits(total_bits, 2)
+    checks.floats("A", A)
+    quantiles = estimate_quantiles(A, num_quantiles=2**total_bits - 1).cpu()
+    most = quantiles.abs().max()
+    if not bool(most > 0) or not bool(most.isfinite()):
+        raise InputError(f"A has quantiles up to {float(most)}; expected finite ones, not all zero")
+    return _filled(torch.cat([quantiles, torch.zeros(1)]) / most, normalize=False)
+
+
+def _filled(numbers: Tensor, *, normalize: bool = True) -> Tensor:
+    found = torch.cat([numbers, torch.zeros(ENTRIES - numbers.numel())]).sort().values
+    return found / found.max() if normalize else found
+
+
+def _check_bits(total_bits: object, least: int) -> None:
+    if type(total_bits) is not int:
+        raise OptionError(f"total_bits={total_bits!r}; expected a whole number")
+    if not least <= total_bits <= 8:
+        raise OptionError(f"total_bits={total_bits}; expected {least} to 8")

@@ -1,0 +1,47 @@
+"""Makes functions into operations of torch, `torch.ops.bnbx.*`.
+
+An operation is one node of a compiled graph, whatever happens inside. It is known by its schema;
+its fake form gives what torch.compile may know of a result: shapes, dtypes, devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NAMESPACE = "bnbx"
+Function = Callable[..., Any]
+
+
+def operation(schema: str, fake: Function) -> Callable[[Function], Any]:
+    """Registers a function for every device, with its fake form; gives the operation.
+
+    Args:
+        schema: as `torch.library.define` takes it, the name of the operation first.
+        fake: the same arguments, with tensors that have no memory, to tensors that have none.
+    """
+    name = f"{NAMESPACE}::{schema.partition('(')[0]}"
+    torch.library.define(name, schema[schema.index("(") :], tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(name, fake)
+
+    def register(function: Function) -> Any:
+        torch.library.impl(name, "default", function)
+        return getattr(getattr(torch.ops, NAMESPACE), name.partition("::")[2])
+
+    return register
+
+
+def without_gradient(function: Any, arguments: int) -> None:
+    """Says that no result of an operation has a gradient: its results are codes and scales."""
+
+    def setup(ctx: Any, inputs: Any, output: Any) -> None:
+        del inputs
+        ctx.mark_non_differentiable(*(output if isinstance(output, (tuple, list)) else (output,)))
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        del ctx, grads
+        return (None,) * arguments
+
+    torch.library.register_autograd(function.default._name, backward, setup_context=setup)

@@ -1,0 +1,94 @@
+"""Quantization states as functions take them: ours, those of bitsandbytes, tuples and lists."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnbx.errors import InputError, QuantizedDataError
+from bnbx.functional import checks, coded
+from bnbx.functional.maps import default_table
+from bnbx.kernels.quant_state import QuantState
+
+ATTRIBUTES = ("absmax", "shape", "code", "blocksize", "quant_type", "dtype", "offset", "state2")
+SECOND_BLOCK = 256
+
+
+def state_of(given: Any, codes: Tensor, block_size: int = 4096) -> QuantState:
+    """A state, whatever form it comes in.
+
+    Args:
+        given: a QuantState; one of bitsandbytes; the pair (absmax, table) of its version 0.0.24
+            (in either order, where sizes tell); or the list [absmax, shape, dtype, blocksize,
+            [offset, state2] or None, quant_type] of later ones.
+        codes: that it belongs to.
+        block_size: of a pair, which does not say.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    if isinstance(given, QuantState):
+        return given
+    if isinstance(given, (tuple, list)) and len(given) == 2:
+        return _of_pair(given, codes, block_size)
+    if isinstance(given, (tuple, list)) and len(given) == 6:
+        absmax, shape, dtype, size, nested, quant_type = given
+        offset, second = nested or (None, None)
+        if second is not None and not hasattr(second, "absmax"):
+            second = state_of(second, absmax)
+        return QuantState(absmax, shape, None, size, quant_type, dtype, offset, second)
+    if all(hasattr(given, name) for name in ATTRIBUTES):
+        return QuantState(*(getattr(given, name) for name in ATTRIBUTES))
+    raise InputError(
+        f"quant_state is {type(given).__name__}; expected a QuantState, as the quantize functions "
+        "return it, or (absmax, code)"
+    )
+
+
+def _of_pair(given: Any, codes: Tensor, block_size: int) -> QuantState:
+    absmax, code = given
+    if not isinstance(absmax, Tensor) or not isinstance(code, Tensor):
+        raise InputError("quant_state is a pair; expected two tensors, absmax and table")
+    count = checks.blocks(codes.numel(), block_size)
+    if absmax.numel() != count and code.numel() == count:
+        absmax, code = code, absmax
+    return QuantState(absmax=absmax, code=code, blocksize=block_size, dtype=torch.float32)
+
+
+def second_of(state: QuantState) -> coded.Second:
+    """What operations take of scales that are quantized too.
+
+    Raises:
+        QuantizedDataError: it is not all there.
+    """
+    second: Any = state.state2
+    if second is None:
+        return coded.NO_SECOND
+    if not isinstance(second.absmax, Tensor) or not isinstance(state.offset, Tensor):
+        raise QuantizedDataError("a state with state2 needs state2.absmax and offset, both tensors")
+    size = SECOND_BLOCK if second.blocksize is None else checks.block_size(second.blocksize)
+    table = second.code
+    if table is None:
+        table = default_table(second.absmax.device)
+    return second.absmax, table, state.offset, size
+
+
+def check_state(what: str, codes: Tensor, state: QuantState) -> None:
+    """Raise InputError unless a state has what every operation needs, where the codes are."""
+    if not isinstance(state.absmax, Tensor):
+        raise InputError(f"{what}: absmax is {type(state.absmax).__name__}; expected a tensor")
+    quantized = state.state2 is not None
+    if quantized != (state.absmax.dtype == torch.uint8):
+        held = "quantized scales" if quantized else "no state2"
+        raise QuantizedDataError(
+            f"{what}: a state with {held}, but absmax is {state.absmax.dtype}: expected "
+            f"{'uint8 codes' if quantized else 'float32 numbers'}"
+        )
+    if not quantized and not state.absmax.is_floating_point():
+        raise InputError(f"{what}: absmax is {state.absmax.dtype}; expected float32")
+    second: Any = state.state2
+    named = [("A", codes), ("absmax", state.absmax), ("offset", state.offset)]
+    named += [("state2.absmax", second.absmax)] if second is not None else []
+    checks.together(named)
