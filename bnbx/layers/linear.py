@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from bnbx.errors import BnbxWarning
-from bnbx.layers import ops as _  # noqa: F401 - registers torch.ops.bnbx.linear
 from bnbx.layers.module import QuantizedModule
 from bnbx.layers.parameter import QuantParameter
+from bnbx.layers.products import autocast_dtype, multiply
 from bnbx.registry import QuantType
 
 
@@ -103,15 +103,9 @@ class QuantLinear(QuantizedModule, nn.Linear):
         if weight.is_meta and not getattr(weight, "bnb_quantized", False):
             return nn.functional.linear(x, weight, bias)  # shapes only
         state = self.state_of_weight()
-        result = _autocast_dtype(x) or x.dtype
+        result = autocast_dtype(x) or x.dtype
         dtype = self._dtype_of_product(x, result)
-        found: Tensor = torch.ops.bnbx.linear(
-            x if x.dtype == dtype else x.to(dtype),
-            state.parts(weight.detach()),
-            bias if bias is None or bias.dtype == dtype else bias.to(dtype),
-            state.label,
-            self.weight_shape,
-        )
+        found = multiply(x, weight.detach(), state, bias, dtype)
         return found if dtype == result else found.to(result)
 
     def _dtype_of_product(self, x: Tensor, result: torch.dtype) -> torch.dtype:
@@ -135,18 +129,7 @@ class QuantLinear(QuantizedModule, nn.Linear):
 
     def extra_repr(self) -> str:
         """Sizes, and how the weight is kept."""
-        weight = self.weight
-        how = weight.encoding.describe() if isinstance(weight, QuantParameter) else "?"
-        quantized = "" if getattr(weight, "bnb_quantized", False) else ", not quantized yet"
-        return f"{super().extra_repr()}, {how}{quantized}"
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast makes of x, if it is on."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
-        return None
-    return torch.get_autocast_dtype(kind)
+        return f"{super().extra_repr()}, {self.how()}"
 
 
 def _warn_of_slow_product(name: str) -> None:

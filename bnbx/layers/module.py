@@ -48,6 +48,17 @@ class QuantizedModule(torch.nn.Module):
         """Of the dense weight."""
         raise NotImplementedError
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in torch; a weight that is shared brings its quantization state along."""
+        super().__setattr__(name, value)
+        if name == WEIGHT:
+            self._note_state()
+
+    def _note_state(self) -> None:
+        state = getattr(self.weight, "quant_state", None)
+        if isinstance(state, QuantState):
+            self.quant_state = state
+
     def state_of_weight(self) -> QuantState:
         """The quantization state of the weight, wherever libraries have left it.
 
@@ -78,9 +89,18 @@ class QuantizedModule(torch.nn.Module):
         )
         return found
 
+    def how(self) -> str:
+        """How the weight is kept, in words."""
+        weight = self.weight
+        if not isinstance(weight, QuantParameter):
+            return "weight is kept elsewhere"
+        quantized = "" if weight.bnb_quantized else ", not quantized yet"
+        return weight.encoding.describe() + quantized
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As in torch; a change of dtype reaches what the weight is dequantized to."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._note_state()
         state = getattr(self.weight, "quant_state", None)
         if isinstance(state, QuantState) and state.dtype is not None:
             dtype = fn(torch.empty(0, dtype=state.dtype, device=state.absmax.device)).dtype

@@ -9,24 +9,23 @@ libraries rebuild parameters from it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from bnbx.errors import OptionError, QuantizedDataError, UnsupportedTensorError
+from bnbx.errors import OptionError, UnsupportedTensorError
 from bnbx.kernels.coding import FLOATS, decode, encode
 from bnbx.kernels.encoding import Encoding, intern, make_encoding, type_named
 from bnbx.kernels.fit import fit_scales
 from bnbx.kernels.quant_state import QuantState
+from bnbx.layers.products import in_place_of
 from bnbx.layers.state_names import StateNames
 from bnbx.registry import QuantType
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch.nn import Module
 
 SETTINGS = (
@@ -323,7 +322,14 @@ class QuantParameter(StateNames, torch.nn.Parameter):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Parts of a parameter, which FSDP makes, keep its settings; all else is as ever."""
+        """Parts of a parameter, which FSDP makes, keep its settings; all else is as ever.
+
+        A model may use the weight of its embedding as that of its last layer, by
+        `torch.nn.functional.linear`; that and `torch.nn.functional.embedding` know codes.
+        """
+        mine = in_place_of(func, args, kwargs)
+        if mine is not None:
+            return mine()
         base: Any = super()
         found = base.__torch_function__(func, types, args, kwargs or {})
         if func in _CHUNKS and isinstance(args[0], QuantParameter):
@@ -366,20 +372,3 @@ def stored(codes: Tensor, dtype: torch.dtype) -> Tensor:
             )
         flat = flat.view(dtype)
     return flat.unsqueeze(1)
-
-
-def state_of(weight: Any, module: Module, what: str) -> QuantState:
-    """The quantization state of a layer's weight, wherever libraries have left it.
-
-    Raises:
-        QuantizedDataError: it is not quantized yet.
-    """
-    state = getattr(weight, "quant_state", None)
-    if state is None:
-        state = getattr(module, "quant_state", None)
-    if not isinstance(state, QuantState):
-        raise QuantizedDataError(
-            f"the weight of this {what} is not quantized yet; move the layer to a device, "
-            '.to("cpu") or .cuda(), or call bnbx.quantize_(model)'
-        )
-    return state

@@ -1,0 +1,88 @@
+"""What a weight in codes does in place of a dense one: products and lookups.
+
+Layers call these, and so does a quantized parameter that a model passes to torch's own
+`torch.nn.functional.linear` or `embedding`, as models do whose last layer shares the weight of the
+first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnbx.errors import OptionError
+from bnbx.kernels.quant_state import QuantState
+from bnbx.layers import ops as _  # noqa: F401 - registers torch.ops.bnbx
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of x, if it is on."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def multiply(
+    x: Tensor, codes: Tensor, state: QuantState, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The product x @ weight.T + bias, with x and bias converted to a dtype; differentiable."""
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    if bias is not None and bias.dtype != dtype:
+        bias = bias.to(dtype)
+    found: Tensor = torch.ops.bnbx.linear(
+        x, state.parts(codes), bias, state.label, state.shape or ()
+    )
+    return found
+
+
+def look_up(ids: Tensor, codes: Tensor, state: QuantState) -> Tensor:
+    """Rows of the matrix, in its dtype."""
+    found: Tensor = torch.ops.bnbx.embedding(
+        ids, state.parts(codes), state.label, state.shape or (), state.dtype or torch.float32
+    )
+    return found
+
+
+def _linear(state: QuantState, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002 - torch's name
+    return multiply(input, weight.detach(), state, bias, autocast_dtype(input) or input.dtype)
+
+
+def _embedding(
+    state: QuantState,
+    input: Tensor,  # noqa: A002 - torch's name
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    del padding_idx, norm_type, scale_grad_by_freq, sparse  # of gradients, which codes have not
+    if max_norm is not None:
+        raise OptionError(f"max_norm={max_norm!r}: rows in codes cannot be renormalized in place")
+    return look_up(input, weight.detach(), state)
+
+
+_FUNCTIONS: Mapping[Any, Callable[..., Tensor]] = {
+    torch.nn.functional.linear: _linear,
+    torch.nn.functional.embedding: _embedding,
+}
+
+
+def in_place_of(
+    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
+) -> Callable[[], Tensor] | None:
+    """What to call in place of a function of torch, if its weight is in codes."""
+    mine = _FUNCTIONS.get(func)
+    if mine is None:
+        return None
+    named = kwargs or {}
+    state = getattr(args[1] if len(args) > 1 else named.get("weight"), "quant_state", None)
+    if state is None:
+        return None
+    return lambda: mine(state, *args, **named)
