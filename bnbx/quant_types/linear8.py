@@ -8,17 +8,15 @@ signed one has 255 even steps and an added zero.
 
 from __future__ import annotations
 
-from bnbx.quant_types.grids import linspace
+from bnbx.quant_types.grids import linear_map
 from bnbx.registry import QuantType
-
-_even = linspace(-1.0, 1.0, 255)
 
 linear8 = QuantType(
     name="linear8",
     summary="256 evenly spaced values",
     source="arXiv:2110.02861, section 2",
     bits=8,
-    values=(*_even[:127], 0.0, *_even[127:]),
-    unsigned_values=tuple(linspace(0.0, 1.0, 256)),
+    values=linear_map(True, 8),
+    unsigned_values=linear_map(False, 8),
     block_size=256,
 )

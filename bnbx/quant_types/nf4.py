@@ -7,7 +7,7 @@ the negative half and nine of the positive one, normalized to [-1, 1], zero in c
 from __future__ import annotations
 
 from bnbx.registry import QuantType
-from bnbx.registry.quant_type import float32
+from bnbx.registry.grid import float32
 
 # The paper's table, to float32.
 VALUES = (

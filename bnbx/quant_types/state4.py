@@ -13,7 +13,7 @@ from __future__ import annotations
 from bnbx.quant_types.grids import linspace, midpoints
 from bnbx.quant_types.nf4 import nf4
 from bnbx.registry import QuantType
-from bnbx.registry.quant_type import float32
+from bnbx.registry.grid import float32
 
 DECADES = 3
 
