@@ -18,7 +18,8 @@ from bnbx.kernels import cpu, reference
 from bnbx.kernels.plan import Storage, make_plan
 from bnbx.registry import Optimizer, QuantType, optimizers, quant_types
 from bnbx.registry.config import resolve
-from bnbx.registry.quant_type import BLOCK_SIZES, FLOAT32, float32
+from bnbx.registry.grid import float32
+from bnbx.registry.quant_type import BLOCK_SIZES, FLOAT32
 from plans import (
     Case,
     assert_equal_bits,
