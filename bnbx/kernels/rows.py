@@ -1,4 +1,4 @@
-"""Rows of a quantized matrix, decoded without the others: what an embedding looks up.
+"""Parts of a quantized tensor without the others: rows of an embedding, an expert of a mixture.
 
 Where rows begin at whole bytes and blocks, rows of the parts are gathered and decoded as any
 tensor is. Where they do not, each number is looked up by itself.
@@ -7,6 +7,7 @@ tensor is. Where they do not, each number is looked up by itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from bnbx.errors import QuantizedDataError
 from bnbx.kernels import coding
 from bnbx.kernels.coding_reference import factor_of
-from bnbx.kernels.encoding import Encoding, check_parts
+from bnbx.kernels.encoding import Encoding, check_parts, make_encoding
 
 Parts = dict[str, Tensor]
 
@@ -108,3 +109,44 @@ def _decode_each(encoding: Encoding, named: Parts, ids: Tensor, columns: int) ->
     levels = torch.from_numpy(encoding.tables.levels.copy()).to(packed.device)
     values = levels[code] * factor
     return values + named["center"][block] if "center" in named else values
+
+
+def take(
+    encoding: Encoding, parts: Sequence[Tensor], shape: Sequence[int], index: int
+) -> tuple[Encoding, list[Tensor]] | None:
+    """One entry along the first dimension, still in codes; None if blocks or bytes cross its ends.
+
+    Codes are views; scales that are quantized too become float32.
+
+    Raises:
+        QuantizedDataError: the parts do not fit the encoding and the shape.
+        IndexError: there is no such entry.
+    """
+    check_parts(encoding, shape, parts)
+    if not -shape[0] <= index < shape[0]:
+        raise IndexError(f"entry {index} of a quantized tensor of shape {tuple(shape)}")
+    inner = tuple(shape[1:])
+    blocks = encoding.blocks(inner)
+    whole = encoding.per == "row" and len(inner) > 0
+    if encoding.per == "block":
+        size = prod(inner)
+        whole = size > 0 and size % encoding.block_size == 0
+    if not whole:
+        return None
+    index %= shape[0]
+    named = dict(zip(encoding.parts, parts, strict=True))
+    place = slice(index * blocks, (index + 1) * blocks)
+    found = {"codes": named["codes"].reshape(shape[0], -1)[index]}
+    if encoding.second is None:
+        found["scale"] = named["scale"][place]
+    else:
+        each = torch.arange(place.start, place.stop, device=parts[0].device)
+        found["scale"] = _scales(encoding, named, each)
+    if "center" in named:
+        found["center"] = named["center"][place]
+    if "tensor_scale" in named:
+        found["tensor_scale"] = named["tensor_scale"]
+    without = make_encoding(
+        encoding.quant_type, encoding.block_size or None, signed=encoding.signed
+    )
+    return without, [found[name] for name in without.parts]

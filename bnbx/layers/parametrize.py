@@ -1,0 +1,217 @@
+"""Any parameter of any module in codes: `replace_parameter`.
+
+Mixtures of experts keep all their weights in one n-D parameter, which no linear layer holds.
+`torch.nn.utils.parametrize` lets the module go on reading it by its name, as dense numbers (see
+`bnbx.layers.stacked`); what is kept, moved and saved are the codes. State dicts have the entries
+that layers have: `name`, `name.absmax`, `name.quant_state.bitsandbytes__nf4`, and so on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from bnbx.errors import BnbxError, OptionError, UnknownNameError
+from bnbx.kernels.quant_state import QuantState
+from bnbx.layers.module import load_weight, save_state
+from bnbx.layers.parameter import QuantParameter
+from bnbx.layers.stacked import Stacked
+from bnbx.registry import QuantType
+from bnbx.registry.names import nearest
+
+ORIGINAL = "original"
+
+
+class Dequantized(nn.Module):
+    """The parametrization: from codes to what the module reads.
+
+    Attributes:
+        quant_state: of the codes.
+    """
+
+    def __init__(self, quant_state: QuantState | None) -> None:
+        super().__init__()
+        self.quant_state = quant_state
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """The numbers; in codes still, until something needs them."""
+        state = getattr(codes, "quant_state", None) or self.quant_state
+        if state is None:
+            return codes  # not quantized yet
+        memory = codes.detach()
+        if memory.is_meta or torch.compiler.is_compiling():
+            found: Tensor = torch.ops.bnbx.dense(
+                state.parts(memory), state.label, state.shape or (), state.dtype or torch.float32
+            )
+            return found
+        self.quant_state = state
+        return Stacked.of(memory, state)
+
+
+def replace_parameter(
+    module: nn.Module,
+    name: str,
+    quant_type: str | QuantType = "nf4",
+    block_size: int | None = None,
+    double: bool = False,
+    *,
+    fit: str | None = None,
+    kind: type[QuantParameter] = QuantParameter,
+) -> QuantParameter:
+    """Quantize a parameter, of any shape, that is an attribute of a module.
+
+    Args:
+        module: holds the parameter itself, not in a child.
+        name: the attribute.
+        quant_type: name of a registered type, or a spec.
+        block_size: elements that share a scale; the type's own by default.
+        double: whether scales are quantized too.
+        fit: how scales are chosen, see `bnbx.layers.fit`; None for absmax.
+        kind: the class of the parameter that holds the codes.
+
+    Returns:
+        That parameter, `module.parametrizations[name].original`.
+
+    Raises:
+        UnknownNameError: the module has no such parameter, or there is no such quant type.
+        OptionError: it is parametrized already.
+        UnsupportedTensorError: it is not float32, bfloat16 or float16.
+    """
+    param = parameter_of(module, name)
+    new = kind(param, quant_type=quant_type, blocksize=block_size, compress_statistics=double)
+    if not param.is_meta:
+        new.quantize(fit=fit)
+    keep_in_codes(module, name, new)
+    return new
+
+
+def keep_in_codes(module: nn.Module, name: str, param: QuantParameter) -> None:
+    """Let a parameter in codes, or to be in codes, stand for a module's parameter."""
+    module._parameters[name] = param
+    parametrize.register_parametrization(module, name, Dequantized(param.quant_state), unsafe=True)
+    for hooks, hook in (
+        (module._state_dict_hooks, _save),
+        (module._load_state_dict_pre_hooks, _load),
+    ):
+        if any(_is_ours(each, hook, name) for each in hooks.values()):
+            return
+    hooked: Any = module
+    hooked._register_state_dict_hook(partial(_save, name=name))
+    hooked.register_load_state_dict_pre_hook(partial(_load, name=name))
+
+
+def restore_parameter(
+    module: nn.Module, name: str, dtype: torch.dtype | None = None
+) -> nn.Parameter:
+    """Undo `replace_parameter`: the parameter is dense and frozen."""
+    param = coded_parameter(module, name)
+    if param is None:
+        raise UnknownNameError(f"{type(module).__name__} has no parameter {name!r} in codes")
+    dense = nn.Parameter(param.dequantize(dtype), requires_grad=False)
+    parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+    setattr(module, name, dense)
+    return dense
+
+
+def coded_parameter(module: nn.Module, name: str) -> QuantParameter | None:
+    """The parameter that holds the codes of a replaced one; None if it is not replaced."""
+    if not parametrize.is_parametrized(module, name):
+        return None
+    found: Any = module.parametrizations[name]  # type: ignore[index]
+    if not any(isinstance(each, Dequantized) for each in found):
+        return None
+    original = getattr(found, ORIGINAL)
+    return original if isinstance(original, QuantParameter) else None
+
+
+def coded_parameters(module: nn.Module) -> dict[str, QuantParameter]:
+    """All of them, by name."""
+    if not parametrize.is_parametrized(module):
+        return {}
+    names = list(module.parametrizations)  # type: ignore[arg-type]
+    found = {name: coded_parameter(module, name) for name in names}
+    return {name: param for name, param in found.items() if param is not None}
+
+
+def parameter_of(module: nn.Module, name: str) -> nn.Parameter:
+    """The parameter that is an attribute of a module.
+
+    Raises:
+        UnknownNameError: there is none.
+        OptionError: it is parametrized.
+    """
+    if parametrize.is_parametrized(module, name):
+        raise OptionError(f"{type(module).__name__}.{name} is parametrized already")
+    found = module._parameters.get(name)
+    if found is None:
+        known = [key for key, value in module._parameters.items() if value is not None]
+        raise UnknownNameError(
+            f"{type(module).__name__} has no parameter {name!r}{nearest(name, known)}; it has: "
+            f"{', '.join(known) or '(none)'}"
+        )
+    return found
+
+
+# ---- state dicts
+
+
+def _is_ours(hook: Any, function: Any, name: str) -> bool:
+    hook = getattr(hook, "hook", hook)
+    return isinstance(hook, partial) and hook.func is function and hook.keywords == {"name": name}
+
+
+def _save(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any, *, name: str
+) -> None:
+    """Entries under the parameter's own name."""
+    del metadata
+    inner = f"{prefix}parametrizations.{name}.{ORIGINAL}"
+    param = coded_parameter(module, name)
+    if param is None or inner not in state_dict:
+        return
+    codes = state_dict.pop(inner)
+    state_dict[f"{prefix}{name}"] = codes
+    keep_vars = isinstance(codes, QuantParameter)
+    save_state(param.quant_state, state_dict, f"{prefix}{name}.", keep_vars)
+
+
+def _load(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Mapping[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+    *,
+    name: str,
+) -> None:
+    """Entries under the parameter's own name; codes, or dense numbers."""
+    del strict, missing_keys, unexpected_keys
+    key = f"{prefix}{name}"
+    param = coded_parameter(module, name)
+    if param is None or key not in state_dict:
+        return
+    given = state_dict.pop(key)
+    beside = {k: state_dict.pop(k) for k in list(state_dict) if k.startswith(f"{key}.")}
+    holder: Any = module.parametrizations[name]  # type: ignore[index]
+    inner = f"{prefix}parametrizations.{name}.{ORIGINAL}"
+    shape = param.shape if param.quant_state is None else param.quant_state.shape or ()
+    assign = bool(local_metadata.get("assign_to_params_buffers", False))
+    try:
+        taken = load_weight(holder, ORIGINAL, shape, given, beside, assign)
+    except BnbxError as error:
+        error_msgs.append(f"{key}: {error}")
+        taken = True
+    # torch finds the entry of the child; once it is loaded, that is the parameter itself
+    state_dict[inner] = getattr(holder, ORIGINAL) if taken else given
+    found = getattr(holder, ORIGINAL)
+    for each in holder:
+        if isinstance(each, Dequantized):
+            each.quant_state = getattr(found, "quant_state", None)
