@@ -42,6 +42,9 @@ def encode(
     kept, _, inverse = scales_of(encoding, largest, tensor_scale)
     usable = inverse > 0
     scaled = torch.where(usable[:, None], blocks * inverse[:, None], 0.0)
+    if encoding.quant_type.grid:  # a block without an inverse keeps signs alone
+        signs = torch.where(blocks > 0, 2.0, -2.0)
+        scaled = torch.where(inverse[:, None].isinf(), signs, scaled)
     codes = _codes(encoding, scaled, rand, seed, columns)
     zero = torch.full_like(codes, encoding.tables.zero_code)
     codes = torch.where(usable[:, None], codes, zero)
@@ -128,6 +131,7 @@ def scales_of(
         large = factor >= SMALLEST
         inverse = (unit / torch.where(large, factor, 1.0)).clamp(max=LARGEST_FLOAT)
         inverse = torch.where(large, inverse, torch.tensor(1 / SMALLEST, dtype=torch.float32))
+        inverse = unit / factor if encoding.quant_type.grid else inverse
         return kept, factor, torch.where(factor.isfinite(), inverse, 0.0)
     if dtype == "e8m0":
         exponent = (largest.view(torch.int32) >> 23) - (unit.view(torch.int32) >> 23)

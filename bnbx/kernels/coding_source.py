@@ -52,6 +52,7 @@ def code_traits(encoding: Encoding) -> dict[str, Any]:
         "scale": "SECOND" if encoding.second else scale.dtype.upper(),
         "centered": str(scale.centered).lower(),
         "tensor_scale": str(scale.tensor_scale).lower(),
+        "grid": str(encoding.quant_type.grid > 0).lower(),
         "second_block": encoding.second_block,
     }
 

@@ -87,7 +87,7 @@ struct Scaling {
   float center, inverse;
 };
 
-// Below this absmax a block is scaled as if it had this: the inverse stays finite.
+// Below this absmax a block is scaled as if it had this: the inverse stays finite. Not so on a grid.
 DEVICE float smallest_absmax() { return 1e-38f; }
 
 DEVICE float finite_or_most(float x) {
@@ -97,7 +97,15 @@ DEVICE float finite_or_most(float x) {
 
 template <class Code>
 DEVICE float inverse_of(float absmax) {
+  if (Code::GRID) return Code::UNIT / absmax;
   return absmax >= smallest_absmax() ? finite_or_most(Code::UNIT / absmax) : 1e38f;
+}
+
+// Where x falls in the table. On a grid, a block without an inverse keeps signs alone.
+template <class Code>
+DEVICE float scaled(float x, const Scaling& scaling) {
+  if (Code::GRID && scaling.inverse > float_of(0x7f7fffffu)) return x > 0.0f ? 2.0f : -2.0f;
+  return (Code::CENTERED ? x - scaling.center : x) * scaling.inverse;
 }
 
 // The scale of a whole tensor, by its largest finite magnitude: that block's e4m3 scale becomes 448.
