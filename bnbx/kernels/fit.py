@@ -33,9 +33,9 @@ from bnbx.kernels.encoding import Encoding, check_parts
 from bnbx.kernels.packing import pack, unpack
 
 METHODS = ("mse",)
-MULTIPLES = tuple(1.3 * 0.92**i for i in range(16))
-"""Of absmax: from 1.3, where a table that reaches further to one side wins, to 0.37, where 2 bits
-of long-tailed weights do."""
+MULTIPLES = tuple(2.0 * 0.93**i for i in range(24))
+"""Of absmax: from 2, where the largest element does best on a smaller number of a table of floats,
+to 0.38, below which only 2 bits of long-tailed weights want to be, and get by least squares."""
 POWERS = (2.0, 0.5, 0.25)
 """The same, where scales are powers of two."""
 FIRST_STEP = 0.04
