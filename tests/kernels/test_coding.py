@@ -26,6 +26,7 @@ from bnbx.registry import QuantType, quant_types
 from codebooks import codebooks
 from compiled import shared_cache
 from cuda_on_cpu import SCHEDULES
+from cuda_on_cpu.build import Mode
 from scale_kinds import every_encoding
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -232,7 +233,7 @@ def test_emulated_cuda_rounds_stochastically_as_the_reference_does(encoding: Enc
 
 @pytest.mark.parametrize("mode", ["check", "ubsan"])
 @pytest.mark.parametrize("encoding", EVERY[1::8])
-def test_no_access_is_out_of_bounds_racing_or_misaligned(encoding: Encoding, mode: str) -> None:
+def test_no_access_is_out_of_bounds_racing_or_misaligned(encoding: Encoding, mode: Mode) -> None:
     first = coding.first_level(encoding)
     x = numbers((5, 131))
     parts = emulated_coding.encode(first, x, mode=mode)

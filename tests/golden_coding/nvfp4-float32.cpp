@@ -1,0 +1,910 @@
+// quantize and dequantize: nvfp4, blocks of 16, float32 numbers
+// E2M1, an E4M3 scale per 16, and one per tensor (arXiv:2509.25149). Rendered from its spec by bnbx; change the spec, not this file.
+
+#define DEVICE static inline
+DEVICE unsigned int bits_of(float x) { unsigned int bits; __builtin_memcpy(&bits, &x, 4); return bits; }
+DEVICE float float_of(unsigned int bits) { float x; __builtin_memcpy(&x, &bits, 4); return x; }
+DEVICE float root(float x) { return __builtin_sqrtf(x); }
+DEVICE double root64(double x) { return __builtin_sqrt(x); }
+
+// Numbers, as C++ and CUDA kernels share them. The target defines before this: DEVICE (how a function
+// is declared), bits_of and float_of (a float's bits), and root and root64 (correctly rounded square
+// roots).
+
+typedef unsigned char u8;
+typedef signed char i8;
+typedef unsigned short u16;
+typedef int i32;
+typedef unsigned int u32;
+typedef long long i64;
+
+// ---- storage types of parameters and gradients: rounded to nearest even, NaN kept
+
+struct bfloat16 { u16 bits; };
+struct float16 { u16 bits; };
+
+DEVICE float to_float(float x) { return x; }
+
+DEVICE float to_float(bfloat16 x) { return float_of((u32)x.bits << 16); }
+
+DEVICE float to_float(float16 x) {
+  const u32 magnitude = (u32)(x.bits & 0x7fffu) << 13;
+  // 2**112 moves the exponent from bias 15 to bias 127, subnormals included.
+  const float finite = float_of(magnitude) * float_of(0x77800000u);
+  const bool special = (x.bits & 0x7c00u) == 0x7c00u;
+  const u32 bits = special ? (magnitude | 0x7f800000u) : bits_of(finite);
+  return float_of(bits | ((u32)(x.bits & 0x8000u) << 16));
+}
+
+DEVICE void from_float(float x, float& to) { to = x; }
+
+DEVICE void from_float(float x, bfloat16& to) {
+  const u32 bits = bits_of(x);
+  const u32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  to.bits = (u16)((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+DEVICE void from_float(float x, float16& to) {
+  const u32 bits = bits_of(x);
+  const u32 magnitude = bits & 0x7fffffffu;
+  // Below 2**-14, adding 0.5 makes the addition itself round to multiples of 2**-24.
+  const u32 subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
+  const u32 normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+  u32 half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  to.bits = (u16)(half | ((bits >> 16) & 0x8000u));
+}
+
+// ---- functions of the rule language
+
+DEVICE float rule_sqrt(float x) { return root(x); }
+DEVICE float rule_abs(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
+DEVICE float rule_sign(float x) { return x > 0.0f ? 1.0f : (x < 0.0f ? -1.0f : x); }
+DEVICE float rule_min(float a, float b) { return a < b ? a : b; }
+DEVICE float rule_max(float a, float b) { return a > b ? a : b; }
+
+DEVICE double rule_sqrt(double x) { return root64(x); }
+DEVICE double rule_abs(double x) { return x < 0.0 ? -x : x; }
+DEVICE double rule_sign(double x) { return x > 0.0 ? 1.0 : (x < 0.0 ? -1.0 : x); }
+DEVICE double rule_min(double a, double b) { return a < b ? a : b; }
+DEVICE double rule_max(double a, double b) { return a > b ? a : b; }
+
+// Quantized states, as C++ and CUDA kernels share them.
+
+// The tables of one codebook; see bnbx/kernels/codebook.py, which packs them.
+struct Tables {
+  float levels[256];      // value by code, over the unit
+  u8 planes[4][256];      // the same, byte by byte
+  u8 order[256];          // code by rank
+  float thresholds[256];  // ascending, padded with infinity
+  i32 index[16];  // these five: see Segments in codebook.py
+  float cut[16], slope[16], offset[16], high[16];
+  u32 entries[1];  // as many as the codebook needs
+};
+
+// What a block's largest magnitude (as float bits) makes of the block. NaN or infinity: the block
+// reads as NaN from now on. Below the smallest normal number, or without a finite inverse: the block
+// is zero. Otherwise the codes are those of x * inverse, in which absmax becomes the table's unit.
+struct Scale {
+  float absmax, inverse;
+};
+
+template <class Type>
+DEVICE Scale make_scale(u32 largest) {
+  Scale scale = {largest >= 0x7f800000u ? float_of(0x7fc00000u) : 0.0f, 0.0f};
+  if (largest < 0x00800000u || largest >= 0x7f800000u) return scale;
+  const float inverse = Type::UNIT / float_of(largest);
+  if (bits_of(inverse) < 0x7f800000u) scale.absmax = float_of(largest), scale.inverse = inverse;
+  return scale;
+}
+
+// Where the search for x looks, and what it adds to the entry found there: an exact search, since
+// each entry carries over just past the one threshold in its bucket. See `Buckets` in codebook.py.
+struct Place {
+  u32 entry, low;
+};
+
+template <class Type>
+DEVICE Place find_place(float x) {
+  const u32 mask = (1u << Type::SHIFT) - 1u;
+  const u32 bits = bits_of(x);
+  // A codebook without negative thresholds has one answer for all negative x, that of 0.
+  u32 a = Type::SIGNED ? bits & 0x7fffffffu : (i32)bits > 0 ? bits : 0u;
+  a = a < Type::CEILING ? a : Type::CEILING;
+  const u32 small = a < 1u ? a : 1u;
+  const u32 w = a < Type::FLOOR ? small : a - Type::FLOOR + (1u << Type::SHIFT);
+  const u32 negative = Type::SIGNED ? bits >> 31 : 0u;
+  const Place place = {(w >> Type::SHIFT) + negative * Type::HALF, (w & mask) ^ (negative ? mask : 0u)};
+  return place;
+}
+
+// The number of thresholds below x, by halving, for codebooks without such entries.
+DEVICE u32 count_thresholds(float x, const float* thresholds) {
+  u32 rank = 0;
+  for (u32 step = 128; step > 0; step >>= 1) rank += thresholds[rank + step - 1] < x ? step : 0;
+  return rank;
+}
+
+template <class Type>
+DEVICE u32 find_rank(float x, const u32* entries, const float* thresholds) {
+  if (Type::SHIFT == 0) return count_thresholds(x, thresholds);
+  const Place place = find_place<Type>(x);
+  return (entries[place.entry] + place.low) >> Type::SHIFT;
+}
+
+template <class Type>
+DEVICE u8 encode(float x, const u32* entries, const float* thresholds, const u8* order) {
+  const u32 rank = find_rank<Type>(x, entries, thresholds);
+  return (u8)(Type::ORDERED ? rank : order[rank]);
+}
+
+// Blocks of quantized states on a CPU: plain loops that any compiler vectorizes as it can.
+
+template <class Type>
+static inline void decode_block_plain(const u8* codes, float absmax, const Tables* tables, float* x) {
+  for (int i = 0; i < Type::BLOCK; ++i) x[i] = tables->levels[codes[i]] * absmax;
+}
+
+template <class Type>
+static inline void encode_block_plain(const float* x, float inverse, const Tables* tables, u8* codes) {
+  u32 rank[Type::BLOCK], low[Type::BLOCK];
+  if (Type::SHIFT == 0) {
+    for (int i = 0; i < Type::BLOCK; ++i) rank[i] = count_thresholds(x[i] * inverse, tables->thresholds);
+  } else {  // find_rank, with its look-ups in a loop of their own, so that the others are vectorized
+    for (int i = 0; i < Type::BLOCK; ++i) {
+      const Place place = find_place<Type>(x[i] * inverse);
+      rank[i] = place.entry;
+      low[i] = place.low;
+    }
+    for (int i = 0; i < Type::BLOCK; ++i) rank[i] = tables->entries[rank[i]];
+    for (int i = 0; i < Type::BLOCK; ++i) rank[i] = (rank[i] + low[i]) >> Type::SHIFT;
+  }
+  for (int i = 0; i < Type::BLOCK; ++i) codes[i] = (u8)(Type::ORDERED ? rank[i] : tables->order[rank[i]]);
+}
+
+// Codes in bytes of their own to codes packed without gaps, the first in the highest bits, and back:
+// as many at a time as fill whole bytes.
+template <class Type>
+struct Group {
+  static constexpr int CODES = 8 % Type::BITS ? 8 : 8 / Type::BITS, BYTES = CODES * Type::BITS / 8;
+};
+
+template <class Type>
+static inline void unpack_group(const u8* packed, u8* codes) {
+  unsigned long long word = 0;
+  for (int i = 0; i < Group<Type>::BYTES; ++i) word = word << 8 | packed[i];
+  for (int i = 0; i < Group<Type>::CODES; ++i)
+    codes[i] = (u8)((word >> (Type::BITS * (Group<Type>::CODES - 1 - i))) & ((1 << Type::BITS) - 1));
+}
+
+template <class Type>
+static inline void pack_group(const u8* codes, u8* packed) {
+  unsigned long long word = 0;
+  for (int i = 0; i < Group<Type>::CODES; ++i) word = word << Type::BITS | codes[i];
+  for (int i = 0; i < Group<Type>::BYTES; ++i) packed[i] = (u8)(word >> (8 * (Group<Type>::BYTES - 1 - i)));
+}
+
+template <class Type>
+static inline void unpack_codes(const u8* packed, int count, u8* codes) {
+  if (Type::BITS == 8) {
+    __builtin_memcpy(codes, packed, count);
+    return;
+  }
+  const int whole = count / Group<Type>::CODES, rest = count % Group<Type>::CODES;
+  for (int i = 0; i < whole; ++i) unpack_group<Type>(packed + i * Group<Type>::BYTES, codes + i * Group<Type>::CODES);
+  if (rest) {  // its bytes may be fewer than those of a group
+    u8 bytes[Group<Type>::BYTES] = {}, last[Group<Type>::CODES];
+    __builtin_memcpy(bytes, packed + whole * Group<Type>::BYTES, (rest * Type::BITS + 7) / 8);
+    unpack_group<Type>(bytes, last);
+    __builtin_memcpy(codes + whole * Group<Type>::CODES, last, rest);
+  }
+}
+
+template <class Type>
+static inline void pack_codes(const u8* codes, int count, u8* packed) {
+  if (Type::BITS == 8) {
+    __builtin_memcpy(packed, codes, count);
+    return;
+  }
+  const int whole = count / Group<Type>::CODES, rest = count % Group<Type>::CODES;
+  for (int i = 0; i < whole; ++i) pack_group<Type>(codes + i * Group<Type>::CODES, packed + i * Group<Type>::BYTES);
+  if (rest) {
+    u8 bytes[Group<Type>::BYTES], last[Group<Type>::CODES] = {};
+    __builtin_memcpy(last, codes + whole * Group<Type>::CODES, rest);
+    pack_group<Type>(last, bytes);
+    __builtin_memcpy(packed + whole * Group<Type>::BYTES, bytes, (rest * Type::BITS + 7) / 8);
+  }
+}
+
+static inline i32 larger_magnitude(i32 largest, float x) {
+  const i32 magnitude = (i32)(bits_of(x) & 0x7fffffffu);
+  return magnitude > largest ? magnitude : largest;
+}
+
+// Ranks by a multiply-add inside the run of evenly spaced thresholds that x falls in; where one of the
+// values is too close to a tie to be sure, all go to the exact search. The sum with BIAS leaves the rank
+// in the mantissa above FRACTION bits of fraction, which are almost all zero near a tie. See `Segments`
+// in bnbx/kernels/codebook.py, which makes the tables and proves them, and has the same constants.
+// BIAS is 1.5 * 2**10 + 1/2, a float
+// whose last mantissa bit is 2**-13, and two such bits more: ties then lie in the middle of what
+// NEAR_TIE finds.
+enum { FRACTION = 13, NEAR_TIE = (1 << FRACTION) - 4 };
+static const float BIAS = 1536.5f + 2.0f / (1 << FRACTION);
+static const float SMALLEST_BINADE = 1.0f / (1 << 30) / 2.0f;
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VBMI__)
+#include <immintrin.h>
+
+// Byte permutes look up 64 codes in a 256-entry table at once, one table for each byte of a float.
+static inline __m512i look_up_bytes(const u8* plane, __m512i index, __mmask64 upper) {
+  const __m512i* part = (const __m512i*)plane;
+  const __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(part), index, _mm512_loadu_si512(part + 1));
+  const __m512i high = _mm512_permutex2var_epi8(_mm512_loadu_si512(part + 2), index, _mm512_loadu_si512(part + 3));
+  return _mm512_mask_blend_epi8(upper, low, high);
+}
+
+// 16-byte lanes of the four planes interleave to floats in order if byte 4 j + w of lane l is
+// code 16 j + 4 l + w.
+alignas(64) static const u8 interleave[64] = {
+    0, 1, 2, 3, 16, 17, 18, 19, 32, 33, 34, 35, 48, 49, 50, 51,
+    4, 5, 6, 7, 20, 21, 22, 23, 36, 37, 38, 39, 52, 53, 54, 55,
+    8, 9, 10, 11, 24, 25, 26, 27, 40, 41, 42, 43, 56, 57, 58, 59,
+    12, 13, 14, 15, 28, 29, 30, 31, 44, 45, 46, 47, 60, 61, 62, 63};
+
+// Tables of 16 values are one register: a permute decodes 16 codes.
+template <class Type>
+static inline void decode_narrow_block(const u8* codes, float absmax, const Tables* tables, float* x) {
+  const __m512 levels = _mm512_loadu_ps(tables->levels), scale = _mm512_set1_ps(absmax);
+  for (int i = 0; i < Type::BLOCK; i += 16) {
+    const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i)));
+    _mm512_storeu_ps(x + i, _mm512_mul_ps(_mm512_permutexvar_ps(index, levels), scale));
+  }
+}
+
+// And a search by halving has four steps, each a permute and a comparison.
+template <class Type>
+static inline void encode_narrow_block(const float* x, float inverse, const Tables* tables, u8* codes) {
+  const __m512 thresholds = _mm512_loadu_ps(tables->thresholds), scale = _mm512_set1_ps(inverse);
+  const __m512i order = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)tables->order));
+  for (int i = 0; i < Type::BLOCK; i += 16) {
+    const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + i), scale);
+    __m512i rank = _mm512_setzero_si512();
+    for (int half = 8; half > 0; half /= 2) {
+      const __m512i probe = _mm512_add_epi32(rank, _mm512_set1_epi32(half - 1));
+      const __m512 threshold = _mm512_permutexvar_ps(probe, thresholds);
+      rank = _mm512_mask_add_epi32(rank, _mm512_cmp_ps_mask(threshold, scaled, _CMP_LT_OQ), rank, _mm512_set1_epi32(half));
+    }
+    if (!Type::ORDERED) rank = _mm512_permutexvar_epi32(rank, order);
+    _mm_storeu_si128((__m128i*)(codes + i), _mm512_cvtepi32_epi8(rank));
+  }
+}
+
+template <class Type>
+static inline void decode_block(const u8* codes, float absmax, const Tables* tables, float* x) {
+  if (Type::BITS <= 4) return decode_narrow_block<Type>(codes, absmax, tables, x);
+  if (Type::BLOCK < 64) return decode_block_plain<Type>(codes, absmax, tables, x);
+  const __m512i lanes = _mm512_load_si512(interleave);
+  const __m512 scale = _mm512_set1_ps(absmax);
+  for (int i = 0; i < Type::BLOCK; i += 64) {
+    const __m512i index = _mm512_permutexvar_epi8(lanes, _mm512_loadu_si512(codes + i));
+    const __mmask64 upper = _mm512_movepi8_mask(index);
+    const __m512i b0 = look_up_bytes(tables->planes[0], index, upper);
+    const __m512i b1 = look_up_bytes(tables->planes[1], index, upper);
+    const __m512i b2 = look_up_bytes(tables->planes[2], index, upper);
+    const __m512i b3 = look_up_bytes(tables->planes[3], index, upper);
+    const __m512i low01 = _mm512_unpacklo_epi8(b0, b1), high01 = _mm512_unpackhi_epi8(b0, b1);
+    const __m512i low23 = _mm512_unpacklo_epi8(b2, b3), high23 = _mm512_unpackhi_epi8(b2, b3);
+    const __m512i value[4] = {_mm512_unpacklo_epi16(low01, low23), _mm512_unpackhi_epi16(low01, low23),
+                              _mm512_unpacklo_epi16(high01, high23), _mm512_unpackhi_epi16(high01, high23)};
+    for (int j = 0; j < 4; ++j)
+      _mm512_storeu_ps(x + i + 16 * j, _mm512_mul_ps(_mm512_castsi512_ps(value[j]), scale));
+  }
+}
+
+// find_rank for 16 values.
+template <class Type>
+static inline __m512i find_ranks(__m512 x, const Tables* tables) {
+  const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
+  const __m512i mask = _mm512_set1_epi32((1 << Type::SHIFT) - 1);
+  const __m512i floor = _mm512_set1_epi32((i32)Type::FLOOR);
+  __m512i a = Type::SIGNED ? _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff))
+                           : _mm512_max_epi32(bits, _mm512_setzero_si512());
+  a = _mm512_min_epu32(a, _mm512_set1_epi32((i32)Type::CEILING));
+  const __mmask16 small = _mm512_cmplt_epu32_mask(a, floor);
+  __m512i w = _mm512_add_epi32(_mm512_sub_epi32(a, floor), _mm512_set1_epi32(1 << Type::SHIFT));
+  w = _mm512_mask_min_epu32(w, small, a, one);
+  __m512i low = _mm512_and_si512(w, mask), entry = _mm512_srli_epi32(w, Type::SHIFT);
+  if (Type::SIGNED) {
+    const __mmask16 negative = _mm512_movepi32_mask(bits);
+    low = _mm512_mask_xor_epi32(low, negative, low, mask);
+    entry = _mm512_mask_add_epi32(entry, negative, entry, _mm512_set1_epi32(Type::HALF));
+  }
+  const __m512i found = _mm512_i32gather_epi32(entry, (const int*)tables->entries, 4);
+  return _mm512_srli_epi32(_mm512_add_epi32(found, low), Type::SHIFT);
+}
+
+template <class Type>
+static __attribute__((noinline)) __m512i find_ranks_near_tie(__m512 x, const Tables* tables) {
+  return find_ranks<Type>(x, tables);
+}
+
+template <class Type>
+static inline __m512i find_ranks_in_segments(__m512 x, const Tables* tables) {
+  const __m512 magnitude = Type::SIGNED ? _mm512_abs_ps(x) : x;
+  const __m512 a = _mm512_max_ps(magnitude, _mm512_set1_ps(SMALLEST_BINADE));
+  const __m512i binade = _mm512_srli_epi32(_mm512_castps_si512(a), 24);  // a permute reads 4 bits
+  const __m512 cut = _mm512_permutexvar_ps(binade, _mm512_loadu_ps(tables->cut));
+  __m512i run = _mm512_permutexvar_epi32(binade, _mm512_loadu_si512(tables->index));
+  run = _mm512_mask_add_epi32(run, _mm512_cmp_ps_mask(a, cut, _CMP_GT_OQ), run, _mm512_set1_epi32(1));
+  const __m512 slope = _mm512_permutexvar_ps(run, _mm512_loadu_ps(tables->slope));
+  const __m512 offset = _mm512_permutexvar_ps(run, _mm512_loadu_ps(tables->offset));
+  const __m512 high = _mm512_permutexvar_ps(run, _mm512_loadu_ps(tables->high));
+  __m512 place = _mm512_min_ps(_mm512_fmadd_ps(a, slope, offset), high);
+  if (Type::SIGNED) {  // so far counted from zero: put the sign of x on it, and count from the lowest code
+    const __m512 sign = _mm512_and_ps(x, _mm512_set1_ps(-0.0f));
+    place = _mm512_add_ps(_mm512_xor_ps(place, sign), _mm512_set1_ps(BIAS + Type::ZERO_CODE));
+    place = _mm512_max_ps(place, _mm512_set1_ps(BIAS));
+  }
+  const __m512i bits = _mm512_castps_si512(place);
+  __mmask16 unsure = _mm512_testn_epi32_mask(bits, _mm512_set1_epi32(NEAR_TIE));
+  if (Type::SIGNED) unsure |= _mm512_cmp_ps_mask(a, cut, _CMP_EQ_OQ);  // there, ties go away from zero
+  if (__builtin_expect(unsure != 0, 0)) return find_ranks_near_tie<Type>(x, tables);
+  return _mm512_srli_epi32(bits, FRACTION);  // the lowest byte of it is the rank
+}
+
+template <class Type>
+static inline void encode_block(const float* x, float inverse, const Tables* tables, u8* codes) {
+  if (Type::BITS <= 4) return encode_narrow_block<Type>(x, inverse, tables, codes);
+  if (Type::SHIFT == 0 || !Type::ORDERED) return encode_block_plain<Type>(x, inverse, tables, codes);
+  const __m512 scale = _mm512_set1_ps(inverse);
+  for (int i = 0; i < Type::BLOCK; i += 16) {
+    const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + i), scale);
+    const __m512i rank = Type::SEGMENTS ? find_ranks_in_segments<Type>(scaled, tables) : find_ranks<Type>(scaled, tables);
+    _mm_storeu_si128((__m128i*)(codes + i), _mm512_cvtepi32_epi8(rank));
+  }
+}
+
+#elif defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+
+// A look-up of 8 indices in a table of 16: the last four bits of an index count.
+static inline __m256 look_up(const float* table, __m256i index) {
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+
+// As the function of this name above, for 8 values.
+template <class Type>
+static inline void find_ranks_in_segments(const float* values, float inverse, const Tables* tables, u32* ranks) {
+  const __m256 x = _mm256_mul_ps(_mm256_loadu_ps(values), _mm256_set1_ps(inverse));
+  const __m256 sign = _mm256_and_ps(x, _mm256_set1_ps(-0.0f));
+  const __m256 magnitude = Type::SIGNED ? _mm256_xor_ps(x, sign) : x;
+  const __m256 a = _mm256_max_ps(magnitude, _mm256_set1_ps(SMALLEST_BINADE));
+  const __m256i binade = _mm256_srli_epi32(_mm256_castps_si256(a), 24);
+  const __m256 cut = look_up(tables->cut, binade);
+  const __m256i below = _mm256_castps_si256(look_up((const float*)tables->index, binade));
+  const __m256i run = _mm256_sub_epi32(below, _mm256_castps_si256(_mm256_cmp_ps(a, cut, _CMP_GT_OQ)));
+  __m256 place = _mm256_fmadd_ps(a, look_up(tables->slope, run), look_up(tables->offset, run));
+  place = _mm256_min_ps(place, look_up(tables->high, run));
+  if (Type::SIGNED) {
+    place = _mm256_add_ps(_mm256_xor_ps(place, sign), _mm256_set1_ps(BIAS + Type::ZERO_CODE));
+    place = _mm256_max_ps(place, _mm256_set1_ps(BIAS));
+  }
+  const __m256i bits = _mm256_castps_si256(place);
+  const __m256i fraction = _mm256_and_si256(bits, _mm256_set1_epi32(NEAR_TIE));
+  __m256i unsure = _mm256_cmpeq_epi32(fraction, _mm256_setzero_si256());
+  if (Type::SIGNED) unsure = _mm256_or_si256(unsure, _mm256_castps_si256(_mm256_cmp_ps(a, cut, _CMP_EQ_OQ)));
+  _mm256_storeu_si256((__m256i*)ranks, _mm256_srli_epi32(bits, FRACTION));
+  if (__builtin_expect(_mm256_movemask_epi8(unsure) != 0, 0))
+    for (int i = 0; i < 8; ++i) ranks[i] = find_rank<Type>(values[i] * inverse, tables->entries, tables->thresholds);
+}
+
+template <class Type>
+static inline void decode_block(const u8* codes, float absmax, const Tables* tables, float* x) {
+  decode_block_plain<Type>(codes, absmax, tables, x);  // a gather is no faster: 8 loads are 8 loads
+}
+
+template <class Type>
+static inline void encode_block(const float* x, float inverse, const Tables* tables, u8* codes) {
+  if (!Type::SEGMENTS) return encode_block_plain<Type>(x, inverse, tables, codes);
+  u32 ranks[Type::BLOCK];
+  for (int i = 0; i < Type::BLOCK; i += 8) find_ranks_in_segments<Type>(x + i, inverse, tables, ranks + i);
+  for (int i = 0; i < Type::BLOCK; ++i) codes[i] = (u8)ranks[i];
+}
+
+#else
+
+template <class Type>
+static inline void decode_block(const u8* codes, float absmax, const Tables* tables, float* x) {
+  decode_block_plain<Type>(codes, absmax, tables, x);
+}
+
+template <class Type>
+static inline void encode_block(const float* x, float inverse, const Tables* tables, u8* codes) {
+  encode_block_plain<Type>(x, inverse, tables, codes);
+}
+
+#endif
+
+// Scales of blocks, as C++ and CUDA kernels share them: how they are found, kept and read.
+// bnbx/kernels/coding_reference.py says the same with torch operations; the bits are equal.
+// `Code` is the encoding's traits: those of its codebook, and of its scales (scale_traits.j2).
+
+enum ScaleKind { FLOAT32, BFLOAT16, E4M3, E8M0, SECOND };
+
+// The parts of a tensor; see bnbx/kernels/encoding.py. Those that an encoding lacks are null.
+struct Parts {
+  u8* codes;
+  void* scale;
+  float* center;
+  float* tensor_scale;
+  float* second_scale;
+  float* mean;
+  const Tables* tables;         // of the codes
+  const Tables* second_tables;  // of quantized scales
+};
+
+// ---- e4m3 without its sign: 4 bits of exponent (bias 7), 3 of fraction, 0x7f is NaN
+
+DEVICE float from_e4m3(u8 code) {
+  const float finite = float_of((u32)(code & 0x7fu) << 20) * float_of(0x7b800000u);  // times 2**120
+  return (code & 0x7fu) == 0x7fu ? float_of(0x7fc00000u) : finite;
+}
+
+// Nearest, ties to even, of 0 <= x <= 448, or NaN.
+DEVICE u8 to_e4m3(float x) {
+  const u32 bits = bits_of(x);
+  const u32 small = bits_of(x + 16384.0f) - bits_of(16384.0f);  // the sum rounds to multiples of 2**-9
+  const u32 normal = ((bits + 0x7ffffu + ((bits >> 20) & 1u)) >> 20) - (120u << 3);
+  return bits > 0x7f800000u ? (u8)0x7fu : (u8)(bits < 0x3c800000u ? small : normal);
+}
+
+// ---- reading
+
+// What the levels of a block are multiplied by; `second_levels` are those of quantized scales.
+template <class Code>
+DEVICE float factor_at(const Parts& parts, i64 block, const float* second_levels) {
+  if (Code::SCALE == BFLOAT16) return to_float(((const bfloat16*)parts.scale)[block]);
+  if (Code::SCALE == SECOND)
+    return second_levels[((const u8*)parts.scale)[block]] * parts.second_scale[block / Code::SECOND_BLOCK] + *parts.mean;
+  if (Code::SCALE == E8M0) {
+    const u32 byte = ((const u8*)parts.scale)[block];
+    return float_of(byte == 255u ? 0x7fc00000u : byte ? byte << 23 : 1u << 22);
+  }
+  if (Code::SCALE == E4M3) {
+    const float step = from_e4m3(((const u8*)parts.scale)[block]);
+    return Code::TENSOR_SCALE ? step * *parts.tensor_scale : step;
+  }
+  return ((const float*)parts.scale)[block];
+}
+
+template <class Code>
+DEVICE float factor_at(const Parts& parts, i64 block) {
+  return factor_at<Code>(parts, block, Code::SCALE == SECOND ? parts.second_tables->levels : 0);
+}
+
+template <class Code>
+DEVICE float center_at(const Parts& parts, i64 block) {
+  return Code::CENTERED ? parts.center[block] : 0.0f;
+}
+
+// ---- finding
+
+// What is to be known of a block's numbers: the largest magnitude, as float bits, so that NaN is the
+// largest of all; and the ends of its range, where the encoding subtracts its mid-point.
+struct Range {
+  u32 largest;
+  float high, low;
+};
+
+DEVICE Range empty_range() {
+  const Range range = {0u, float_of(0xff800000u), float_of(0x7f800000u)};
+  return range;
+}
+
+DEVICE void add_to_range(float x, Range& range) {
+  const u32 magnitude = bits_of(x) & 0x7fffffffu;
+  range.largest = magnitude > range.largest ? magnitude : range.largest;
+  range.high = x > range.high ? x : range.high;
+  range.low = x < range.low ? x : range.low;
+}
+
+// What turns x into the number whose nearest table entry is its code: (x - center) * inverse.
+// inverse is 0 where a block has no numbers to keep: the codes are then that of zero.
+struct Scaling {
+  float center, inverse;
+};
+
+// Below this absmax a block is scaled as if it had this: the inverse stays finite. Not so on a grid.
+DEVICE float smallest_absmax() { return 1e-38f; }
+
+DEVICE float finite_or_most(float x) {
+  const float most = float_of(0x7f7fffffu);
+  return x < most ? x : most;
+}
+
+template <class Code>
+DEVICE float inverse_of(float absmax) {
+  if (Code::GRID) return Code::UNIT / absmax;
+  return absmax >= smallest_absmax() ? finite_or_most(Code::UNIT / absmax) : 1e38f;
+}
+
+// Where x falls in the table. On a grid, a block without an inverse keeps signs alone.
+template <class Code>
+DEVICE float scaled(float x, const Scaling& scaling) {
+  if (Code::GRID && scaling.inverse > float_of(0x7f7fffffu)) return x > 0.0f ? 2.0f : -2.0f;
+  return (Code::CENTERED ? x - scaling.center : x) * scaling.inverse;
+}
+
+// The scale of a whole tensor, by its largest finite magnitude: that block's e4m3 scale becomes 448.
+template <class Code>
+DEVICE float tensor_scale_of(u32 largest) {
+  const float scale = float_of(largest) / (448.0f * Code::UNIT);
+  return scale > 0.0f ? scale : 1.0f;
+}
+
+// Finds a block's scale, and keeps it if `keep`: where several threads find the same, one writes it.
+template <class Code>
+DEVICE Scaling keep_scale(const Parts& parts, i64 block, const Range& range, float tensor_scale, bool keep) {
+  Scaling scaling = {0.0f, 0.0f};
+  u32 largest = range.largest;
+  if (Code::CENTERED) {
+    scaling.center = 0.5f * range.high + 0.5f * range.low;
+    const u32 above = bits_of(range.high - scaling.center) & 0x7fffffffu;
+    const u32 below = bits_of(range.low - scaling.center) & 0x7fffffffu;
+    if (largest >= 0x7f800000u) scaling.center = float_of(0x7fc00000u);
+    else largest = above > below ? above : below;
+    if (keep) parts.center[block] = scaling.center;
+  }
+  const bool finite = largest < 0x7f800000u;
+  const float absmax = float_of(finite ? largest : 0x7fc00000u);
+  if (Code::SCALE == E8M0) {
+    const i32 exponent = (i32)(largest >> 23) - (i32)(bits_of(Code::UNIT) >> 23) + 127;
+    const u32 byte = finite ? (u32)(exponent < 0 ? 0 : exponent > 254 ? 254 : exponent) : 255u;
+    if (keep) ((u8*)parts.scale)[block] = (u8)byte;
+    if (finite) scaling.inverse = float_of(byte < 254u ? (254u - byte) << 23 : 1u << 22);
+  } else if (Code::SCALE == E4M3) {
+    const float step = Code::TENSOR_SCALE ? absmax / Code::UNIT / tensor_scale : absmax / Code::UNIT;
+    const u8 kept = to_e4m3(step > 448.0f ? 448.0f : step);
+    if (keep) ((u8*)parts.scale)[block] = kept;
+    const float factor = Code::TENSOR_SCALE ? from_e4m3(kept) * tensor_scale : from_e4m3(kept);
+    if (finite && factor > 0.0f) scaling.inverse = finite_or_most(1.0f / factor);
+  } else if (Code::SCALE == BFLOAT16) {
+    bfloat16 kept;
+    const float most = float_of(0x7f7f0000u);
+    from_float(absmax > most ? most : absmax, kept);
+    if (keep) ((bfloat16*)parts.scale)[block] = kept;
+    const float factor = to_float(kept);
+    if ((bits_of(factor) & 0x7fffffffu) < 0x7f800000u) scaling.inverse = inverse_of<Code>(factor);
+  } else {
+    if (keep) ((float*)parts.scale)[block] = absmax;
+    if (finite) scaling.inverse = inverse_of<Code>(absmax);
+  }
+  return scaling;
+}
+
+// ---- stochastic rounding: to one of the two neighbors of x, in proportion to nearness
+
+// `numbers` are the table's, ascending, `written` of them; `uniform` lies in [0, 1).
+template <class Code>
+DEVICE u8 encode_stochastically(float x, float uniform, const u32* entries, const float* thresholds, const u8* order, const float* numbers, int written) {
+  const int rank = (int)find_rank<Code>(x, entries, thresholds);
+  int low = rank - (numbers[rank] > x ? 1 : 0);
+  low = low < 0 ? 0 : low > written - 2 ? written - 2 : low;
+  const float span = numbers[low + 1] - numbers[low];
+  const float part = (x - numbers[low]) / (span > 0.0f ? span : 1.0f);
+  return order[low + (uniform < part ? 1 : 0)];
+}
+
+// float16 on a CPU: spans of it are converted on the way in and out of the update loop, by the
+// processor's own instructions where it has them; compilers do not vectorize those by themselves.
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+static inline void load_floats(const float16* from, int count, float* to) {
+  int i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= count; i += 16)
+    _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(from + i))));
+#endif
+  for (; i < count; ++i) to[i] = to_float(from[i]);
+}
+
+static inline void store_floats(const float* from, int count, float16* to) {
+  int i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= count; i += 16)
+    _mm256_storeu_si256((__m256i*)(to + i), _mm512_cvtps_ph(_mm512_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  for (; i < count; ++i) from_float(from[i], to[i]);
+}
+
+struct Codebook {
+  static constexpr int BLOCK = 16, SHIFT = 22, HALF = 10, ENTRIES = 20, ZERO_CODE = 0;
+  static constexpr int BITS = 4;
+  static constexpr float UNIT = 6.0f;
+  static constexpr u32 FLOOR = 0x3e800000u, CEILING = 0x40a00002u;
+  static constexpr bool SIGNED = true, ORDERED = false, SEGMENTS = false, WHOLE = false;
+};
+
+struct Code : Codebook {
+  static constexpr ScaleKind SCALE = E4M3;
+  static constexpr bool CENTERED = false, TENSOR_SCALE = true, GRID = false;
+  static constexpr int SECOND_BLOCK = 256;
+};
+
+typedef float Number;
+enum { CHUNK = 1024 };  // elements that a worker takes at a time
+enum { BLOCK, ROW, TENSOR };
+enum { PER = BLOCK };      // what shares a scale
+
+// One tensor, as rows of columns; where scales are not per row it is one row. A chunk is CHUNK elements,
+// or a row.
+struct Job {
+  Parts parts;
+  Number* numbers;       // read by encode, written by decode
+  i64 start, count;      // of the elements to decode; their first goes to numbers[0]
+  i64 columns;
+  const float* rand;     // numbers to round stochastically with, or null: then noise by seed
+  i64 rand_count;
+  const float* ascending;  // the table's numbers in ascending order, `written` of them
+  i64 written;
+  u32 seed;
+  u32 largest;           // magnitude in the whole tensor, as float bits; found by measure
+  i32 high, low;         // ends of its range, as integers in the order of floats
+  i64 row_count, chunk_count;
+  void (*update)(const Job*, i64, i64);
+  void (*measure)(const Job*, i64, i64);
+  void (*reduce)(const Job*, i64, i64);
+};
+
+static inline i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
+static inline i64 bytes_for(i64 count) { return (count * Code::BITS + 7) / 8; }
+
+// ---- numbers to floats and back
+
+static inline const float* load_numbers(const float* from, int, float*) { return from; }
+
+static inline const float* load_numbers(const bfloat16* from, int count, float* to) {
+  for (int i = 0; i < count; ++i) to[i] = to_float(from[i]);
+  return to;
+}
+
+static inline const float* load_numbers(const float16* from, int count, float* to) {
+  load_floats(from, count, to);
+  return to;
+}
+
+static inline void store_numbers(const float* from, int count, float* to) {
+  if (from != to) __builtin_memcpy(to, from, count * sizeof(float));
+}
+
+static inline void store_numbers(const float* from, int count, bfloat16* to) {
+  for (int i = 0; i < count; ++i) from_float(from[i], to[i]);
+}
+
+static inline void store_numbers(const float* from, int count, float16* to) { store_floats(from, count, to); }
+
+// ---- encoding
+
+// Magnitudes are compared as integers: the order cannot matter, even for NaN.
+static inline void measure(const float* x, int count, Range& range) {
+  i32 largest = (i32)range.largest;
+  for (int i = 0; i < count; ++i) largest = larger_magnitude(largest, x[i]);
+  range.largest = (u32)largest;
+  if (!Code::CENTERED) return;
+  float high = range.high, low = range.low;
+  for (int i = 0; i < count; ++i) high = x[i] > high ? x[i] : high;
+  for (int i = 0; i < count; ++i) low = x[i] < low ? x[i] : low;
+  range.high = high;
+  range.low = low;
+}
+
+// The codes of at most CHUNK numbers that share a scale; `place` is that of the first in the tensor.
+static inline void encode_numbers(const Job* job, const float* x, int count, i64 place, const Scaling scaling, u8* codes) {
+  const Tables* tables = job->parts.tables;
+  const u8 zero = encode<Code>(0.0f, tables->entries, tables->thresholds, tables->order);
+  if (!(scaling.inverse > 0.0f)) {
+    __builtin_memset(codes, zero, count);
+    return;
+  }
+  (void)place;
+  if (Code::GRID && scaling.inverse > float_of(0x7f7fffffu)) {
+    for (int i = 0; i < count; ++i) codes[i] = encode<Code>(scaled<Code>(x[i], scaling), tables->entries, tables->thresholds, tables->order);
+    return;
+  }
+  alignas(64) float centered[Code::BLOCK];
+  alignas(64) u8 last[Code::BLOCK];
+  for (int i = 0; i < count; i += Code::BLOCK) {
+    const int here = count - i < Code::BLOCK ? count - i : Code::BLOCK;
+    const float* from = x + i;
+    if (Code::CENTERED || here < Code::BLOCK) {
+      for (int j = 0; j < here; ++j) centered[j] = Code::CENTERED ? x[i + j] - scaling.center : x[i + j];
+      for (int j = here; j < Code::BLOCK; ++j) centered[j] = 0.0f;
+      from = centered;
+    }
+    encode_block<Code>(from, scaling.inverse, tables, here < Code::BLOCK ? last : codes + i);
+    if (here < Code::BLOCK) __builtin_memcpy(codes + i, last, here);
+  }
+}
+
+static inline i32 order_of(float x) {  // floats as integers in the same order
+  const i32 bits = (i32)bits_of(x);
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+static inline float from_order(i32 order) { return float_of((u32)(order ^ ((order >> 31) & 0x7fffffff))); }
+
+static inline void raise_to(i32* most, i32 value) {
+  i32 now = __atomic_load_n(most, __ATOMIC_RELAXED);
+  while (value > now && !__atomic_compare_exchange_n(most, &now, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+}
+
+// What there is to know of the whole tensor, from chunks [first, last).
+extern "C" void bnbx_measure(const Job* job, i64 first, i64 last) {
+  alignas(64) float room[CHUNK];
+  Range range = empty_range();
+  const i64 numel = job->count;
+  for (i64 at = first * CHUNK; at < smaller(last * CHUNK, numel); at += CHUNK) {
+    const int count = (int)smaller(CHUNK, numel - at);
+    const float* x = load_numbers(job->numbers + at, count, room);
+    if (Code::TENSOR_SCALE) {  // a block that is not finite says nothing of the others
+      for (int i = 0; i < count; ++i) room[i] = (bits_of(x[i]) & 0x7fffffffu) < 0x7f800000u ? x[i] : 0.0f;
+      x = room;
+    }
+    measure(x, count, range);
+  }
+  Job* found = (Job*)job;
+  raise_to((i32*)&found->largest, (i32)range.largest);
+  raise_to(&found->high, order_of(range.high));
+  raise_to(&found->low, ~order_of(range.low));
+}
+
+static inline Range range_of_tensor(const Job* job) {
+  const Range empty = {0u, 0.0f, 0.0f};
+  const Range range = {job->largest, from_order(job->high), from_order(~job->low)};
+  return job->count ? range : empty;
+}
+
+// Codes and scales of chunks [first, last).
+extern "C" void bnbx_encode(const Job* job, i64 first, i64 last) {
+  alignas(64) float room[CHUNK];
+  alignas(64) u8 padded[CHUNK];
+  const Parts& parts = job->parts;
+  const float tensor_scale = Code::TENSOR_SCALE ? tensor_scale_of<Code>(job->largest) : 1.0f;
+  if (Code::TENSOR_SCALE && first == 0) *parts.tensor_scale = tensor_scale;
+  Scaling whole = {0.0f, 0.0f};
+  if (PER == TENSOR) whole = keep_scale<Code>(parts, 0, range_of_tensor(job), 1.0f, first == 0);
+  for (i64 chunk = first; chunk < last; ++chunk) {
+    const i64 start = chunk * (PER == ROW ? job->columns : (i64)CHUNK);
+    const i64 length = PER == ROW ? job->columns : smaller(CHUNK, job->count - start);
+    u8* packed = parts.codes + (PER == ROW ? chunk * bytes_for(job->columns) : start * Code::BITS / 8);
+    if (PER == ROW) {
+      Range range = empty_range();
+      for (i64 at = 0; at < length; at += CHUNK) {
+        const int count = (int)smaller(CHUNK, length - at);
+        measure(load_numbers(job->numbers + start + at, count, room), count, range);
+      }
+      whole = keep_scale<Code>(parts, chunk, range, 1.0f, true);
+    }
+    for (i64 at = 0; at < length; at += CHUNK) {
+      const int count = (int)smaller(CHUNK, length - at);
+      const float* x = load_numbers(job->numbers + start + at, count, room);
+      u8* codes = Code::BITS < 8 ? padded : packed + at;
+      if (PER != BLOCK) {
+        encode_numbers(job, x, count, start + at, whole, codes);
+      } else {
+        for (int i = 0; i < count; i += Code::BLOCK) {
+          const int here = count - i < Code::BLOCK ? count - i : Code::BLOCK;
+          Range range = empty_range();
+          if (here == Code::BLOCK) measure(x + i, Code::BLOCK, range);
+          else measure(x + i, here, range);
+          const Scaling scaling = keep_scale<Code>(parts, (start + i) / Code::BLOCK, range, tensor_scale, true);
+          if (here == Code::BLOCK) encode_numbers(job, x + i, Code::BLOCK, start + i, scaling, codes + i);
+          else encode_numbers(job, x + i, here, start + i, scaling, codes + i);
+        }
+      }
+      if (Code::BITS < 8) pack_codes<Code>(padded, count, packed + at * Code::BITS / 8);
+    }
+  }
+}
+
+// ---- decoding
+
+// The numbers of `count` codes from `place` on, at most CHUNK of them, of one row: place and CHUNK are
+// whole numbers of blocks.
+static inline void decode_numbers(const Parts& parts, i64 row, i64 place, int count, const u8* packed, float* x) {
+  alignas(64) u8 padded[CHUNK];
+  const u8* codes = packed;
+  if (Code::BITS < 8 || count % Code::BLOCK) {
+    unpack_codes<Code>(packed, count, padded);
+    for (int i = count; i % Code::BLOCK; ++i) padded[i] = 0;
+    codes = padded;
+  }
+  const Tables* tables = parts.tables;
+  const float* second = Code::SCALE == SECOND ? parts.second_tables->levels : 0;
+  for (int i = 0; i < count; i += Code::BLOCK) {
+    const i64 block = PER == ROW ? row : PER == TENSOR ? 0 : (place + i) / Code::BLOCK;
+    decode_block<Code>(codes + i, factor_at<Code>(parts, block, second), tables, x + i);
+    if (Code::CENTERED) {
+      const float center = center_at<Code>(parts, block);
+      for (int j = 0; j < Code::BLOCK; ++j) x[i + j] += center;
+    }
+  }
+}
+
+static inline float* direct(float* to) { return to; }
+static inline float* direct(void*) { return 0; }
+
+// Chunks [first, last) of the elements from `start` on: chunks are counted from the tensor's beginning,
+// and only their elements in [start, start + count) are written.
+extern "C" void bnbx_decode(const Job* job, i64 first, i64 last) {
+  alignas(64) float room[CHUNK];
+  const i64 end = job->start + job->count;
+  const i64 pieces = PER == ROW ? (job->columns + CHUNK - 1) / CHUNK : 1;
+  const i64 from = PER == ROW ? job->start / job->columns : job->start / CHUNK;
+  for (i64 n = first * pieces; n < last * pieces; ++n) {
+    const i64 chunk = from + n / pieces;
+    const i64 at = n % pieces * CHUNK;
+    const i64 begin = PER == ROW ? chunk * job->columns + at : chunk * CHUNK;
+    const i64 limit = PER == ROW ? (chunk + 1) * job->columns : job->columns;
+    const int count = (int)smaller(CHUNK, limit - begin);
+    const u8* packed = job->parts.codes + (PER == ROW ? chunk * bytes_for(job->columns) + at * Code::BITS / 8 : begin * Code::BITS / 8);
+    const int skipped = begin < job->start ? (int)(job->start - begin) : 0;
+    const int wanted = (int)smaller(count, end - begin) - skipped;
+    Number* to = job->numbers + (begin + skipped - job->start);
+    float* x = skipped == 0 && wanted == CHUNK && direct(to) ? direct(to) : room;
+    decode_numbers(job->parts, chunk, PER == ROW ? at : begin, count, packed, x);
+    store_numbers(x + skipped, wanted, to);
+  }
+}
+
+// ---- running jobs on the threads of the host process
+
+enum Phase { MEASURE, REDUCE, UPDATE };
+
+struct Work {
+  const Job* jobs;
+  i64 job_count, slices, next;
+  Phase phase;
+};
+
+static void work_on(void* data) {
+  Work* work = (Work*)data;
+  for (;;) {
+    const i64 slice = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED);
+    if (slice >= work->slices) return;
+    for (i64 j = 0; j < work->job_count; ++j) {
+      const Job* job = work->jobs + j;
+      void (*const run)(const Job*, i64, i64) =
+          work->phase == UPDATE ? job->update : work->phase == MEASURE ? job->measure : job->reduce;
+      const i64 count = work->phase == REDUCE ? job->row_count : job->chunk_count;
+      const i64 first = count * slice / work->slices;
+      const i64 last = count * (slice + 1) / work->slices;
+      if (run && first < last) run(job, first, last);
+    }
+  }
+}
+
+// `parallel` is the host's GOMP_parallel, so that kernels and torch share one pool of threads.
+// More slices than threads: a thread that is interrupted holds up the others less.
+extern "C" void bnbx_run(const Job* jobs, i64 job_count, i64 threads,
+                         void (*parallel)(void (*)(void*), void*, unsigned, unsigned)) {
+  bool measured = false;
+  for (i64 j = 0; j < job_count; ++j) measured = measured || jobs[j].measure;
+  for (int phase = measured ? MEASURE : UPDATE; phase <= UPDATE; ++phase) {
+    Work work = {jobs, job_count, 1, 0, (Phase)phase};
+    if (threads > 1 && parallel) {
+      work.slices = threads * 4;
+      parallel(work_on, &work, (unsigned)threads, 0);
+    } else {
+      work_on(&work);
+    }
+  }
+}
+
