@@ -364,7 +364,7 @@ def _type_in(found: Mapping[str, Any], what: str) -> QuantType | None:
         spec = QuantType.from_json(found["spec"])
     except BnbxError as error:
         raise QuantizedDataError(f"{what}: {error}") from None
-    if spec.name != found["quant_type"].partition("@")[0]:
+    if spec.name != (found["quant_type"] or "").partition("@")[0]:
         raise QuantizedDataError(f"{what} comes with the spec of {spec.name!r}")
     return spec
 
@@ -402,7 +402,9 @@ def _check_sizes(state: QuantState, encoding: Encoding, what: str) -> None:
             "tensor_scale": state.tensor_scale,
             "second_scale": state.state2.absmax if state.state2 is not None else None,
         }[name]
-        if found is None or found.numel() != size[0] or found.dtype != dtype:
+        # Without a shape, how many there are is checked where the codes come in.
+        count = size[0] if state.shape is not None or found is None else found.numel()
+        if found is None or found.numel() != count or found.dtype != dtype:
             kind = "nothing" if found is None else f"{found.dtype} of {found.numel()} elements"
             raise QuantizedDataError(
                 f"{what}, of shape {tuple(state.shape or ())}: {name} is {kind}; expected {dtype} "

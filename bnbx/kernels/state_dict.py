@@ -144,7 +144,7 @@ def _field(fields: Mapping[str, Any], key: str, expected: str, good: Any) -> Any
 
 
 def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
+    return value is None or (isinstance(value, str) and bool(value))
 
 
 def _is_text(value: Any) -> bool:
