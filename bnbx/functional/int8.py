@@ -15,6 +15,7 @@ from bnbx.functional.registration import operation, without_gradient
 MOST = 127.0
 STEP = 1 / 127
 STEPS = 6.200124e-05  # of two codes: 1 / 127**2, in the digits that bitsandbytes has
+MOST_COLUMNS = 131_071  # so many products of two codes add up to less than 2**31
 EXACT = 1024  # so many products of codes add up to less than 2**24: exactly, in float32
 INT_MM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)  # right on any CPU since then
 
@@ -28,8 +29,9 @@ def _matmul_fake(a: Tensor, b: Tensor) -> Tensor:
 
 @operation("int8_linear_matmul(Tensor a, Tensor b) -> Tensor", _matmul_fake)
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    rows = a.reshape(-1, a.shape[-1])
-    if a.device.type == "cpu" and INT_MM and rows.numel() and b.numel():
+    rows = a.reshape(a.shape[:-1].numel(), a.shape[-1])
+    # torch's own is wrong for one column (2.13, on a CPU).
+    if a.device.type == "cpu" and INT_MM and rows.numel() and b.numel() and len(rows[0]) > 1:
         found = torch._int_mm(rows, b.t())
     else:
         found = _exact_products(rows, b)
@@ -75,6 +77,8 @@ def int8_linear_matmul(
         raise InputError(
             f"A has shape {tuple(A.shape)}, B {tuple(B.shape)}; expected (..., in) and (out, in)"
         )
+    if B.shape[1] > MOST_COLUMNS:
+        raise InputError(f"{B.shape[1]} columns; sums of more than {MOST_COLUMNS} can overflow")
     checks.together([("A", A), ("B", B), ("out", out)])
     product: Tensor = _matmul(A, B)
     found = product if dtype == torch.int32 else product.to(dtype)

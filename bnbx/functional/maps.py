@@ -115,10 +115,9 @@ def create_fp8_map(
     for exponent, fraction in product(range(2**exponent_bits), fractions):
         # As in bitsandbytes: exponents count down, so that the first one has the largest numbers.
         power = -bias if exponent == 0 else bias + 1 - exponent
-        numbers.append(((exponent > 0) + fraction) * 2.0**power)
-    if signed:
-        numbers += [-number for number in numbers]
-    return _filled(torch.tensor(numbers))
+        number = ((exponent > 0) + fraction) * 2.0**power
+        numbers += [number, -number] if signed else [number]
+    return _filled(numbers, normalize=True)
 
 
 def create_dynamic_map(
@@ -161,7 +160,7 @@ def create_dynamic_map(
             f"max_exponent_bits={most} and total_bits={total_bits} give {len(numbers)} numbers; "
             f"expected {1 << total_bits}"
         )
-    return _filled(torch.tensor(numbers), normalize=False)
+    return _filled(numbers)
 
 
 def _decade(count: int, power: int, signed: bool) -> list[float]:
@@ -196,11 +195,12 @@ def create_quantile_map(
     most = quantiles.abs().max()
     if not bool(most > 0) or not bool(most.isfinite()):
         raise InputError(f"A has quantiles up to {float(most)}; expected finite ones, not all zero")
-    return _filled(torch.cat([quantiles, torch.zeros(1)]) / most, normalize=False)
+    return _filled([*(quantiles / most).tolist(), 0.0])
 
 
-def _filled(numbers: Tensor, *, normalize: bool = True) -> Tensor:
-    found = torch.cat([numbers, torch.zeros(ENTRIES - numbers.numel())]).sort().values
+def _filled(numbers: list[float], *, normalize: bool = False) -> Tensor:
+    # Python's sort keeps zeros in their order, which tells -0.0 from 0.0 in the table.
+    found = torch.tensor(sorted([*sorted(numbers), *[0.0] * (ENTRIES - len(numbers))]))
     return found / found.max() if normalize else found
 
 
