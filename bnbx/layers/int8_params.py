@@ -1,0 +1,175 @@
+"""The weight of an int8 layer: `Int8Params`, floats until it moves to a device, then codes.
+
+Its `__dict__` holds `CB`, `SCB` and `has_fp16_weights` and nothing else, as constructor arguments,
+because libraries rebuild parameters from it.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from bnbx.kernels.int8 import dequantize_rows, quantize_rows
+
+
+class Int8Params(torch.nn.Parameter):
+    """A weight that is quantized, row by row, when it moves to a device, `.to("cpu")` included.
+
+    Attributes:
+        CB: the codes, (out, in) int8: the parameter's own memory; None until it is quantized.
+        SCB: absmax of the rows, (out,) float32; None until then.
+        has_fp16_weights: if True, it stays as floats wherever it goes, and the layer quantizes it
+            anew in each forward pass.
+    """
+
+    CB: Tensor | None
+    SCB: Tensor | None
+    has_fp16_weights: bool
+
+    def __new__(
+        cls,
+        data: Tensor | None = None,
+        requires_grad: bool = True,
+        has_fp16_weights: bool = False,
+        CB: Tensor | None = None,  # noqa: N803 - the name it has in bitsandbytes
+        SCB: Tensor | None = None,  # noqa: N803
+        **others: Any,
+    ) -> Self:
+        """A parameter of floats, or of codes.
+
+        Args:
+            data: floats (out, in), or their codes (int8).
+            requires_grad: for floats only: codes have no gradient.
+            has_fp16_weights: see the class.
+            CB: see the class.
+            SCB: see the class.
+            others: what other libraries keep in a parameter's `__dict__` and pass on; becomes
+                attributes.
+        """
+        data = torch.empty(0) if data is None else data
+        requires_grad = requires_grad and data.is_floating_point()
+        self = torch.Tensor._make_subclass(cls, data.detach(), requires_grad)
+        self.CB = CB
+        self.SCB = SCB
+        self.has_fp16_weights = has_fp16_weights
+        self.__dict__.update(others)
+        return self
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the memory is codes."""
+        return self.dtype == torch.int8
+
+    def quantize(self, device: torch.device | str | None = None) -> Self:
+        """Quantize in place; returns itself.
+
+        The codes are those of the floats as they are: nothing is rounded to float16 before.
+
+        Args:
+            device: where to; where it is, by default.
+
+        Raises:
+            UnsupportedTensorError: it is not float32, bfloat16 or float16.
+        """
+        codes, absmax, _ = quantize_rows(self.detach().to(device))
+        self.adopt(codes, absmax)
+        return self
+
+    def adopt(self, codes: Tensor, absmax: Tensor | None) -> None:
+        """Become these codes, in place, so that all who share the parameter share them."""
+        self.requires_grad_(False)
+        self.data = codes
+        self.CB = self.data
+        self.SCB = absmax
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The numbers that the codes stand for, (out, in); the floats, if it is not quantized."""
+        if not self.quantized or self.SCB is None:
+            return self.detach().to(dtype)
+        return dequantize_rows(self.detach(), self.SCB, dtype)
+
+    # ---- moving
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As `torch.Tensor.to`, but floats are quantized where a device is named.
+
+        Codes keep their bytes, whatever dtype is named. Floats on the meta device have nothing to
+        be quantized, and those with `has_fp16_weights` only move.
+        """
+        parsed: tuple[Any, ...] = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, non_blocking, *_ = parsed
+        moves = device is not None and device.type != "meta"
+        if moves and not (self.quantized or self.has_fp16_weights or self.is_meta):
+            return self.quantize(device)
+        kept = None if self.quantized else dtype
+        data = self.detach().to(device=device, dtype=kept, non_blocking=non_blocking)
+        return self._like(data, _moved(self.SCB, data.device))
+
+    def cpu(self, memory_format: torch.memory_format = torch.preserve_format) -> Any:
+        """As `to("cpu")`."""
+        return self.to("cpu", memory_format=memory_format)
+
+    def cuda(
+        self,
+        device: torch.device | str | int | None = None,
+        non_blocking: bool = False,
+        memory_format: torch.memory_format = torch.preserve_format,
+    ) -> Any:
+        """As `to("cuda")`."""
+        where = "cuda" if device is None else device
+        return self.to(where, non_blocking=non_blocking, memory_format=memory_format)
+
+    def xpu(
+        self,
+        device: torch.device | str | int | None = None,
+        non_blocking: bool = False,
+        memory_format: torch.memory_format = torch.preserve_format,
+    ) -> Any:
+        """As `to("xpu")`."""
+        where = "xpu" if device is None else device
+        return self.to(where, non_blocking=non_blocking, memory_format=memory_format)
+
+    # ---- copies
+
+    def _like(self, data: Tensor, absmax: Tensor | None) -> Self:
+        """Another memory with the same settings."""
+        settings = {**self.__dict__, "CB": None, "SCB": absmax}
+        new = type(self)(data, requires_grad=self.requires_grad, **settings)
+        if new.quantized:
+            new.CB = new.data
+        return new
+
+    def __copy__(self) -> Self:
+        return self._like(self.detach(), self.SCB)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        if id(self) in memo:
+            found: Self = memo[id(self)]
+            return found
+        new = self._like(copy.deepcopy(self.detach(), memo), copy.deepcopy(self.SCB, memo))
+        memo[id(self)] = new
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        settings = {**self.__dict__, "CB": None}  # it is the parameter's own memory
+        return _rebuilt, (type(self), self.detach(), self.requires_grad, settings)
+
+
+def _rebuilt(
+    kind: type[Int8Params], data: Tensor, requires_grad: bool, settings: dict[str, Any]
+) -> Int8Params:
+    new = kind(data, requires_grad=requires_grad, **settings)
+    if new.quantized:
+        new.CB = new.data
+    return new
+
+
+def _moved(absmax: Tensor | None, device: torch.device) -> Tensor | None:
+    """The tensor on a device; from the meta device comes only room for it."""
+    if absmax is None or absmax.device == device:
+        return absmax
+    return torch.empty_like(absmax, device=device) if absmax.is_meta else absmax.to(device)
