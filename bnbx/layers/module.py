@@ -101,10 +101,7 @@ class QuantizedModule(torch.nn.Module):
         """As in torch; a change of dtype reaches what the weight is dequantized to."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._note_state()
-        state = getattr(self.weight, "quant_state", None)
-        if isinstance(state, QuantState) and state.dtype is not None:
-            dtype = fn(torch.empty(0, dtype=state.dtype, device=state.absmax.device)).dtype
-            state.dtype = dtype if dtype in FLOATS else state.dtype
+        follow_dtype(getattr(self.weight, "quant_state", None), fn)
         return self
 
     # ---- state dicts
@@ -148,6 +145,13 @@ class QuantizedModule(torch.nn.Module):
             state_dict, prefix, local_metadata, strict, lacking, unexpected_keys, error_msgs
         )
         missing_keys += [name for name in lacking if not (taken and name == key)]
+
+
+def follow_dtype(state: QuantState | None, fn: Callable[[Tensor], Tensor]) -> None:
+    """Let a conversion of a module reach what its codes are dequantized to."""
+    if state is not None and state.dtype is not None:
+        dtype = fn(torch.empty(0, dtype=state.dtype, device=state.absmax.device)).dtype
+        state.dtype = dtype if dtype in FLOATS else state.dtype
 
 
 def save_state(

@@ -8,17 +8,18 @@ that layers have: `name`, `name.absmax`, `name.quant_state.bitsandbytes__nf4`, a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from typing_extensions import Self
 
 from bnbx.errors import BnbxError, OptionError, UnknownNameError
 from bnbx.kernels.quant_state import QuantState
-from bnbx.layers.module import load_weight, save_state
+from bnbx.layers.module import follow_dtype, load_weight, save_state
 from bnbx.layers.parameter import QuantParameter
 from bnbx.layers.stacked import Stacked
 from bnbx.registry import QuantType
@@ -51,6 +52,17 @@ class Dequantized(nn.Module):
             return found
         self.quant_state = state
         return Stacked.of(memory, state)
+
+    def extra_repr(self) -> str:
+        """How the parameter is kept."""
+        state = self.quant_state
+        return "not quantized yet" if state is None else state.encoding.describe()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As in torch; a change of dtype reaches what the codes are dequantized to."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        follow_dtype(self.quant_state, fn)
+        return self
 
 
 def replace_parameter(
@@ -106,13 +118,28 @@ def keep_in_codes(module: nn.Module, name: str, param: QuantParameter) -> None:
 
 
 def restore_parameter(
-    module: nn.Module, name: str, dtype: torch.dtype | None = None
+    module: nn.Module,
+    name: str,
+    dtype: torch.dtype | None = None,
+    *,
+    dense: nn.Parameter | None = None,
 ) -> nn.Parameter:
-    """Undo `replace_parameter`: the parameter is dense and frozen."""
+    """Undo `replace_parameter`: the parameter is dense and frozen.
+
+    Args:
+        module: holds the parameter.
+        name: the attribute.
+        dtype: of the dense numbers; by default the one that they had.
+        dense: the parameter to be instead.
+
+    Raises:
+        UnknownNameError: no such parameter is in codes.
+    """
     param = coded_parameter(module, name)
     if param is None:
         raise UnknownNameError(f"{type(module).__name__} has no parameter {name!r} in codes")
-    dense = nn.Parameter(param.dequantize(dtype), requires_grad=False)
+    if dense is None:
+        dense = nn.Parameter(param.dequantize(dtype), requires_grad=False)
     parametrize.remove_parametrizations(module, name, leave_parametrized=False)
     setattr(module, name, dense)
     return dense
