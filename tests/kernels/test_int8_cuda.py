@@ -22,6 +22,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # rows, columns, outputs: less than a warp, a block and a tile, and more; columns of a multiple of
 # eight go through torch's integer product.
 SHAPES = ((1, 5, 3), (2, 64, 16), (33, 300, 65), (40, 512, 72))
+# Three resident blocks of 256 threads on the smallest multiprocessor: 65536 registers, 64 KiB.
+MOST_REGISTERS = 80
+MOST_SHARED_BYTES = 20 * 1024
 SMALL = ((1, 5, 3), (5, 70, 66))
 
 
@@ -96,8 +99,8 @@ def test_compiles_to_machine_code_without_spills(arch: int) -> None:
         pytest.skip(reason)
     cubin = nvrtc.compile_cubin(fill(int8_cuda.TEMPLATE), arch, options=OPTIONS)
     assert (cubin.spill_stores, cubin.spill_loads, cubin.stack_bytes) == (0, 0, 0), cubin.log
-    assert cubin.registers <= 64, cubin.log
-    assert cubin.shared_bytes <= 16 * 1024, cubin.log
+    assert cubin.registers <= MOST_REGISTERS, cubin.log
+    assert cubin.shared_bytes <= MOST_SHARED_BYTES, cubin.log
     assert len(cubin.kernels) == 2 + 3 * len(DTYPES)
 
 
