@@ -20,7 +20,7 @@ from bnbx.kernels import coding
 from bnbx.kernels.encoding import Encoding, make_encoding
 from bnbx.kernels.packing import pack
 from bnbx.kernels.table_types import type_of_table
-from bnbx.registry import QuantType
+from bnbx.registry import QuantType, quant_types
 
 GRID = 65536  # points that bitsandbytes' CPU code rounds to first
 SMALLEST = 1e-38  # the least absmax that the last, shorter block of 4-bit codes gets
@@ -61,8 +61,14 @@ def type_of(code: Tensor) -> QuantType | None:
 
 
 def _read(code: Tensor) -> QuantType | None:
-    numbers = code.detach().reshape(-1).float().cpu()
-    check_table(numbers)
+    check_table(code)
+    numbers = code.detach().reshape(-1).float().cpu().contiguous()
+    return _of_numbers(numbers.numpy().tobytes())
+
+
+@lru_cache(maxsize=256)
+def _of_numbers(packed: bytes) -> QuantType | None:
+    numbers = torch.frombuffer(bytearray(packed), dtype=torch.float32)
     if not bool(numbers.isfinite().all()):
         raise InputError("code holds NaN or infinity; expected finite numbers")
     most = float(numbers.abs().max())
@@ -263,16 +269,13 @@ def weight(
     return encoding, [flat[:size].contiguous(), *rest]
 
 
-def check_type(quant_type: object) -> str:
-    """The name of a registered type of 4 bits that keeps a float32 absmax per block.
+@lru_cache(maxsize=64)
+def levels_of(quant_type: str) -> tuple[float, ...]:
+    """The table of a registered type of 4 bits that keeps a float32 absmax per block.
 
     Raises:
         UnknownNameError, InputError: it is none.
     """
-    from bnbx.registry import quant_types
-
-    if not isinstance(quant_type, str):
-        raise InputError(f"quant_type={quant_type!r}; expected the name of a 4-bit type")
     found = quant_types().get(quant_type)
     plain = found.scale == type(found.scale)()
     if found.bits != 4 or not plain:
@@ -281,4 +284,4 @@ def check_type(quant_type: object) -> str:
             f"quant_type={quant_type!r} is no 4-bit type with a float32 absmax per block: there "
             f"are {', '.join(fitting)}; bnbx.functional.quantize(tensor, {quant_type!r}) takes any"
         )
-    return quant_type
+    return found.codebook(signed=True).levels

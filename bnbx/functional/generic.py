@@ -6,6 +6,7 @@ a type by its table; the arguments tell which is meant.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, overload
 
 import torch
@@ -21,7 +22,14 @@ Type = str | QuantType
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _label(quant_type: Type, block_size: int | None, signed: bool, double: bool) -> str:
+def _label(quant_type: Any, block_size: int | None, signed: bool, double: bool) -> str:
+    if not isinstance(quant_type, (str, QuantType)):
+        raise InputError(f"quant type {quant_type!r:.200}; expected a name or a QuantType")
+    return _made(quant_type, block_size, signed, double)
+
+
+@lru_cache(maxsize=256)
+def _made(quant_type: Type, block_size: int | None, signed: bool, double: bool) -> str:
     return make_encoding(quant_type, block_size, signed=signed, double=double).label
 
 
@@ -102,8 +110,6 @@ def quantize(
         return unscaled.quantize_whole(A, code, out)
     if out is not None:
         raise OptionError("out is for quantize with a table; a QuantTensor has its own memory")
-    if not isinstance(code, (str, QuantType)):
-        raise InputError(f"quant type {code!r:.200}; expected a name, a QuantType or a table")
     if fit is not None and stochastic:
         raise OptionError("fit rounds to the nearest number; it does not go with stochastic=True")
     label = _label(code, block_size, signed, double)

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from bnbx.errors import InputError, QuantizedDataError
 from bnbx.functional import checks, coded, ops
-from bnbx.functional.maps import default_table
+from bnbx.functional.maps import default_table, table
 from bnbx.functional.states import SECOND_BLOCK, check_state, second_of, state_of
 from bnbx.kernels.coding import FLOATS
-from bnbx.kernels.encoding import make_encoding
 from bnbx.kernels.quant_state import QuantState
 from bnbx.registry import quant_types
 
@@ -22,7 +21,9 @@ STORAGES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _table_of(quant_type: Any) -> tuple[float, ...]:
-    return make_encoding(coded.check_type(quant_type), BLOCK).codebook.levels
+    if not isinstance(quant_type, str):
+        raise InputError(f"quant_type={quant_type!r:.200}; expected the name of a 4-bit type")
+    return coded.levels_of(quant_type)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -83,19 +84,22 @@ def quantize_4bit(
         scales, offset, second = _compressed(scales, exact)
     if absmax is not None:
         scales = absmax.copy_(scales.view(absmax.shape))
-    table = torch.tensor(levels, dtype=torch.float32, device=A.device)
-    state = QuantState(scales, A.shape, table, size, quant_type, A.dtype, offset, second)
+    state = QuantState(
+        scales, A.shape, table(levels, A.device), size, quant_type, A.dtype, offset, second
+    )
     return codes, state
 
 
 def _compressed(scales: Tensor, exact: bool) -> tuple[Tensor, Tensor, QuantState]:
     """Codes of scales less their mean, the mean, and the state of the codes."""
     offset = scales.mean() if scales.numel() else scales.new_zeros(())
-    table = default_table(scales.device)
-    codes, second_scales = ops.quantize_blockwise(scales - offset, table, SECOND_BLOCK, None, exact)
+    numbers = default_table(scales.device)
+    codes, second_scales = ops.quantize_blockwise(
+        scales - offset, numbers, SECOND_BLOCK, None, exact
+    )
     second = QuantState(
         absmax=second_scales,
-        code=table,
+        code=numbers,
         blocksize=SECOND_BLOCK,
         quant_type=_second_name(),
         dtype=torch.float32,

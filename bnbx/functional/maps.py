@@ -6,6 +6,7 @@ functions that take a table by bytes expect it.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import product
 from statistics import NormalDist
 
@@ -22,6 +23,11 @@ ENTRIES = 256
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _default_numbers() -> tuple[float, ...]:
+    return _default()
+
+
+@lru_cache(maxsize=1)
+def _default() -> tuple[float, ...]:
     found = quant_types().find(lambda t: t.scale_default)
     if found is None:
         raise OptionError("no registered quant type says scale_default; pass a table as `code`")
@@ -30,7 +36,19 @@ def _default_numbers() -> tuple[float, ...]:
 
 def default_table(device: torch.device | str | None = None) -> Tensor:
     """The signed table that is meant where none is given (256,), float32."""
-    return torch.tensor(_default_numbers(), dtype=torch.float32, device=device)
+    return table(_default_numbers(), device)
+
+
+def table(numbers: tuple[float, ...], device: torch.device | str | None = None) -> Tensor:
+    """These numbers in a tensor of the caller's own, float32."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(numbers, dtype=torch.float32, device=device)
+    return _kept(numbers).to(device, copy=True)
+
+
+@lru_cache(maxsize=64)
+def _kept(numbers: tuple[float, ...]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float32)
 
 
 def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool = True) -> Tensor:
