@@ -125,13 +125,14 @@ def scales_of(
     dtype = encoding.quant_type.scale.dtype
     if dtype in ("float32", "bfloat16"):
         most = LARGEST_FLOAT if dtype == "float32" else LARGEST_BFLOAT16
-        kept = largest.clamp(max=most).to(getattr(torch, dtype))
+        raised = torch.maximum(largest, unit * SMALLEST if float(unit) > 1 else largest)
+        kept = torch.where(largest > 0, raised, largest).clamp(max=most).to(getattr(torch, dtype))
         kept = torch.where(finite, kept, torch.nan)  # the one NaN, whatever the conversion makes
         factor = kept.float()
         large = factor >= SMALLEST
-        inverse = (unit / torch.where(large, factor, 1.0)).clamp(max=LARGEST_FLOAT)
+        inverse = (unit * (1.0 / torch.where(large, factor, 1.0))).clamp(max=LARGEST_FLOAT)
         inverse = torch.where(large, inverse, torch.tensor(1 / SMALLEST, dtype=torch.float32))
-        inverse = unit / factor if encoding.quant_type.grid else inverse
+        inverse = 1.0 / factor if encoding.quant_type.grid else inverse
         return kept, factor, torch.where(factor.isfinite(), inverse, 0.0)
     if dtype == "e8m0":
         exponent = (largest.view(torch.int32) >> 23) - (unit.view(torch.int32) >> 23)

@@ -527,8 +527,15 @@ DEVICE float finite_or_most(float x) {
 
 template <class Code>
 DEVICE float inverse_of(float absmax) {
-  if (Code::GRID) return Code::UNIT / absmax;
-  return absmax >= smallest_absmax() ? finite_or_most(Code::UNIT / absmax) : 1e38f;
+  if (Code::GRID) return 1.0f / absmax;
+  return absmax >= smallest_absmax() ? finite_or_most(Code::UNIT * (1.0f / absmax)) : 1e38f;
+}
+
+// The absmax that a block keeps: where a unit above 1 would make the inverse overflow, a larger one.
+template <class Code>
+DEVICE float kept_absmax(float absmax) {
+  const float least = Code::UNIT * smallest_absmax();
+  return Code::UNIT > 1.0f && absmax > 0.0f && absmax < least ? least : absmax;
 }
 
 // Where x falls in the table. On a grid, a block without an inverse keeps signs alone.
@@ -574,13 +581,14 @@ DEVICE Scaling keep_scale(const Parts& parts, i64 block, const Range& range, flo
   } else if (Code::SCALE == BFLOAT16) {
     bfloat16 kept;
     const float most = float_of(0x7f7f0000u);
-    from_float(absmax > most ? most : absmax, kept);
+    from_float(absmax > most ? most : kept_absmax<Code>(absmax), kept);
     if (keep) ((bfloat16*)parts.scale)[block] = kept;
     const float factor = to_float(kept);
     if ((bits_of(factor) & 0x7fffffffu) < 0x7f800000u) scaling.inverse = inverse_of<Code>(factor);
   } else {
-    if (keep) ((float*)parts.scale)[block] = absmax;
-    if (finite) scaling.inverse = inverse_of<Code>(absmax);
+    const float kept = kept_absmax<Code>(absmax);
+    if (keep) ((float*)parts.scale)[block] = kept;
+    if (finite) scaling.inverse = inverse_of<Code>(kept);
   }
   return scaling;
 }
