@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -25,3 +26,13 @@ def bitsandbytes_linear_map(*, signed: bool) -> list[float]:
     functional = bitsandbytes_functional()
     table: list[float] = functional.create_linear_map(signed=signed, total_bits=8).tolist()
     return table
+
+
+def torchao_microscaling(module: str) -> Any:
+    """The module `torchao.prototype.mx_formats.<module>`; skips the test where it is not there."""
+    with warnings.catch_warnings():  # of torchao about itself
+        warnings.simplefilter("ignore")
+        return pytest.importorskip(
+            f"torchao.prototype.mx_formats.{module}",
+            reason="torchao, from the extra `peers`, is the oracle",
+        )

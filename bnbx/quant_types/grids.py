@@ -44,22 +44,24 @@ def dynamic_map(signed: bool, max_exponent_bits: int, total_bits: int) -> tuple[
 
     Args:
         signed: whether there are negative numbers.
-        max_exponent_bits: how many decades there are, the uppermost from 0.1 to 1.
+        max_exponent_bits: how many decades there are, the uppermost from 0.1 to 1. A signed map
+            has room for `total_bits` - 1; more change nothing.
         total_bits: width of a code; what decades leave of it makes fractions finer.
 
     Raises:
-        ValueError: `max_exponent_bits` is not between 1 and `total_bits` - 1, or, for an
-            unsigned map, not `total_bits` - 1: the rule then fills no whole table.
+        ValueError: `max_exponent_bits` is below 1, or, for an unsigned map, not
+            `total_bits` - 1: the rule then fills no whole table.
     """
-    spare = total_bits - 1 - max_exponent_bits
-    if max_exponent_bits < 1 or spare < 0 or (spare > 0 and not signed):
-        allowed = f"1 to {total_bits - 1}" if signed else f"{total_bits - 1}"
+    fitting = min(max_exponent_bits, total_bits - 1) if signed else max_exponent_bits
+    spare = total_bits - 1 - fitting
+    if fitting < 1 or (spare != 0 and not signed):
+        allowed = "1 or more" if signed else f"{total_bits - 1}"
         raise ValueError(
             f"a dynamic map of {total_bits} bits with max_exponent_bits={max_exponent_bits}, "
             f"signed={signed}; expected {allowed}"
         )
-    steps = [2 ** (decade + spare + (not signed)) for decade in range(max_exponent_bits)]
-    powers = [decade - max_exponent_bits + 1 for decade in range(max_exponent_bits)]
+    steps = [2 ** (decade + spare + (not signed)) for decade in range(fitting)]
+    powers = [decade - fitting + 1 for decade in range(fitting)]
     if spare:  # the codes without an exponent, which refine the uppermost decade once more
         steps.append(2**spare - 1)
         powers.append(0)
