@@ -276,6 +276,7 @@ class QuantState:
                 setattr(state, key, tensor_entry(what, fields, key, dtype, device))
         _check_table(state, encoding, what)
         _check_sizes(state, encoding, what)
+        state.label  # noqa: B018 - made now, for torch.compile to find it
         return state
 
     # ---- what Python code does with states

@@ -1,0 +1,155 @@
+"""Layers in graphs: the operations keep their contracts, and models compile and export whole."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bnbx.kernels.coding import encode
+from bnbx.kernels.encoding import make_encoding
+from bnbx.nn import Linear8bitLt, QuantEmbedding, QuantLinear, quantize_
+from quantized_layers import LanguageModel, ids, language_model, layer
+
+OPS = torch.ops.bnbx
+
+
+def _parts(name: str, shape: tuple[int, ...], double: bool) -> tuple[list[torch.Tensor], str]:
+    encoding = make_encoding(name, double=double)
+    return encode(encoding, torch.randn(shape)), encoding.label
+
+
+@pytest.mark.parametrize(
+    ("name", "double"), [("nf4", False), ("nf4", True), ("int8", False), ("nvfp4", False)]
+)
+def test_operations_keep_their_contracts(name: str, double: bool) -> None:
+    parts, label = _parts(name, (40, 64), double)
+    x = torch.randn(3, 64, requires_grad=True)
+    bias, grad = torch.randn(40, requires_grad=True), torch.randn(3, 40, requires_grad=True)
+    size = (40, 64)
+    calls: list[tuple[Any, tuple[Any, ...]]] = [
+        (OPS.linear, (x, parts, bias, label, size)),
+        (OPS.linear, (x[:0].detach(), parts, None, label, size)),
+        (OPS.linear_grad_input, (grad, parts, label, size)),
+        (OPS.dense, (parts, label, size, torch.bfloat16)),
+        (OPS.embedding, (torch.tensor([[0, 39], [1, 1]]), parts, label, size, torch.float16)),
+    ]
+    for operation, arguments in calls:
+        torch.library.opcheck(operation.default, arguments)
+
+
+def _compiled(network: nn.Module) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    found: Callable[..., Any] = torch.compile(network, fullgraph=True, backend="aot_eager")
+    return found
+
+
+def test_model_compiles_without_a_break_and_trains_the_same() -> None:
+    model = language_model()
+    quantize_(model, "nf4", double=True, overrides={"*mlp*": "int8"}, parameters=["*experts.up"])
+    other = copy.deepcopy(model)
+    compiled = _compiled(other)
+    for _ in range(2):
+        expected, found = model(ids()), compiled(ids())
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # norms are decomposed
+        expected.square().sum().backward()
+        found.square().sum().backward()
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert (one.grad is None) == (two.grad is None)
+        if one.grad is not None and two.grad is not None:
+            torch.testing.assert_close(two.grad, one.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_inductor_compiles_a_layer() -> None:
+    torch._dynamo.reset()
+    found = layer(64, 32)
+    x = torch.randn(3, 64, requires_grad=True)
+    result = torch.compile(found, fullgraph=True)(x)
+    torch.testing.assert_close(result, found(x))
+    result.sum().backward()
+    assert x.grad is not None
+
+
+def test_compiled_int8_layer_with_a_threshold() -> None:
+    found = Linear8bitLt(64, 32, has_fp16_weights=False, threshold=6.0).to("cpu")
+    x = torch.randn(3, 64)
+    x[:, 5] = 20
+    torch.testing.assert_close(_compiled(found)(x), found(x))
+
+
+def test_compiled_layer_follows_what_is_loaded_into_it() -> None:
+    found, other = layer(64, 32), QuantLinear(64, 32).to("cpu")
+    compiled, x = _compiled(found), torch.randn(3, 64)
+    compiled(x)
+    for state in (other.state_dict(), layer(64, 32, quant_type="int8").state_dict()):
+        found.load_state_dict(state)
+        torch.testing.assert_close(compiled(x), found(x), rtol=0, atol=0)
+        assert found(x).abs().sum() > 0
+
+
+def test_compiled_layer_takes_other_sizes_of_input() -> None:
+    found = layer(64, 32)
+    compiled = _compiled(found)
+    for rows in (1, 4, 7, 0):
+        x = torch.randn(rows, 64)
+        torch.testing.assert_close(compiled(x), found(x), rtol=0, atol=0)
+
+
+def test_compiled_layer_under_autocast() -> None:
+    found, x = layer(64, 32), torch.randn(3, 64)
+    compiled = _compiled(found)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = compiled(x)
+        torch.testing.assert_close(result, found(x), rtol=0, atol=0)
+    assert result.dtype == torch.bfloat16
+
+
+def _exportable() -> LanguageModel:
+    model = language_model()
+    quantize_(model, "nf4", overrides={"layers.1.mlp": {"double": True}})
+    return model
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_model_is_exported_saved_and_loaded(strict: bool) -> None:
+    model = _exportable()
+    program = torch.export.export(model, (ids(),), strict=strict)
+    names = {str(node.target) for node in program.graph.nodes}
+    assert {"bnbx.linear.default", "bnbx.embedding.default"} <= names
+    memory = io.BytesIO()
+    torch.export.save(program, memory)
+    memory.seek(0)
+    loaded = torch.export.load(memory)
+    torch.testing.assert_close(loaded.module()(ids()), model(ids()), rtol=0, atol=0)
+
+
+def test_export_with_dynamic_rows() -> None:
+    found = layer(64, 32)
+    rows = torch.export.Dim("rows", min=2, max=100)
+    program = torch.export.export(found, (torch.randn(4, 64),), dynamic_shapes=({0: rows},))
+    x = torch.randn(9, 64)
+    torch.testing.assert_close(program.module()(x), found(x), rtol=0, atol=0)
+
+
+def test_embedding_that_is_the_last_layer_too_compiles() -> None:
+    """The model passes its weight to torch's own functions."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = QuantEmbedding(50, 64).to("cpu")
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            x = nn.functional.embedding(tokens, self.embed.weight)
+            return nn.functional.linear(x, self.embed.weight)
+
+    model, tokens = Tied(), torch.tensor([[1, 49], [0, 7]])
+    dense = model.embed.dequantized_weight()
+    expected = dense[tokens] @ dense.T
+    torch.testing.assert_close(model(tokens), expected)
+    torch.testing.assert_close(_compiled(model)(tokens), model(tokens))
