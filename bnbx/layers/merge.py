@@ -19,10 +19,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bnbx.errors import OptionError, UnsupportedTensorError
+from bnbx.errors import OptionError, UnknownNameError, UnsupportedTensorError
 from bnbx.kernels.coding import FLOATS, check_numbers, decode, encode
-from bnbx.kernels.encoding import Encoding
+from bnbx.kernels.encoding import Encoding, make_encoding
 from bnbx.kernels.fit import fit_scales
+from bnbx.layers.int8 import Linear8bitLt
+from bnbx.layers.module import QuantizedModule
+from bnbx.layers.parameter import QuantParameter
+from bnbx.registry import quant_types
+from bnbx.registry.quant_type import Scale
 
 ROWS = 1024  # at a time, when norms are summed
 
@@ -83,40 +88,47 @@ class Merged:
     dense: Tensor | None
 
 
+Parts = tuple[Encoding, Sequence[Tensor], Sequence[int]]
+Weight = QuantizedModule | Linear8bitLt | QuantParameter | Parts
+EXPECTED = "merge_lora expects a quantized layer, its parameter or (encoding, parts, shape)"
+
+
 @torch.no_grad()
-def merge_parts(
-    encoding: Encoding,
-    parts: Sequence[Tensor],
-    shape: Sequence[int],
+def merge_lora(
+    weight: Weight,
     lora_a: Tensor,
     lora_b: Tensor,
     scaling: float = 1.0,
     *,
     fit: str | None = "mse",
+    in_place: bool = False,
     dense: torch.dtype | None = None,
 ) -> Merged:
-    """Merge `scaling * lora_b @ lora_a` into a quantized weight.
+    """Merge `scaling * lora_b @ lora_a` into a quantized weight; the type stays what it is.
 
-    Takes three dense float32 copies of the weight while it runs.
+    Takes three dense float32 copies of the weight while it runs. Print the report of what it
+    returns before you trust a merge: see this module's text.
 
     Args:
-        encoding: of the weight.
-        parts: of the weight; they are left as they are.
-        shape: of the weight, (out, in).
+        weight: a quantized layer, its parameter, or the (encoding, parts, shape) of a weight.
         lora_a: (rank, in), float32, bfloat16 or float16.
         lora_b: (out, rank).
         scaling: alpha / rank, or alpha / sqrt(rank).
         fit: how scales are chosen (see `fit_scales`); None for plain requantization with absmax.
+        in_place: write the merged weight over the old one, in its own memory. If anything is
+            wrong, nothing has been written.
         dense: also return the exact sum, in this dtype.
 
     Raises:
         OptionError: shapes that do not belong together, numbers that are not finite, no such fit.
-        UnsupportedTensorError: lora_a or lora_b is no tensor of floats on the weight's device.
-        QuantizedDataError: the parts do not fit the encoding and the shape.
+        UnsupportedTensorError: lora_a or lora_b is no tensor of floats on the weight's device; or
+            the weight is something that is not quantized.
+        QuantizedDataError: parts, encoding and shape of the weight do not fit one another.
     """
+    encoding, parts, shape = _parts_of(weight)
     _check(shape, parts[0].device, lora_a, lora_b, scaling, dense)
-    weight = decode(encoding, parts, shape)
-    exact = torch.addmm(weight, lora_b.float(), lora_a.float(), alpha=scaling)
+    before = decode(encoding, parts, shape)
+    exact = torch.addmm(before, lora_b.float(), lora_a.float(), alpha=scaling)
     best = encode(encoding, exact)
     merged = decode(encoding, best, shape)
     off = absmax = _norm(merged, exact)
@@ -127,9 +139,41 @@ def merge_parts(
         best, off = tried, _norm(merged, exact)
         if off <= absmax:
             break
-    report = _report(encoding, weight, exact, merged, off, absmax)
+    report = _report(encoding, before, exact, merged, off, absmax)
     total = None if dense is None else exact.to(dense)
+    if in_place:
+        for old, new in zip(parts, best, strict=True):
+            old.copy_(new)
     return Merged(encoding, best, tuple(shape), report, total)
+
+
+def _parts_of(weight: Weight) -> tuple[Encoding, Sequence[Tensor], Sequence[int]]:
+    """What a weight is to kernels; the parts are its own memory."""
+    if isinstance(weight, tuple):
+        return weight
+    if isinstance(weight, Linear8bitLt):
+        codes, scales = weight.weight.detach(), getattr(weight.weight, "SCB", None)
+        scales = weight.state.SCB if scales is None else scales
+        if codes.dtype != torch.int8 or scales is None:
+            raise UnsupportedTensorError(f"{EXPECTED}; this Linear8bitLt has its weight in floats")
+        return integer_rows(), [codes.view(torch.uint8), scales], tuple(codes.shape)
+    state = weight.state_of_weight() if isinstance(weight, QuantizedModule) else None
+    param = weight.weight if isinstance(weight, QuantizedModule) else weight
+    if isinstance(param, QuantParameter):
+        state = state or param.quant_state
+    if state is None:
+        raise UnsupportedTensorError(f"{EXPECTED}, not a {type(weight).__name__}")
+    codes = param.detach()
+    return state.check(codes), state.parts(codes), tuple(state.shape or ())
+
+
+def integer_rows() -> Encoding:
+    """The encoding of `Linear8bitLt`: the registered type of whole numbers that has it."""
+    whole = (*map(float, range(128)), *map(float, range(-128, 0)))
+    found = quant_types().find(lambda t: t.values == whole and t.scale == Scale(per="row"))
+    if found is None:
+        raise UnknownNameError("no registered type holds whole numbers with a scale per row")
+    return make_encoding(found)
 
 
 def _check(

@@ -12,6 +12,7 @@ from bnbx.layers.embedding import QuantEmbedding
 from bnbx.layers.int8 import Linear8bitLt
 from bnbx.layers.int8_params import Int8Params
 from bnbx.layers.linear import QuantLinear
+from bnbx.layers.merge import Merged, MergeReport, merge_lora
 from bnbx.layers.parameter import QuantParameter
 from bnbx.layers.parametrize import replace_parameter, restore_parameter
 from bnbx.nn.convert import dequantize_, quantize_
@@ -40,6 +41,8 @@ __all__ = [
     "Linear8bitLt",
     "LinearFP4",
     "LinearNF4",
+    "MergeReport",
+    "Merged",
     "OutlierAwareLinear",
     "OutlierTracer",
     "Params4bit",
@@ -51,6 +54,7 @@ __all__ = [
     "StableEmbedding",
     "dequantize_",
     "find_outlier_dims",
+    "merge_lora",
     "quantize_",
     "replace_parameter",
     "restore_parameter",
