@@ -44,11 +44,11 @@ def linear(
     """See `bnbx.kernels.int8.linear`."""
     step = STEP.to(x.device)
     codes, absmax, outlier = quantize_rows(x, threshold)
-    found = products(codes, weight).float() * (absmax * step)[:, None]
+    found = products(codes, weight).float() * (absmax * step * step)[:, None]
     if threshold > 0:
         columns = outlier.nonzero()[:, 0]
-        found = found + x[:, columns].float() @ weight[:, columns].t().float()
-    found = found * (weight_absmax * step)
+        found = found + x[:, columns].float() @ (weight[:, columns].t().float() * step)
+    found = found * weight_absmax
     y = (found if bias is None else found + bias.float()).to(x.dtype)
     return y, outlier if threshold > 0 else outlier[:0]
 

@@ -126,17 +126,25 @@ class Linear8bitLt(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As in torch; the absmax goes where the codes go, and stays float32."""
-        before = self.state.SCB
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        before, absmax = self.weight, self.state.SCB
+
+        def plainly(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            return found.detach() if found is not tensor else found
+
+        super()._apply(plainly, recurse)  # type: ignore[no-untyped-call]
         weight = self.weight
+        if isinstance(before, Int8Params) and not isinstance(weight, Int8Params):
+            # To and from the meta device torch makes a new parameter, of no class that it knows.
+            weight = self.weight = before._like(weight.detach(), before.SCB)
         if weight.dtype != torch.int8:
             self.state.reset_grads()
             return self
         if isinstance(weight, Int8Params):
             weight.CB = weight.data
-            weight.SCB = _moved(before if weight.SCB is None else weight.SCB, weight.device)
+            weight.SCB = _moved(absmax if weight.SCB is None else weight.SCB, weight.device)
         else:
-            self.state.SCB = _moved(before, weight.device)
+            self.state.SCB = _moved(absmax, weight.device)
         self.init_8bit_state()
         return self
 

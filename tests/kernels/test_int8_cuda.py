@@ -64,11 +64,11 @@ def in_order(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor, threshold: 
     step = int8_reference.STEP
     x_codes, x_absmax, outliers = int8_reference.quantize_rows(x, threshold)
     x_codes = x_codes.masked_fill(outliers, 0)
-    found = int8_reference.products(x_codes, codes).float() * (x_absmax * step)[:, None]
+    found = int8_reference.products(x_codes, codes).float() * (x_absmax * step * step)[:, None]
     apart = torch.zeros_like(found)
     for column in outliers.nonzero()[:, 0]:
-        apart = apart + codes[:, column].float() * x[:, column, None].float()
-    return ((found + apart) * (absmax * step) + bias.float()).to(x.dtype)
+        apart = apart + (codes[:, column].float() * step) * x[:, column, None].float()
+    return ((found + apart) * absmax + bias.float()).to(x.dtype)
 
 
 def assert_same(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:

@@ -3,7 +3,8 @@
 //
 // A row of numbers x is kept as codes round(x * (1 / absmax * 127)) and its absmax. An outlier is a number
 // of at least the threshold; its column is multiplied in floats and has code 0. The product of rows x
-// and w is (sum(code_x * code_w) * absmax_x / 127 + sum over outlier columns(x * code_w)) * absmax_w / 127.
+// and w is (sum(code_x * code_w) * absmax_x / 127**2 + sum over outlier columns(x * code_w / 127)) * absmax_w:
+// in this order no part overflows that is not larger than the whole.
 
 enum { INT8_MOST = 127 };
 #define INT8_STEP (1.0f / 127.0f)
@@ -31,8 +32,12 @@ DEVICE i8 int8_code(float x, float inverse, u32 limit) {
 
 DEVICE float int8_number(i8 code, float absmax) { return (float)code * absmax * INT8_STEP; }
 
+// What sums of products of codes are multiplied by for a row of x, and codes in outlier columns.
+DEVICE float int8_row_factor(float absmax) { return absmax * INT8_STEP * INT8_STEP; }
+DEVICE float int8_part(i8 code) { return (float)code * INT8_STEP; }
+
 // For one output, or for a vector of them.
 template <class Floats>
-DEVICE Floats int8_product(Floats sum, float factor_x, Floats outliers, Floats factor_w, Floats bias) {
-  return (sum * factor_x + outliers) * factor_w + bias;
+DEVICE Floats int8_product(Floats sum, float row_factor, Floats outliers, Floats absmax_w, Floats bias) {
+  return (sum * row_factor + outliers) * absmax_w + bias;
 }
