@@ -13,6 +13,8 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = [
     "MatmulLtState",
+    "QuantTensor",
+    "dequantize",
     "dequantize_",
     "errors",
     "functional",
@@ -20,6 +22,7 @@ __all__ = [
     "matmul_4bit",
     "nn",
     "optim",
+    "quantize",
     "quantize_",
     "registry",
 ]
@@ -27,9 +30,12 @@ __all__ = [
 # Where the names that are no sub-modules come from.
 _HOMES = {
     "MatmulLtState": "bnbx.layers.int8_matmul",
+    "QuantTensor": "bnbx.functional",
+    "dequantize": "bnbx.functional",
     "dequantize_": "bnbx.nn",
     "matmul": "bnbx.layers.int8_matmul",
     "matmul_4bit": "bnbx.layers.int8_matmul",
+    "quantize": "bnbx.functional",
     "quantize_": "bnbx.nn",
 }
 

@@ -18,7 +18,16 @@ PUBLIC_MODULES = (
     "bnbx.optim",
     "bnbx.registry",
 )
-PUBLIC_NAMES = ("MatmulLtState", "dequantize_", "matmul", "matmul_4bit", "quantize_")
+PUBLIC_NAMES = (
+    "MatmulLtState",
+    "QuantTensor",
+    "dequantize",
+    "dequantize_",
+    "matmul",
+    "matmul_4bit",
+    "quantize",
+    "quantize_",
+)
 """Those that the package itself has, besides its modules."""
 
 

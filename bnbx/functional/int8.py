@@ -11,11 +11,10 @@ from torch import Tensor
 from bnbx.errors import InputError, OptionError
 from bnbx.functional import checks
 from bnbx.functional.registration import operation, without_gradient
+from bnbx.kernels import int8
+from bnbx.kernels.int8 import MOST_COLUMNS
 
-MOST = 127.0
-STEP = 1 / 127
 STEPS = 6.200124e-05  # of two codes: 1 / 127**2, in the digits that bitsandbytes has
-MOST_COLUMNS = 131_071  # so many products of two codes add up to less than 2**31
 EXACT = 1024  # so many products of codes add up to less than 2**24: exactly, in float32
 INT_MM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)  # right on any CPU since then
 
@@ -171,12 +170,7 @@ def _rows_fake(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
 @operation("int8_quantize_rows(Tensor x, float threshold) -> (Tensor, Tensor, Tensor)", _rows_fake)
 def _rows(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, absmax of rows, and which columns have outliers."""
-    kept, outliers = _without_outliers(x, threshold)
-    codes, absmax = _quantized(kept, 1)
-    columns = outliers.any(0)
-    if len(x) > 1:
-        codes.masked_fill_(columns, 0)
-    return codes, absmax, columns
+    return int8.quantize_rows(x, threshold)
 
 
 without_gradient(_rows, 2)
@@ -191,29 +185,14 @@ def _columns_fake(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
 @operation("int8_quantize_columns(Tensor x, float threshold) -> (Tensor, Tensor)", _columns_fake)
 def _columns(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Codes and absmax of columns."""
-    kept, _ = _without_outliers(x, threshold)
-    return _quantized(kept, 0)
+    numbers = x.float()
+    if threshold > 0:
+        numbers = numbers.masked_fill(numbers.abs() >= threshold, 0.0)
+    codes, absmax, _ = int8.quantize_rows(numbers.t())
+    return codes.t().contiguous(), absmax
 
 
 without_gradient(_columns, 2)
-
-
-def _without_outliers(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    numbers = x.float()
-    if threshold <= 0:
-        return numbers, torch.zeros(x.shape, dtype=torch.bool, device=x.device)
-    outliers = numbers.abs() >= threshold
-    return numbers.masked_fill(outliers, 0.0), outliers
-
-
-def _quantized(numbers: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Codes, and absmax along a dimension."""
-    size = numbers.shape[1 - dim]
-    absmax = numbers.abs().amax(dim) if numbers.shape[dim] else numbers.new_zeros(size)
-    scale = MOST / absmax
-    scale = torch.where(scale.isfinite() & absmax.isfinite(), scale, 0.0).unsqueeze(dim)
-    scaled = torch.where(scale > 0, numbers * scale, 0.0)
-    return scaled.round_().to(torch.int8), absmax
 
 
 def _matrix(x: Any) -> Tensor:
@@ -314,8 +293,7 @@ def _numbers_fake(codes: Tensor, stats: Tensor) -> Tensor:
 
 @operation("int8_vectorwise_dequant(Tensor codes, Tensor stats) -> Tensor", _numbers_fake)
 def _numbers(codes: Tensor, stats: Tensor) -> Tensor:
-    rows = codes.reshape(stats.numel(), -1)
-    return (rows * stats.reshape(-1, 1) * STEP).view(codes.shape)
+    return int8.dequantize_rows(codes, stats)
 
 
 without_gradient(_numbers, 2)
