@@ -25,7 +25,7 @@ from typing_extensions import Self
 from bnbx.errors import BnbxError, QuantizedDataError
 from bnbx.kernels.coding import FLOATS
 from bnbx.kernels.quant_state import QuantState
-from bnbx.kernels.state_dict import PACKED
+from bnbx.kernels.state_dict import PACKED, TENSORS
 from bnbx.layers.parameter import QuantParameter
 
 WEIGHT = "weight"
@@ -124,7 +124,7 @@ class QuantizedModule(torch.nn.Module):
         error_msgs: list[str],
     ) -> None:
         key = prefix + WEIGHT
-        beside = {name: value for name, value in state_dict.items() if name.startswith(f"{key}.")}
+        beside = {name: value for name, value in state_dict.items() if is_beside(name, key)}
         given = state_dict.get(key)
         taken = False
         if isinstance(given, Tensor):
@@ -134,17 +134,29 @@ class QuantizedModule(torch.nn.Module):
             except BnbxError as error:
                 error_msgs.append(f"{key}: {error}")
                 taken = True
-        if taken:
-            state_dict = {
-                name: value
-                for name, value in state_dict.items()
-                if name != key and name not in beside
-            }
+        rest = {
+            name: value
+            for name, value in state_dict.items()
+            if name not in beside and not (taken and name == key)
+        }
         lacking: list[str] = []
         super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, lacking, unexpected_keys, error_msgs
+            rest, prefix, local_metadata, strict, lacking, unexpected_keys, error_msgs
         )
+        if given is None:
+            # A file may hold a shared weight once, and what lies beside it too.
+            own: dict[str, Any] = {}
+            save_state(getattr(self.weight, "quant_state", None), own, f"{key}.", keep_vars=False)
+            lacking += [name for name in own if name not in beside]
         missing_keys += [name for name in lacking if not (taken and name == key)]
+
+
+def is_beside(name: str, key: str) -> bool:
+    """Whether an entry of a state dict belongs to the quantized parameter with this key."""
+    if not name.startswith(f"{key}."):
+        return False
+    rest = name[len(key) + 1 :]
+    return rest in TENSORS or rest.startswith(PACKED)
 
 
 def follow_dtype(state: QuantState | None, fn: Callable[[Tensor], Tensor]) -> None:

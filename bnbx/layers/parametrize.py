@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from bnbx.errors import BnbxError, OptionError, UnknownNameError
 from bnbx.kernels.quant_state import QuantState
-from bnbx.layers.module import follow_dtype, load_weight, save_state
+from bnbx.layers.module import follow_dtype, is_beside, load_weight, save_state
 from bnbx.layers.parameter import QuantParameter
 from bnbx.layers.stacked import Stacked
 from bnbx.registry import QuantType
@@ -226,7 +226,7 @@ def _load(
     if param is None or key not in state_dict:
         return
     given = state_dict.pop(key)
-    beside = {k: state_dict.pop(k) for k in list(state_dict) if k.startswith(f"{key}.")}
+    beside = {k: state_dict.pop(k) for k in list(state_dict) if is_beside(k, key)}
     holder: Any = module.parametrizations[name]  # type: ignore[index]
     inner = f"{prefix}parametrizations.{name}.{ORIGINAL}"
     shape = param.shape if param.quant_state is None else param.quant_state.shape or ()
