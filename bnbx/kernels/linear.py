@@ -7,14 +7,20 @@ codes as they are read, and for many rows the weight is decoded in panels that s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from math import inf, prod
 
 import torch
 from torch import Tensor
 
 from bnbx.errors import UnsupportedTensorError
-from bnbx.kernels import coding
+from bnbx.kernels import linear_cpu, linear_panels, targets
 from bnbx.kernels.coding import check_numbers
 from bnbx.kernels.encoding import Encoding, check_parts
+from bnbx.kernels.linear_source import plan_for
+
+Shape = tuple[int, int]
+FEW_ROWS = {torch.float32: 64, torch.bfloat16: 12, torch.float16: inf}
 
 
 def linear(
@@ -44,8 +50,9 @@ def linear(
     _check_input("x", x, inner, parts[0].device)
     if bias is not None:
         _check_bias(bias, out, x)
-    weight = coding.decode(encoding, parts, (out, inner), x.dtype)
-    return torch.nn.functional.linear(x, weight, bias)
+    rows = x.detach().reshape(prod(x.shape[:-1]), inner)
+    y = _multiply(encoding, parts, (out, inner), rows, bias if bias is None else bias.detach())
+    return y.view(*x.shape[:-1], out)
 
 
 def grad_input(
@@ -68,8 +75,39 @@ def grad_input(
     """
     out, inner = _check_weight(encoding, parts, shape)
     _check_input("grad", grad, out, parts[0].device)
-    weight = coding.decode(encoding, parts, (out, inner), grad.dtype)
-    return grad @ weight
+    rows = grad.detach().reshape(prod(grad.shape[:-1]), out)
+    return _grad_input(encoding, parts, (out, inner), rows).view(*grad.shape[:-1], inner)
+
+
+def _multiply(
+    encoding: Encoding, parts: Sequence[Tensor], shape: Shape, x: Tensor, bias: Tensor | None
+) -> Tensor:
+    if x.numel() == 0 or shape[0] == 0:
+        y = x.new_zeros((len(x), shape[0]))
+        return y if bias is None else y + bias
+    target = choose(encoding, x.device.type)
+    if target == "cpu" and len(x) < FEW_ROWS[x.dtype]:
+        return linear_cpu.multiply(encoding, parts, shape, x, bias)
+    return linear_panels.multiply(encoding, parts, shape, x, bias)
+
+
+def _grad_input(encoding: Encoding, parts: Sequence[Tensor], shape: Shape, grad: Tensor) -> Tensor:
+    if grad.numel() == 0 or shape[1] == 0:
+        return grad.new_zeros((len(grad), shape[1]))
+    if grad.dtype != torch.float16 and choose(encoding, grad.device.type) == "cpu":
+
+        def decode(first: int, out: Tensor) -> None:
+            linear_cpu.decode_columns(encoding, parts, shape, first, out)
+
+        return linear_panels.multiply_columns(decode, shape, grad)
+    return linear_panels.multiply_rows(encoding, parts, shape, grad)
+
+
+@lru_cache(maxsize=1024)
+def choose(encoding: Encoding, device: str) -> str:
+    """The target that runs products with a weight in an encoding on a type of device."""
+    ready = {"cpu": lambda: linear_cpu.kernel(plan_for(encoding, "float32"))}
+    return targets.choose(device, ready, "a product with a quantized weight")
 
 
 def _check_weight(

@@ -1,0 +1,104 @@
+"""Products with a quantized weight on a CPU: C++ compiled at run time, on torch's pool of threads.
+
+What goes in has been checked by `bnbx.kernels.linear`; here are only memory and pointers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bnbx.kernels import threads
+from bnbx.kernels.cache import key_of, load_or_build
+from bnbx.kernels.coding_cpu import NUMBERS, PARTS, packed_tables
+from bnbx.kernels.compiler import find_compiler
+from bnbx.kernels.encoding import Encoding
+from bnbx.kernels.linear_source import LinearPlan, plan_for, render_linear
+
+TEMPLATE = "linear.cpp.j2"
+WORK = 16  # a product takes about so much less time than an element of what threads count by
+
+
+class Job(ctypes.Structure):
+    """The struct `Job` of templates/cpu_linear.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in (*PARTS, "tables", "second_tables")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "inputs")),
+        *((name, ctypes.c_void_p) for name in ("x", "bias", "y")),
+        *((name, ctypes.c_int64) for name in ("first", "last")),
+        ("room", ctypes.c_void_p),
+    )
+
+
+@lru_cache(maxsize=512)
+def kernel(plan: LinearPlan) -> ctypes.CDLL:
+    """The kernels of `plan`, compiled or read from the cache on first use.
+
+    Raises:
+        CompileError: there is no compiler, or it refuses the source.
+    """
+    source = render_linear(plan, TEMPLATE)
+    compiler = find_compiler()
+    key = key_of(source, *compiler.key())
+    return load_or_build(key, source, ".cpp", compiler.compile, _open)
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    library.bnbx_room_for.argtypes = [integer]
+    library.bnbx_room_for.restype = integer
+    for entry in (library.bnbx_multiply, library.bnbx_decode_columns):
+        entry.argtypes = [pointer, integer, pointer]
+        entry.restype = None
+    return library
+
+
+def _job(encoding: Encoding, parts: Sequence[Tensor], shape: tuple[int, int], y: Tensor) -> Job:
+    job = Job()
+    for name, part in zip(encoding.parts, parts, strict=True):
+        setattr(job, name, part.data_ptr())
+    codes, scales = packed_tables(encoding)
+    job.tables = codes.ctypes.data
+    job.second_tables = scales.ctypes.data if scales is not None else None
+    job.rows, job.columns = shape
+    job.y = y.data_ptr()
+    return job
+
+
+def multiply(
+    encoding: Encoding,
+    parts: Sequence[Tensor],
+    shape: tuple[int, int],
+    x: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """The product x (rows, in) @ weight.T + bias, with the weight decoded in registers."""
+    compiled = kernel(plan_for(encoding, NUMBERS[x.dtype]))
+    x = x.contiguous()
+    bias = bias if bias is None else bias.contiguous()
+    y = torch.empty((len(x), shape[0]), dtype=x.dtype)
+    room = torch.empty(compiled.bnbx_room_for(shape[1]), dtype=torch.float32)
+    job = _job(encoding, parts, shape, y)
+    job.inputs, job.x, job.room = len(x), x.data_ptr(), room.data_ptr()
+    job.bias = None if bias is None else bias.data_ptr()
+    count, parallel = threads.threads_for(shape[0] * shape[1] * min(len(x), 4) // WORK)
+    compiled.bnbx_multiply(ctypes.byref(job), count, parallel)
+    return y
+
+
+def decode_columns(
+    encoding: Encoding, parts: Sequence[Tensor], shape: tuple[int, int], first: int, out: Tensor
+) -> None:
+    """Fill `out` (rows of the weight, some columns) with the columns from number `first` on."""
+    compiled = kernel(plan_for(encoding, NUMBERS[out.dtype]))
+    job = _job(encoding, parts, shape, out)
+    job.first, job.last = first, first + out.shape[1]
+    count, parallel = threads.threads_for(out.numel())
+    compiled.bnbx_decode_columns(ctypes.byref(job), count, parallel)

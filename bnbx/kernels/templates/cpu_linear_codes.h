@@ -1,0 +1,179 @@
+// Codes as products read them: a group of them at a time, from bytes to levels in registers.
+//
+// Where the table of levels fits into registers, those of a group come out in the order that takes
+// the fewest instructions: vector v holds in its lane l the element first_element(l) + v * STEP. The
+// numbers that they are multiplied with are laid out in that order beforehand.
+
+#if CODE_BITS <= 4 && defined(__AVX2__) && defined(__FMA__)
+#define TABLE_IN_REGISTERS  // a lane holds 8 codes, and shifts bring them down one by one
+enum { GROUP = 8 * LANES, STEP = 1 };
+static inline int first_element(int lane) { return 8 * lane; }
+#elif CODE_BITS > 4 && defined(__AVX512BW__) && defined(__AVX512VBMI__)
+#define BYTE_PLANES  // see look_up_bytes in cpu_codebook.h
+enum { GROUP = 64, STEP = 4 };
+static inline int first_element(int lane) { return lane / 4 * 16 + lane % 4; }
+#else
+enum { GROUP = 64, STEP = LANES };
+static inline int first_element(int lane) { return lane; }
+#endif
+
+enum { VECTORS = GROUP / LANES, GROUP_BYTES = GROUP / 8 * CODE_BITS };
+
+static inline int element_at(int place) { return first_element(place % LANES) + place / LANES * STEP; }
+
+// The codes of a group in bytes of their own, for any processor: eight of them are CODE_BITS bytes.
+static inline void unpack_plain(const u8* from, u8* codes) {
+  for (int lane = 0; lane < GROUP / 8; ++lane) {
+    unsigned long long word = 0;
+    for (int byte = 0; byte < CODE_BITS; ++byte) word = word << 8 | from[lane * CODE_BITS + byte];
+    for (int i = 0; i < 8; ++i) codes[lane * 8 + i] = (u8)(word >> CODE_BITS * (7 - i) & ((1u << CODE_BITS) - 1u));
+  }
+}
+
+#if defined(__AVX512BW__) && defined(__AVX512VBMI__)
+
+// 64 codes in bytes of their own, in order. Eight of them are CODE_BITS bytes: a permute brings these
+// into a word of 64 bits, the first one on top, from which a multishift takes 8 bits at 8 places.
+static inline __m512i unpack64(const u8* from) {
+  const __m512i packed = _mm512_maskz_loadu_epi8(~0ull >> (64 - 8 * CODE_BITS), from);
+#if CODE_BITS == 8
+  return packed;
+#else
+  alignas(64) u8 source[64], shift[64];
+  for (int i = 0; i < 64; ++i) {
+    source[i] = (u8)(i / 8 * CODE_BITS + (i % 8 < CODE_BITS ? CODE_BITS - 1 - i % 8 : 0));
+    shift[i] = (u8)(CODE_BITS * (7 - i % 8));
+  }
+  const __m512i words = _mm512_permutexvar_epi8(_mm512_load_si512(source), packed);
+  const __m512i shifted = _mm512_multishift_epi64_epi8(_mm512_load_si512(shift), words);
+  return _mm512_and_si512(shifted, _mm512_set1_epi8((1 << CODE_BITS) - 1));
+#endif
+}
+
+#endif
+
+#ifdef TABLE_IN_REGISTERS
+
+// The levels, as often as they fit into 16: then whatever stands above a code in its index is harmless.
+typedef Table16 Levels;
+
+static inline Levels load_levels(const Tables* tables) {
+  float repeated[16];
+  for (int i = 0; i < 16; ++i) repeated[i] = tables->levels[i % (1 << CODE_BITS)];
+  return load_table(repeated);
+}
+
+// How far down code v of a lane is to be shifted.
+static constexpr int shift_of(int v) {
+  return CODE_BITS == 4 ? v / 2 * 8 + 4 - v % 2 * 4 : CODE_BITS == 2 ? v / 4 * 8 + 6 - v % 4 * 2 : 3 * (7 - v);
+}
+
+// 8 codes for each lane, as they lie in memory, or where codes cross bytes, the first one on top.
+static inline Ints load_words(const u8* from) {
+#if defined(__AVX512BW__)
+#if CODE_BITS == 4
+  return (Ints)_mm512_loadu_si512(from);
+#elif CODE_BITS == 2
+  return (Ints)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+#else
+  const __m512i packed = _mm512_maskz_loadu_epi32(0x0fff, from);
+  const __m512i pieces = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11), packed);
+  const __m128i order = _mm_setr_epi8(2, 1, 0, -1, 5, 4, 3, -1, 8, 7, 6, -1, 11, 10, 9, -1);
+  return (Ints)_mm512_shuffle_epi8(pieces, _mm512_broadcast_i32x4(order));
+#endif
+#else
+#if CODE_BITS == 4
+  return (Ints)_mm256_loadu_si256((const __m256i*)from);
+#elif CODE_BITS == 2
+  return (Ints)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
+#else
+  const __m128i low = _mm_loadu_si128((const __m128i*)from), high = _mm_loadu_si128((const __m128i*)(from + 8));
+  const __m256i order = _mm256_setr_epi8(2, 1, 0, -1, 5, 4, 3, -1, 8, 7, 6, -1, 11, 10, 9, -1,
+                                         6, 5, 4, -1, 9, 8, 7, -1, 12, 11, 10, -1, 15, 14, 13, -1);
+  return (Ints)_mm256_shuffle_epi8(_mm256_set_m128i(high, low), order);
+#endif
+#endif
+}
+
+static inline Ints load_bytes(const u8* from) {
+#if defined(__AVX512BW__)
+  return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+#else
+  return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#endif
+}
+
+static inline void decode_group(const u8* from, const Levels& levels, Floats (&w)[VECTORS]) {
+  const Ints words = load_words(from);
+#pragma GCC unroll 8
+  for (int v = 0; v < VECTORS; ++v) w[v] = look_up(levels, words >> shift_of(v));
+}
+
+static inline void decode_in_order(const u8* from, const Levels& levels, float* to) {
+  alignas(64) u8 codes[GROUP];
+#if defined(__AVX512BW__) && defined(__AVX512VBMI__)
+  for (int i = 0; i < GROUP / 64; ++i) _mm512_store_si512(codes + 64 * i, unpack64(from + 8 * CODE_BITS * i));
+#else
+  unpack_plain(from, codes);
+#endif
+  for (int i = 0; i < GROUP; i += LANES) store(look_up(levels, load_bytes(codes + i)), to + i);
+}
+
+#elif defined(BYTE_PLANES)
+
+typedef const Tables* Levels;
+
+static inline Levels load_levels(const Tables* tables) { return tables; }
+
+static inline __m512i look_up_plane(const u8* plane, __m512i index, __mmask64 upper) {
+#if CODE_BITS == 8
+  return look_up_bytes(plane, index, upper);
+#elif CODE_BITS == 7
+  return _mm512_permutex2var_epi8(_mm512_loadu_si512(plane), index, _mm512_loadu_si512(plane + 64));
+#else
+  return _mm512_permutexvar_epi8(index, _mm512_loadu_si512(plane));
+#endif
+}
+
+// Floats from the four bytes of each, which stand in 16-byte pieces of their own.
+static inline void look_up_codes(__m512i index, Levels levels, Floats (&w)[4]) {
+  const __mmask64 upper = _mm512_movepi8_mask(index);
+  const __m512i b0 = look_up_plane(levels->planes[0], index, upper), b1 = look_up_plane(levels->planes[1], index, upper);
+  const __m512i b2 = look_up_plane(levels->planes[2], index, upper), b3 = look_up_plane(levels->planes[3], index, upper);
+  const __m512i low01 = _mm512_unpacklo_epi8(b0, b1), high01 = _mm512_unpackhi_epi8(b0, b1);
+  const __m512i low23 = _mm512_unpacklo_epi8(b2, b3), high23 = _mm512_unpackhi_epi8(b2, b3);
+  w[0] = (Floats)_mm512_unpacklo_epi16(low01, low23);
+  w[1] = (Floats)_mm512_unpackhi_epi16(low01, low23);
+  w[2] = (Floats)_mm512_unpacklo_epi16(high01, high23);
+  w[3] = (Floats)_mm512_unpackhi_epi16(high01, high23);
+}
+
+static inline void decode_group(const u8* from, const Levels& levels, Floats (&w)[VECTORS]) {
+  look_up_codes(unpack64(from), levels, w);
+}
+
+static inline void decode_in_order(const u8* from, const Levels& levels, float* to) {
+  Floats w[VECTORS];
+  look_up_codes(_mm512_permutexvar_epi8(_mm512_load_si512(interleave), unpack64(from)), levels, w);
+  for (int v = 0; v < VECTORS; ++v) store(w[v], to + v * LANES);
+}
+
+#else
+
+typedef const Tables* Levels;
+
+static inline Levels load_levels(const Tables* tables) { return tables; }
+
+static inline void decode_in_order(const u8* from, const Levels& levels, float* to) {
+  u8 codes[GROUP];
+  unpack_plain(from, codes);
+  for (int i = 0; i < GROUP; ++i) to[i] = levels->levels[codes[i]];
+}
+
+static inline void decode_group(const u8* from, const Levels& levels, Floats (&w)[VECTORS]) {
+  float x[GROUP];
+  decode_in_order(from, levels, x);
+  for (int v = 0; v < VECTORS; ++v) w[v] = load(x + v * LANES);
+}
+
+#endif

@@ -1,0 +1,51 @@
+// ---- the entries of the library, on the threads of the host process
+
+struct Work {
+  const Job* job;
+  void (*run)(const Job*, i64, i64, i64);
+  i64 what, slices, next;
+};
+
+static void work_on(void* data) {
+  Work* work = (Work*)data;
+  for (;;) {
+    const i64 slice = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED);
+    if (slice >= work->slices) return;
+    const i64 first = work->job->rows * slice / work->slices, last = work->job->rows * (slice + 1) / work->slices;
+    if (first < last) work->run(work->job, work->what, first, last);
+  }
+}
+
+// `parallel` is the host's GOMP_parallel, so that kernels and torch share one pool of threads. More slices
+// than threads: one that is interrupted holds up the others less.
+typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
+
+static void run(Work work, i64 threads, Parallel parallel) {
+  if (threads > 1 && parallel) {
+    work.slices = threads * 4;
+    parallel(work_on, &work, (unsigned)threads, 0);
+  } else {
+    work_on(&work);
+  }
+}
+
+template <int M>
+static void multiply_inputs(const Job* job, i64 input, i64 threads, Parallel parallel) {
+  for (i64 phase = 0; phase < ALIGNMENT; phase += phase_step(job->columns)) lay_out<M>(job, input, phase, laid_out(job, phase));
+  run({job, multiply<M>, input, 1, 0}, threads, parallel);
+}
+
+// y = x times the weight, transposed, plus bias.
+extern "C" void bnbx_multiply(const Job* job, i64 threads, Parallel parallel) {
+  for (i64 input = 0; input < job->inputs; input += MOST_INPUTS) {
+    const i64 left = job->inputs - input;
+    if (left == 1) multiply_inputs<1>(job, input, threads, parallel);
+    else if (left == 2) multiply_inputs<2>(job, input, threads, parallel);
+    else multiply_inputs<MOST_INPUTS>(job, input, threads, parallel);
+  }
+}
+
+// y = columns [first, last) of the weight.
+extern "C" void bnbx_decode_columns(const Job* job, i64 threads, Parallel parallel) {
+  run({job, decode_columns, 0, 1, 0}, threads, parallel);
+}
