@@ -8,6 +8,7 @@ call goes on from there. Everything that arguments say is checked before anythin
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +32,7 @@ from bnbx.nn.selection import Choice, Chosen, select
 from bnbx.registry import QuantType
 
 LARGE = 1 << 30  # bytes of weights for which progress is shown unasked
+LINES = 4  # of progress, where there is no terminal
 HALF = 4  # bits of the types whose layers have names of their own
 
 
@@ -168,19 +170,35 @@ def _progress(chosen: Chosen, wanted: bool | None) -> Iterator[Callable[[str], N
     """A function to call with the name of each weight once it is done."""
     console = Console(stderr=True)
     large = sum(choice.param.nbytes for choice in chosen.choices) >= LARGE
+    total = len(chosen.choices)
     if not (wanted or (wanted is None and large and console.is_terminal)):
         yield lambda name: None
-        return
-    columns = (
-        TextColumn("quantizing"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=len(chosen.choices))
-        yield lambda name: bar.update(task, advance=1, description=name)
+    elif not console.is_terminal:
+        yield _lines(console, total)
+    else:
+        columns = (
+            TextColumn("quantizing"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda name: bar.update(task, advance=1, description=name)
+
+
+def _lines(console: Console, total: int) -> Callable[[str], None]:
+    """Four lines in all, for a log that keeps every one."""
+    due = {total * part // LINES for part in range(1, LINES + 1)}
+    numbers = itertools.count(1)
+
+    def advance(name: str) -> None:
+        number = next(numbers)
+        if number in due:
+            console.print(f"quantizing: {number} of {total} weights, {name}", soft_wrap=True)
+
+    return advance
 
 
 def _report(chosen: Chosen, done: Mapping[int, Encoding]) -> QuantizationReport:
