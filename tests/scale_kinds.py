@@ -44,14 +44,17 @@ def float4(name: str, **options: Any) -> QuantType:
     return QuantType(name=name, summary="E2M1", bits=4, values=FLOAT4, unit=6.0, **options)
 
 
-def every_encoding() -> Iterator[tuple[str, Encoding]]:
-    """Names and encodings."""
+def every_type() -> Iterator[tuple[str, Encoding]]:
+    """Registered types, those that can also with their scales quantized."""
     for name in quant_types().names():
         encoding = make_encoding(name)
         yield name, encoding
-        scale = encoding.quant_type.scale
-        if scale == Scale():
+        if encoding.quant_type.scale == Scale():
             yield f"{name}-double", make_encoding(name, double=True)
+
+
+def every_kind() -> Iterator[tuple[str, Encoding]]:
+    """Kinds of scales and widths of codes."""
     for kind, scale in SCALES.items():
         yield f"float4-{kind}", make_encoding(float4(f"float4_{kind}", scale=scale, block_size=32))
     for bits in (2, 3, 4, 5, 8):
@@ -60,7 +63,8 @@ def every_encoding() -> Iterator[tuple[str, Encoding]]:
     yield "even2-centered", make_encoding(even(2, scale=Scale(centered=True)))
 
 
-ENCODINGS = dict(every_encoding())
+KINDS = dict(every_kind())
+ENCODINGS = {**dict(every_type()), **KINDS}
 
 
 def blocks_of(encoding: Encoding, x: Tensor) -> Tensor:

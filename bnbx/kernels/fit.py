@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from bnbx.errors import OptionError
-from bnbx.kernels.coding import check_numbers, encode
+from bnbx.kernels import fit_cpu, fit_reference
+from bnbx.kernels.coding import check_numbers, choose, encode
 from bnbx.kernels.coding_reference import (
     LARGEST_FLOAT,
     SMALLEST,
@@ -30,7 +31,7 @@ from bnbx.kernels.coding_reference import (
     second_encoding,
 )
 from bnbx.kernels.encoding import Encoding, check_parts
-from bnbx.kernels.packing import pack, unpack
+from bnbx.kernels.fit_reference import levels_of, search_tables
 
 METHODS = ("mse",)
 MULTIPLES = tuple(2.0 * 0.93**i for i in range(24))
@@ -41,7 +42,7 @@ POWERS = (2.0, 0.5, 0.25)
 FIRST_STEP = 0.04
 STEPS = 3
 MARGIN = 1e-5  # of an error: what float32 sums may be off by, many times over
-PIECE = 1 << 18  # elements at a time, so that temporaries stay small; a multiple of 8
+PIECE = 1 << 20  # elements at a time, so that temporaries stay small; a multiple of 8
 
 
 def fit_scales(
@@ -126,21 +127,10 @@ def _split(start: int, blocks: Tensor, packed: Tensor) -> Iterator[tuple[int, in
 
 
 @dataclass
-class _Sums:
-    """Of each block: the squared error, and what least squares need (q: the decoded levels)."""
-
-    error: Tensor
-    qx: Tensor
-    qq: Tensor
-    q: Tensor
-    x: Tensor
-
-
-@dataclass
 class _Choice:
-    """What has been found best for each block of a chunk."""
+    """What has been found best for each block of a chunk; `sums` are those of `fit_reference`."""
 
-    sums: _Sums
+    sums: Tensor
     kept: Tensor
     factor: Tensor
     center: Tensor | None
@@ -148,10 +138,8 @@ class _Choice:
 
     def improve(self, other: _Choice) -> None:
         """Take over the blocks in which the other's error is smaller."""
-        better = other.sums.error < self.sums.error
-        for name in vars(self.sums):
-            new, old = getattr(other.sums, name), getattr(self.sums, name)
-            setattr(self.sums, name, torch.where(better, new, old))
+        better = other.sums[0] < self.sums[0]
+        self.sums = torch.where(better, other.sums, self.sums)
         self.kept = torch.where(better, other.kept, self.kept)
         self.factor = torch.where(better, other.factor, self.factor)
         if self.center is not None and other.center is not None:
@@ -174,6 +162,9 @@ class _Fit:
         self.encoding = encoding
         self.found = dict(zip(encoding.parts, parts, strict=True))
         self.factors = factors(encoding, parts, shape)
+        device = parts[0].device
+        native = device.type == "cpu" and choose(encoding, "cpu") == "cpu"
+        self.target = fit_cpu if native else fit_reference
         powers = encoding.quant_type.scale.dtype == "e8m0"
         self.steps = 0 if powers else steps
         self.multiples = (POWERS if powers else MULTIPLES) + ((1.0,) if again else ())
@@ -181,30 +172,27 @@ class _Fit:
         # Absmax is a multiple of the factor by which levels are multiplied.
         self.per_factor = encoding.codebook.unit if encoding.keeps_step else 1.0
         self.natural = 1.0 if encoding.keeps_step else encoding.codebook.unit
-        device = parts[0].device
-        self.levels = torch.from_numpy(encoding.tables.levels.copy()).to(device)
-        self.thresholds, self.order = _search_tables(encoding, device)
-        self.ascending = self.levels[self.order.long()]
         if encoding.second is not None:
             inner = second_encoding(encoding)
-            self.second_thresholds, self.second_order = _search_tables(inner, device)
-            assert encoding.second_tables is not None
-            self.second_levels = torch.from_numpy(encoding.second_tables.levels.copy()).to(device)
+            self.second_thresholds, self.second_order = search_tables(inner, device)
+            self.second_levels = levels_of(inner, device)
             self.second_inverse = scales_of(inner, self.found["second_scale"], None)[2]
 
     def chunk(self, start: int, stop: int, blocks: Tensor, packed: Tensor) -> None:
         """Fit the blocks from `start` to `stop`, and write what is better."""
+        if blocks.shape[1] <= PIECE:
+            blocks = blocks.float()  # once, and not in each attempt
         center = self.found["center"][start:stop] if "center" in self.found else None
-        largest = self._largest(blocks, center)
+        largest = _largest(blocks, center)
         norm = 1.0 / largest.clamp(min=SMALLEST)
         kept, factor = self.found["scale"][start:stop], self.factors[start:stop]
-        sums = self._measure(blocks, factor, center, norm, packed)
-        sums.error = sums.error * (1 - MARGIN)
+        sums = self._sums(blocks, factor, center, norm, packed)
+        sums[0] *= 1 - MARGIN
         best = _Choice(sums, kept, factor, center, torch.zeros_like(largest, dtype=torch.bool))
 
         def attempt(factor: Tensor, center: Tensor | None) -> None:
             kept, rounded = self._rounded(factor, start, stop)
-            found = self._measure(blocks, rounded, center, norm)
+            found = self._sums(blocks, rounded, center, norm)
             best.improve(_Choice(found, kept, rounded, center, best.changed))
 
         if self.again:
@@ -214,33 +202,54 @@ class _Fit:
         for step in range(self.steps):
             for change in (1 + FIRST_STEP * 0.5**step, 1 - FIRST_STEP * 0.5**step):
                 attempt(best.factor * change, best.center)
-            attempt(*self._least_squares(best, blocks.shape[1]))
-        self._write(best, start, stop, blocks, packed)
-
-    def _write(self, best: _Choice, start: int, stop: int, blocks: Tensor, packed: Tensor) -> None:
+            attempt(*_least_squares(best, norm, blocks.shape[1]))
         self.found["scale"][start:stop] = best.kept
         if best.center is not None:
             self.found["center"][start:stop] = best.center
         inverse = self._inverse(best.factor)
+        for x, codes in self._pieces(blocks, packed):
+            self.target.write(self.encoding, x, inverse, best.center, best.changed, codes)
+
+    def _pieces(self, blocks: Tensor, packed: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Long blocks in pieces, float32, and their codes."""
         place = 0
         for x in torch.split(blocks, PIECE, 1):
-            codes = self.order[self._ranks(x.float(), inverse, best.center)]
-            new = pack(codes, self.encoding.quant_type)
-            old = packed[:, place : place + new.shape[1]]
-            old.copy_(torch.where(best.changed[:, None], new, old))
-            place += new.shape[1]
+            size = -(-x.shape[1] * self.encoding.bits // 8)
+            yield x.float(), packed[:, place : place + size]
+            place += size
+
+    def _sums(
+        self,
+        blocks: Tensor,
+        factor: Tensor,
+        center: Tensor | None,
+        norm: Tensor,
+        packed: Tensor | None = None,
+    ) -> Tensor:
+        """The sums for these scales, with the nearest codes or with those that are packed."""
+        inverse = self._inverse(factor)
+        if packed is not None:
+            found = [
+                self.target.sums(self.encoding, x, factor, inverse, center, norm, codes)
+                for x, codes in self._pieces(blocks, packed)
+            ]
+        else:
+            found = [
+                self.target.sums(self.encoding, x.float(), factor, inverse, center, norm, None)
+                for x in torch.split(blocks, PIECE, 1)
+            ]
+        return found[0] if len(found) == 1 else torch.stack(found).sum(0)
 
     def _rounded(self, factor: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """What is kept of factors, and the factors that it reads as."""
-        encoding = self.encoding
-        if encoding.second is None:
+        if self.encoding.second is None:
             scale = self.found.get("tensor_scale")
-            kept, read, _ = scales_of(encoding, factor * self.per_factor, scale)
+            kept, read, _ = scales_of(self.encoding, factor * self.per_factor, scale)
             return kept, read
-        place = torch.arange(start, stop, device=factor.device) // encoding.second_block
+        place = torch.arange(start, stop, device=factor.device) // self.encoding.second_block
         scaled = (factor - self.found["mean"]) * self.second_inverse[place]
         kept = self.second_order[torch.bucketize(scaled, self.second_thresholds)]
-        read = self.second_levels[kept.long()] * self.found["second_scale"][place]
+        read = self.second_levels[kept.int()] * self.found["second_scale"][place]
         return kept, read + self.found["mean"]
 
     def _inverse(self, factor: Tensor) -> Tensor:
@@ -248,67 +257,19 @@ class _Fit:
         inverse = (self.natural / torch.where(usable, factor, 1.0)).clamp(max=LARGEST_FLOAT)
         return torch.where(usable, inverse, 0.0)
 
-    def _ranks(self, x: Tensor, inverse: Tensor, center: Tensor | None) -> Tensor:
-        scaled = (
-            x * inverse[:, None] if center is None else (x - center[:, None]) * inverse[:, None]
-        )
-        return torch.bucketize(scaled, self.thresholds, out_int32=True)
 
-    def _measure(
-        self,
-        blocks: Tensor,
-        factor: Tensor,
-        center: Tensor | None,
-        norm: Tensor,
-        packed: Tensor | None = None,
-    ) -> _Sums:
-        """The sums for these scales, with the nearest codes or with those that are packed."""
-        inverse = self._inverse(factor)
-        total = [torch.zeros_like(norm) for _ in range(5)]
-        place = 0
-        for x in torch.split(blocks, PIECE, 1):
-            x = x.float()
-            if packed is None:
-                q = self.ascending[self._ranks(x, inverse, center)]
-            else:
-                size = -(-x.shape[1] * self.encoding.bits // 8)
-                codes = unpack(
-                    packed[:, place : place + size], self.encoding.quant_type, x.shape[1]
-                )
-                q = self.levels[codes.int()]
-                place += size
-            value = q * factor[:, None]
-            value = value if center is None else value + center[:, None]
-            off = (x - value) * norm[:, None]
-            total[0] += (off * off).sum(1)
-            x = x * norm[:, None]
-            total[1] += (q * x).sum(1)
-            total[2] += (q * q).sum(1)
-            if center is not None:
-                total[3] += q.sum(1)
-                total[4] += x.sum(1)
-        return _Sums(total[0], total[1] / norm, total[2], total[3], total[4] / norm)
-
-    def _least_squares(self, best: _Choice, size: int) -> tuple[Tensor, Tensor | None]:
-        """The best factor, and center, for the codes at hand."""
-        sums = best.sums
-        if best.center is None:
-            return sums.qx / sums.qq, None
-        spread = sums.qq - sums.q * sums.q / size
-        factor = (sums.qx - sums.q * sums.x / size) / spread
-        return factor, (sums.x - factor * sums.q) / size
-
-    def _largest(self, blocks: Tensor, center: Tensor | None) -> Tensor:
-        found = torch.zeros(len(blocks), device=blocks.device)
-        for x in torch.split(blocks, PIECE, 1):
-            x = x.float() if center is None else x.float() - center[:, None]
-            found = torch.maximum(found, x.abs().amax(1))
-        return found
+def _least_squares(best: _Choice, norm: Tensor, size: int) -> tuple[Tensor, Tensor | None]:
+    """The best factor, and center, for the codes at hand."""
+    _, qx, qq, q, x = best.sums
+    if best.center is None:
+        return qx / qq / norm, None
+    factor = (qx - q * x / size) / (qq - q * q / size)
+    return factor / norm, (x - factor * q) / size / norm
 
 
-def _search_tables(encoding: Encoding, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Thresholds, and codes in the order of their numbers."""
-    written = len(encoding.codebook.codes)
-    thresholds = torch.from_numpy(encoding.tables.thresholds[: written - 1].copy())
-    order = torch.from_numpy(encoding.tables.order[:written].copy())
-    return thresholds.to(device), order.to(device)
+def _largest(blocks: Tensor, center: Tensor | None) -> Tensor:
+    found = torch.zeros(len(blocks), device=blocks.device)
+    for x in torch.split(blocks, PIECE, 1):
+        x = x.float() if center is None else x.float() - center[:, None]
+        found = torch.maximum(found, x.abs().amax(1))
+    return found

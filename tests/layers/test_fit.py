@@ -14,8 +14,9 @@ from bnbx.kernels import fit as kernels_fit
 from bnbx.kernels.coding import decode, encode
 from bnbx.kernels.encoding import Encoding, check_parts, make_encoding
 from bnbx.layers.fit import fit_scales
-from scale_kinds import ENCODINGS, SCALES, block_errors, blocks_of, even, float4
+from scale_kinds import ENCODINGS, KINDS, SCALES, block_errors, blocks_of, even, float4
 
+kinds = pytest.mark.parametrize("encoding", KINDS.values(), ids=KINDS)
 every = pytest.mark.parametrize("encoding", ENCODINGS.values(), ids=ENCODINGS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -44,7 +45,7 @@ def test_never_worse_and_better_on_the_whole(encoding: Encoding) -> None:
     assert after.sum() < 0.99 * before.sum()
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_never_worse_whatever_the_numbers(data: st.DataObject) -> None:
     encoding = ENCODINGS[data.draw(st.sampled_from(sorted(ENCODINGS)))]
@@ -57,7 +58,7 @@ def test_never_worse_whatever_the_numbers(data: st.DataObject) -> None:
     assert_never_worse(encoding, x.to(data.draw(st.sampled_from(DTYPES))))
 
 
-@every
+@kinds
 def test_blocks_that_are_not_finite_are_those_of_absmax(encoding: Encoding) -> None:
     x = weights(3, 512)
     x[0, 3], x[1, 400] = torch.nan, torch.inf
@@ -117,7 +118,7 @@ def test_scales_of_few_values_are_searched_through(kind: str) -> None:
     assert before.sum() - after.sum() > 0.95 * (before.sum() - least.sum())
 
 
-@every
+@kinds
 def test_pieces_do_not_matter(encoding: Encoding, monkeypatch: pytest.MonkeyPatch) -> None:
     x = weights(9, 200)
     whole = block_errors(encoding, fit_scales(encoding, x), x)
@@ -141,7 +142,7 @@ def test_a_parameter_is_fitted_without_a_graph() -> None:
     assert not any(part.requires_grad for part in fit_scales(make_encoding("nf4"), parameter))
 
 
-@every
+@kinds
 def test_starts_where_it_is_told(encoding: Encoding) -> None:
     """From the parts of a weight, the fit of another near it is at least as near as the weight."""
     x = weights(12, 160)

@@ -14,10 +14,10 @@ from bnbx.errors import OptionError, QuantizedDataError, UnsupportedTensorError
 from bnbx.kernels.coding import decode, encode
 from bnbx.kernels.encoding import Encoding, make_encoding
 from bnbx.nn import Linear4bit, Linear8bitLt, QuantEmbedding, QuantLinear, merge_lora
-from scale_kinds import ENCODINGS, block_errors
+from scale_kinds import KINDS, block_errors
 
 OUT, IN, RANK = 24, 136, 4
-every = pytest.mark.parametrize("encoding", ENCODINGS.values(), ids=ENCODINGS)
+every = pytest.mark.parametrize("encoding", KINDS.values(), ids=KINDS)
 
 
 def weight(seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
