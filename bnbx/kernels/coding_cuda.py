@@ -1,6 +1,6 @@
 """Quantize and dequantize on CUDA: compiled by NVRTC through CuPy, on torch's current stream.
 
-Nothing here waits for the device. What a scale per tensor needs to know of the whole tensor is found
+Nothing here waits for the device. What a scale needs to know of the whole tensor is found
 by a launch of its own, and read by the next one.
 """
 
@@ -120,7 +120,8 @@ def ready(encoding: Encoding) -> None:
     _kernel(CodingPlan(encoding, "float32"), torch.cuda.current_device())
 
 
-def _held(encoding: Encoding, parts: Sequence[Tensor], index: int) -> dict[str, Tensor]:
+def held_parts(encoding: Encoding, parts: Sequence[Tensor], index: int) -> dict[str, Tensor]:
+    """The parts by name, with the encoding's tables on the device of this index."""
     return dict(zip(encoding.parts, parts, strict=True)) | _tables(encoding, index)
 
 
@@ -137,7 +138,7 @@ def encode(
     numbers = _ascending(encoding, x.device.index) if plan.stochastic else None
     counts = [0 if given is None else given.numel() for given in (rand, numbers)]
     noise = (rand, counts[0], numbers, counts[1], seed or 0)
-    held = _held(encoding, parts, x.device.index)
+    held = held_parts(encoding, parts, x.device.index)
     _run(plan, x, encode_launches(plan, x.shape, x, whole, held, noise))
     return parts
 
@@ -145,11 +146,11 @@ def encode(
 def decode(
     encoding: Encoding, parts: Sequence[Tensor], shape: Sequence[int], out: Tensor, start: int
 ) -> None:
-    """Decode the elements from number `start` on to `out`; see `bnbx.kernels.coding.decode_rows`."""
+    """Decode the elements from number `start` on to `out`; see `coding.decode_rows`."""
     if out.numel() == 0:
         return
     plan = CodingPlan(encoding, NUMBERS[out.dtype])
-    held = _held(encoding, parts, out.device.index)
+    held = held_parts(encoding, parts, out.device.index)
     _run(plan, out, [decode_launch(plan, shape, out, start, out.numel(), held)])
 
 

@@ -6,21 +6,49 @@ codes as they are read, and for many rows the weight is decoded in panels that s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from math import inf, prod
 
 import torch
 from torch import Tensor
 
 from bnbx.errors import UnsupportedTensorError
-from bnbx.kernels import linear_cpu, linear_panels, targets
+from bnbx.kernels import linear_cpu, linear_cuda, linear_panels, targets
 from bnbx.kernels.coding import check_numbers
 from bnbx.kernels.encoding import Encoding, check_parts
-from bnbx.kernels.linear_source import plan_for
 
 Shape = tuple[int, int]
-FEW_ROWS = {torch.float32: 64, torch.bfloat16: 12, torch.float16: inf}
+Multiply = Callable[[Encoding, Sequence[Tensor], Shape, Tensor, Tensor | None], Tensor]
+DecodeColumns = Callable[[Encoding, Sequence[Tensor], Shape, int, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Native:
+    """What a native target does: products of a few rows, columns of the weight."""
+
+    ready: Callable[[Encoding], object]
+    multiply: Multiply
+    decode_columns: DecodeColumns
+    few_rows: Mapping[torch.dtype, float]
+    """Fewer rows than these are multiplied as codes are read, more by panels."""
+
+
+NATIVE = {
+    "cpu": Native(
+        linear_cpu.ready,
+        linear_cpu.multiply,
+        linear_cpu.decode_columns,
+        {torch.float32: 64, torch.bfloat16: 12, torch.float16: inf},
+    ),
+    "cuda": Native(
+        linear_cuda.ready,
+        linear_cuda.multiply,
+        linear_cuda.decode_columns,
+        {torch.float32: 9, torch.bfloat16: 9, torch.float16: 9},
+    ),
+}
 
 
 def linear(
@@ -85,28 +113,26 @@ def _multiply(
     if x.numel() == 0 or shape[0] == 0:
         y = x.new_zeros((len(x), shape[0]))
         return y if bias is None else y + bias
-    target = choose(encoding, x.device.type)
-    if target == "cpu" and len(x) < FEW_ROWS[x.dtype]:
-        return linear_cpu.multiply(encoding, parts, shape, x, bias)
+    native = NATIVE.get(choose(encoding, x.device.type))
+    if native is not None and len(x) < native.few_rows[x.dtype]:
+        return native.multiply(encoding, parts, shape, x, bias)
     return linear_panels.multiply(encoding, parts, shape, x, bias)
 
 
 def _grad_input(encoding: Encoding, parts: Sequence[Tensor], shape: Shape, grad: Tensor) -> Tensor:
     if grad.numel() == 0 or shape[1] == 0:
         return grad.new_zeros((len(grad), shape[1]))
-    if grad.dtype != torch.float16 and choose(encoding, grad.device.type) == "cpu":
-
-        def decode(first: int, out: Tensor) -> None:
-            linear_cpu.decode_columns(encoding, parts, shape, first, out)
-
-        return linear_panels.multiply_columns(decode, shape, grad)
-    return linear_panels.multiply_rows(encoding, parts, shape, grad)
+    native = NATIVE.get(choose(encoding, grad.device.type))
+    if native is None or native.few_rows[grad.dtype] == inf:
+        return linear_panels.multiply_rows(encoding, parts, shape, grad)
+    decode = partial(native.decode_columns, encoding, parts, shape)
+    return linear_panels.multiply_columns(decode, shape, grad)
 
 
 @lru_cache(maxsize=1024)
 def choose(encoding: Encoding, device: str) -> str:
     """The target that runs products with a weight in an encoding on a type of device."""
-    ready = {"cpu": lambda: linear_cpu.kernel(plan_for(encoding, "float32"))}
+    ready = {name: partial(native.ready, encoding) for name, native in NATIVE.items()}
     return targets.choose(device, ready, "a product with a quantized weight")
 
 

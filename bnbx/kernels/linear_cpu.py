@@ -49,6 +49,15 @@ def kernel(plan: LinearPlan) -> ctypes.CDLL:
     return load_or_build(key, source, ".cpp", compiler.compile, _open)
 
 
+def ready(encoding: Encoding) -> None:
+    """Make the kernel of an encoding.
+
+    Raises:
+        CompileError: there is no compiler, or it refuses the source.
+    """
+    kernel(plan_for(encoding, "float32"))
+
+
 def _open(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     pointer, integer = ctypes.c_void_p, ctypes.c_int64

@@ -1,0 +1,110 @@
+"""Products with a quantized weight on CUDA: compiled by NVRTC through CuPy, on torch's stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnbx.kernels.coding_cpu import NUMBERS, PARTS
+from bnbx.kernels.coding_cuda import held_parts
+from bnbx.kernels.cuda_module import THREADS, CudaModule
+from bnbx.kernels.encoding import Encoding
+from bnbx.kernels.linear_source import LinearPlan, plan_for, render_linear
+
+TEMPLATE = "linear.cu.j2"
+INPUTS = (1, 2, 4)  # rows of x that there are kernels for, as in the template
+ROWS = 2  # of the weight, that a warp takes at once
+NAMES = (*(f"multiply_{count}" for count in INPUTS), "decode_columns")
+WARPS = THREADS // 32
+
+
+def source(plan: LinearPlan) -> str:
+    """CUDA source of `plan`."""
+    return render_linear(plan, TEMPLATE)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel: its name, how many blocks it has work for, and its arguments."""
+
+    name: str
+    blocks: int
+    arguments: tuple[Any, ...]
+
+
+def multiply_launches(
+    shape: tuple[int, int],
+    x: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    held: Mapping[str, Any],
+) -> list[Launch]:
+    """The kernels that multiply all rows of x, both (rows, in) and y (rows, out) contiguous."""
+    found = []
+    sizes = tuple(map(np.int64, shape))
+    parts = [held.get(name) for name in (*PARTS, "tables", "second_tables")]
+    for first in range(0, len(x), max(INPUTS)):
+        some, to = x[first : first + max(INPUTS)], y[first : first + max(INPUTS)]
+        kernel = next(count for count in INPUTS if count >= len(some))
+        blocks = -(-shape[0] // (WARPS * ROWS))
+        arguments = (*sizes, some, np.int64(len(some)), bias, to, *parts)
+        found.append(Launch(f"multiply_{kernel}", blocks, arguments))
+    return found
+
+
+def decode_launch(
+    shape: tuple[int, int], first: int, out: Tensor, held: Mapping[str, Any]
+) -> Launch:
+    """The kernel that fills `out` (rows of the weight, some columns) from column `first` on."""
+    parts = [held.get(name) for name in (*PARTS, "tables", "second_tables")]
+    sizes = map(np.int64, (*shape, first, out.shape[1]))
+    return Launch("decode_columns", -(-out.numel() // THREADS), (*sizes, out, *parts))
+
+
+@lru_cache(maxsize=512)
+def _kernel(plan: LinearPlan, index: int) -> CudaModule:
+    return CudaModule(source(plan), NAMES, torch.device("cuda", index), plan.describe())
+
+
+def ready(encoding: Encoding) -> None:
+    """Make the kernel of an encoding on torch's current device.
+
+    Raises:
+        TargetError: CuPy is missing, or NVRTC refuses the source.
+    """
+    _kernel(plan_for(encoding, "float32"), torch.cuda.current_device())
+
+
+def multiply(
+    encoding: Encoding,
+    parts: Sequence[Tensor],
+    shape: tuple[int, int],
+    x: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """The product x (rows, in) @ weight.T + bias, with the weight decoded in registers."""
+    index = x.device.index
+    x = x.contiguous()
+    bias = bias if bias is None else bias.contiguous()
+    y = x.new_empty((len(x), shape[0]))
+    held = held_parts(encoding, parts, index)
+    compiled = _kernel(plan_for(encoding, NUMBERS[x.dtype]), index)
+    for each in multiply_launches(shape, x, bias, y, held):
+        compiled.launch(each.name, each.blocks, each.arguments)
+    return y
+
+
+def decode_columns(
+    encoding: Encoding, parts: Sequence[Tensor], shape: tuple[int, int], first: int, out: Tensor
+) -> None:
+    """Fill `out` (rows of the weight, some columns) with the columns from number `first` on."""
+    index = out.device.index
+    each = decode_launch(shape, first, out, held_parts(encoding, parts, index))
+    plan = plan_for(encoding, NUMBERS[out.dtype])
+    _kernel(plan, index).launch(each.name, each.blocks, each.arguments)

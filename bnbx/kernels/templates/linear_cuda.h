@@ -1,0 +1,184 @@
+// Products of a few rows of x with a quantized weight on CUDA. A warp takes ROWS rows of the weight at
+// once, and each of its lanes SPAN neighbors of a row, whose codes it holds in registers; x waits in shared memory.
+//
+// Spans are counted from a multiple of SPAN in the flattened weight, at or before the row's first element.
+// How far before is the row's phase; 0 in every row where the columns are a multiple of SPAN.
+
+enum { LANES = 32, WARPS = 8, ROWS = 2, SPAN = 32, HALF = SPAN / 2, TILE = LANES * SPAN };
+enum { WORDS = SPAN * Code::BITS / 32 };  // of a span's codes
+enum { LOAD = WORDS % 4 == 0 ? 4 : WORDS % 2 == 0 ? 2 : 1 };  // words that are loaded together
+
+struct alignas(LOAD * 4) Together {
+  u32 word[LOAD];
+};
+
+#define PARTS u8* codes, void* scale, float* center, float* tensor_scale, float* second_scale, float* mean, const Tables* tables, const Tables* second_tables
+#define GATHER_PARTS const Parts parts = {codes, scale, center, tensor_scale, second_scale, mean, tables, second_tables}
+
+// Tables in shared memory.
+struct Levels {
+  float level[1 << Code::BITS], second[Code::SCALE == SECOND ? 256 : 1];
+};
+
+DEVICE void load_levels(const Tables* tables, const Tables* second_tables, Levels& levels) {
+  for (int i = threadIdx.x; i < (1 << Code::BITS); i += LANES * WARPS) levels.level[i] = tables->levels[i];
+  if (Code::SCALE == SECOND)
+    for (int i = threadIdx.x; i < 256; i += LANES * WARPS) levels.second[i] = second_tables->levels[i];
+}
+
+// A row of the weight from its aligned beginning on: its elements are [phase, end).
+struct Row {
+  const u8* codes;
+  i64 number, start, end;
+  int phase;
+  bool aligned;  // words can be loaded together
+};
+
+DEVICE Row find_row(const Parts& parts, i64 number, i64 columns) {
+  const i64 first = PER == ROW ? (i64)0 : number * columns;
+  Row row;
+  row.number = number;
+  row.phase = (int)(first % SPAN);
+  row.start = first - row.phase;
+  row.end = row.phase + columns;
+  row.codes = parts.codes + (PER == ROW ? number * ((columns * Code::BITS + 7) / 8) : row.start / 8 * Code::BITS);
+  row.aligned = ((unsigned long long)row.codes & (LOAD * 4 - 1)) == 0;
+  return row;
+}
+
+DEVICE i64 block_of(const Row& row, i64 element) {
+  return PER == ROW ? row.number : PER == TENSOR ? (i64)0 : (row.start + element) / Code::BLOCK;
+}
+
+// The codes from `element` on, the first one in the highest bits; what lies beyond the row is zero.
+DEVICE void load_words(const Row& row, i64 element, u32 (&words)[WORDS]) {
+  const u8* from = row.codes + element / 8 * Code::BITS;
+  if (row.aligned && element + SPAN <= row.end) {
+#pragma unroll
+    for (int i = 0; i < WORDS; i += LOAD) *(Together*)(words + i) = *(const Together*)(from + 4 * i);
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) words[i] = __byte_perm(words[i], 0, 0x0123);
+    return;
+  }
+  const i64 left = ((row.end - element) * Code::BITS + 7) / 8;
+#pragma unroll
+  for (int i = 0; i < WORDS; ++i) {
+    words[i] = 0;
+#pragma unroll
+    for (int byte = 0; byte < 4; ++byte)
+      if (4 * i + byte < left) words[i] |= (u32)from[4 * i + byte] << (24 - 8 * byte);
+  }
+}
+
+DEVICE u32 code_at(const u32 (&words)[WORDS], int k) {
+  const int word = k * Code::BITS / 32, down = 32 - Code::BITS - k * Code::BITS % 32;
+  const u32 bits = down >= 0 ? words[word] >> down : words[word] << -down | words[(word + 1) % WORDS] >> (32 + down);
+  return bits & ((1u << Code::BITS) - 1u);
+}
+
+// M rows of x, columns [tile - SPAN, tile + TILE) of them, zero where there are none. The place of a column is
+// its remainder first: so that lanes that read, SPAN columns apart, read from different banks.
+template <int M>
+struct Inputs {
+  float x[M][SPAN][LANES + 1];
+};
+
+template <int M>
+DEVICE void load_inputs(const Number* x, i64 inputs, i64 columns, i64 tile, Inputs<M>& to) {
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+    for (int i = threadIdx.x; i < SPAN + TILE; i += LANES * WARPS) {
+      const i64 column = tile - SPAN + i;
+      const bool there = column >= 0 && column < columns && m < inputs;
+      to.x[m][i % SPAN][i / SPAN] = there ? to_float(x[m * columns + column]) : 0.0f;
+    }
+}
+
+// Adds the products with a span of each row to sums. WHOLE: all of its elements are the row's.
+template <int M, bool SHIFTED, bool WHOLE>
+DEVICE void add_span(const Parts& parts, const Row (&rows)[ROWS], const u32 (&words)[ROWS][WORDS], i64 element, const Levels& levels,
+                     const Inputs<M>& inputs, float (&sums)[ROWS][M]) {
+  const int lane = threadIdx.x % LANES;
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    const int low = (int)(rows[r].phase > element ? rows[r].phase - element : 0);
+    const int high = (int)(rows[r].end - element < SPAN ? rows[r].end - element : SPAN);
+    if (high <= low) continue;
+    float factor = 0.0f, middle = 0.0f;
+#pragma unroll
+    for (int k = 0; k < SPAN; ++k) {
+      if (k == 0 || (PER == BLOCK && Code::BLOCK < SPAN && k == HALF && k < high)) {
+        const i64 block = block_of(rows[r], element + k);
+        factor = factor_at<Code>(parts, block, levels.second);
+        middle = center_at<Code>(parts, block);
+      }
+      const float level = levels.level[code_at(words[r], k)];
+      float w = Code::CENTERED ? fmaf(level, factor, middle) : level * factor;
+      if (!WHOLE) w = k >= low && k < high ? w : 0.0f;
+      const int place = SHIFTED ? (k - rows[r].phase) & (SPAN - 1) : k;
+      const int at = lane + (SHIFTED && k < rows[r].phase ? 0 : 1);
+#pragma unroll
+      for (int m = 0; m < M; ++m) sums[r][m] = fmaf(w, inputs.x[m][place][at], sums[r][m]);
+    }
+  }
+}
+
+template <int M, bool SHIFTED>
+DEVICE void multiply(const Parts& parts, i64 row_count, i64 columns, const Number* x, i64 inputs, const Number* bias, Number* y,
+                     const Levels& levels, Inputs<M>& shared) {
+  const int lane = threadIdx.x % LANES;
+  for (i64 first = (i64)blockIdx.x * WARPS * ROWS; first < row_count; first += (i64)gridDim.x * WARPS * ROWS) {
+    const i64 number = first + threadIdx.x / LANES * ROWS;
+    Row rows[ROWS];
+    float sums[ROWS][M] = {};
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) rows[r] = find_row(parts, number + r < row_count ? number + r : row_count - 1, columns);
+    for (i64 tile = 0; tile < columns + (SHIFTED ? SPAN : 0); tile += TILE) {
+      __syncthreads();
+      load_inputs<M>(x, inputs, columns, tile, shared);
+      __syncthreads();
+      const i64 element = tile + lane * SPAN;
+      u32 words[ROWS][WORDS];
+      bool whole = true;
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        if (element < rows[r].end) load_words(rows[r], element, words[r]);
+        whole = whole && element >= rows[r].phase && element + SPAN <= rows[r].end;
+      }
+      if (whole) add_span<M, SHIFTED, true>(parts, rows, words, element, levels, shared, sums);
+      else add_span<M, SHIFTED, false>(parts, rows, words, element, levels, shared, sums);
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        float sum = sums[r][m];
+#pragma unroll
+        for (int distance = LANES / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+        if (lane != 0 || number + r >= row_count || m >= inputs) continue;
+        if (bias) sum += to_float(bias[number + r]);
+        from_float(sum, y[m * row_count + number + r]);
+      }
+  }
+}
+
+// Columns [first, first + width) of the weight as numbers, with the bits that dequantizing gives.
+extern "C" __global__ void __launch_bounds__(LANES * WARPS, 2)
+bnbx_decode_columns(const i64 row_count, const i64 columns, const i64 first, const i64 width, Number* __restrict__ to, PARTS) {
+  __shared__ Levels levels;
+  load_levels(tables, second_tables, levels);
+  __syncthreads();
+  GATHER_PARTS;
+  for (i64 i = (i64)blockIdx.x * (LANES * WARPS) + threadIdx.x; i < row_count * width; i += (i64)gridDim.x * (LANES * WARPS)) {
+    const Row row = find_row(parts, i / width, columns);
+    const i64 element = row.phase + first + i % width;
+    const i64 bit = element * Code::BITS;
+    const int end = (int)(bit % 8) + Code::BITS;
+    const u8* from = row.codes + bit / 8;
+    const u32 pair = (u32)from[0] << 8 | (end > 8 ? (u32)from[1] : 0u);
+    const float level = levels.level[pair >> (16 - end) & ((1u << Code::BITS) - 1u)];
+    const i64 block = block_of(row, element);
+    const float value = level * factor_at<Code>(parts, block, levels.second);
+    from_float(Code::CENTERED ? value + center_at<Code>(parts, block) : value, to[i]);
+  }
+}
