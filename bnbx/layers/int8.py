@@ -154,7 +154,10 @@ class Linear8bitLt(nn.Linear):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.weight.dtype == torch.int8:
+        weight = self.weight
+        if weight.is_meta and getattr(weight, "SCB", None) is self.state.SCB is None:
+            return  # transformers makes codes of no memory, and gives them their absmax later
+        if weight.dtype == torch.int8:
             absmax = self._absmax()
             destination[f"{prefix}SCB"] = absmax if keep_vars else absmax.detach()
             destination[f"{prefix}weight_format"] = torch.tensor(ROW_FORMAT, dtype=torch.uint8)

@@ -94,7 +94,8 @@ class Embedding8bit(nn.Embedding):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.weight.dtype == torch.int8:
+        weight = self.weight
+        if weight.dtype == torch.int8 and not (weight.is_meta and weight.SCB is None):
             absmax = self._absmax()
             destination[f"{prefix}SCB"] = absmax if keep_vars else absmax.detach()
             destination[f"{prefix}weight_format"] = torch.tensor(ROW_FORMAT, dtype=torch.uint8)
