@@ -1,10 +1,10 @@
-"""af4: AbnormalFloat, 4 bits of least expected absolute error on normal data in blocks of 64.
+"""af4: AbnormalFloat, 4 bits with levels from the distribution of x / absmax in blocks of 64.
 
-NF4 makes its codes equally likely, which is not what makes errors small, and does not know that
-the largest of a block is always 1. Yoshida derives levels from the distribution of x / absmax
-itself, which depends on the block size; these are for 64. Source: "NF4 Isn't Information
-Theoretically Optimal (and that's Good)", arXiv:2306.06965; codes in the order of bitsandbytes'
-get_4bit_type("af4"), the largest number first.
+NF4 takes quantiles of a normal distribution, which is not that of normal numbers over the absmax of
+their block; these levels are derived from that one. On normal data in blocks of 64 their mean error
+is 3 % above NF4's all the same (`bnbx describe af4`, `bnbx describe nf4`). Source: Yoshida, "NF4
+Isn't Information Theoretically Optimal (and that's Good)", arXiv:2306.06965; numbers and order of
+codes, the largest number first, of bitsandbytes' get_4bit_type("af4").
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 from bnbx.registry import QuantType
 from bnbx.registry.grid import float32
 
-# The paper's table.
 VALUES = (
     -1.0,
     -0.69441008,
@@ -34,7 +33,7 @@ VALUES = (
 
 af4 = QuantType(
     name="af4",
-    summary="4 bits of least absolute error on normal data in blocks of 64",
+    summary="AbnormalFloat of 4 bits, for blocks of 64",
     source="arXiv:2306.06965",
     bits=4,
     values=tuple(map(float32, reversed(VALUES))),
