@@ -101,7 +101,10 @@ class QuantizedModule(torch.nn.Module):
         """As in torch; a change of dtype reaches what the weight is dequantized to."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._note_state()
-        follow_dtype(getattr(self.weight, "quant_state", None), fn)
+        state, device = self.quant_state, self.weight.device
+        if state is not None and device.type != "meta":
+            state.to(device)  # a weight that lost its class has left it behind
+        follow_dtype(state, fn)
         return self
 
     # ---- state dicts
