@@ -339,11 +339,13 @@ def _encoding(
     quant_type: QuantType | str,
     block_size: int | None,
     signed: bool,
-    second: QuantType | None,
+    second: QuantType | str | None,
     second_block: int,
 ) -> Encoding:
     if isinstance(quant_type, str):
         quant_type = type_named(quant_type)
+    if isinstance(second, str):
+        second = type_named(second)
     if quant_type.scale.per != "block":
         block_size = None
     return make_encoding(
