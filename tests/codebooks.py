@@ -8,8 +8,11 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
+from bnbx.registry.quant_type import Codebook, Ties
+
 F32 = npt.NDArray[np.float32]
 Values = tuple[float, ...]
+TIES: tuple[Ties, ...] = ("low", "even")
 
 
 # ---- codebooks
@@ -116,19 +119,50 @@ def codebooks() -> st.SearchStrategy[Values]:
     return (made | _lists(2) | _lists(3)).filter(lambda values: len(set(values)) > 1)
 
 
-def probes(thresholds: Values, seed: int = 0) -> F32:
-    """Numbers of both signs that try a search: around every threshold, and of every magnitude."""
+UNITS = (1.0, 1.0, 6.0, 127.0, 448.0, 2.0**-16, 2.0**16)
+
+
+def full_codebooks() -> st.SearchStrategy[Codebook]:
+    """Codebooks with units, ties of either kind, and codes that are not written."""
+    return st.builds(
+        _full,
+        codebooks(),
+        st.sampled_from(UNITS),
+        st.sampled_from(TIES),
+        st.sampled_from([0, 0, 1, 2]),
+        st.booleans(),
+    )
+
+
+def _full(values: Values, unit: float, ties: Ties, unwritten: int, read: bool) -> Codebook:
+    table: list[float | None] = [float(np.float32(value * unit)) for value in values]
+    places = [place * (len(values) - 1) // 2 for place in range(unwritten)]
+    rest = {value for place, value in enumerate(table) if place not in places}
+    if len(rest) < 2:
+        return Codebook(tuple(table), ties, unit=unit)
+    if read:
+        return Codebook(tuple(table), ties, tuple(places), unit)
+    for place in places:
+        table[place] = None
+    return Codebook(tuple(table), ties, unit=unit)
+
+
+def probes(thresholds: Values, seed: int = 0, unit: float = 1.0) -> F32:
+    """Numbers of both signs that try a search: around every threshold, and of every magnitude.
+
+    They are at most a little larger than `unit`, which is what scaled numbers may be.
+    """
     random = np.random.default_rng(seed)
     edges = np.array(thresholds, np.float32)
     up = down = edges
     around = [edges]
+    most, far = np.float32(unit), np.float32(2 * unit)
     for _ in range(8):
-        up, down = np.nextafter(up, np.float32(2)), np.nextafter(down, np.float32(-2))
+        up, down = np.nextafter(up, far), np.nextafter(down, -far)
         around += [up, down]
-    one = np.float32(1)
-    ends = np.array([0.0, 1.0, np.nextafter(one, np.float32(2)), np.nextafter(one, np.float32(0)),
+    ends = np.array([0.0, most, np.nextafter(most, far), np.nextafter(most, np.float32(0)),
                      1e-45, 1.1754944e-38], np.float32)  # fmt: skip
-    spread = np.concatenate([_logarithmic(random, 200), _uniform(random, 200)])
+    spread = np.concatenate([_logarithmic(random, 200), _uniform(random, 200)]) * most
     found = np.concatenate([*around, ends, spread])
-    found = np.clip(found, np.nextafter(-one, np.float32(-2)), ends[2])
+    found = np.clip(found, -ends[2], ends[2])
     return np.concatenate([found, -found])

@@ -58,7 +58,7 @@ def run(
             reached = {id(t): t for row in batch.tensors for t in row if t.numel()}
             module(plan, mode, arch).kernel(f"bnbx_{launch.name}")(
                 grid,
-                cuda.THREADS,
+                cuda.threads(plan),
                 list(launch.arguments),
                 schedule=schedule,
                 buffers=list(reached.values()),

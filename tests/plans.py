@@ -20,7 +20,7 @@ from bnbx.errors import OptionError
 from bnbx.kernels.batch import Batch, step_scalars
 from bnbx.kernels.packing import pack
 from bnbx.kernels.plan import Plan, Storage, make_plan
-from bnbx.registry import Optimizer, optimizers, quant_types
+from bnbx.registry import Optimizer, State, optimizers, quant_types
 from bnbx.registry.config import Resolved, resolve
 from bnbx.registry.quant_type import FLOAT32
 
@@ -165,18 +165,32 @@ def _pairs(way: Mapping[str, Any]) -> set[Any]:
 
 
 def mixed_cases() -> list[Case]:
-    """Kernels whose states differ: in type, and in whether they are quantized at all."""
+    """Kernels whose states differ: in type, and in whether they are quantized at all.
+
+    Rules take turns until each has had one, and every type has held a state of either sign.
+    """
     every = [*(t.name for t in quant_types()), FLOAT32]
-    found = []
-    for spec in optimizers():
-        if len(spec.states) > 1:
-            resolved = next(settings(spec))
-            names = [state.name for state in spec.states]
-            for turn in range(len(every)):
-                types = {name: every[(turn + i) % len(every)] for i, name in enumerate(names)}
-                made = case(resolved, spec, types, "float32")
-                found.append(Case(f"{made.name}-{turn}", made.plan, made.resolved))
+    specs = [spec for spec in optimizers() if len(spec.states) > 1]
+    # Types that have held no state of this sign yet; the two go in different directions.
+    missing = {True: every[:], False: every[::-1]}
+    found: list[Case] = []
+    while len(found) < len(specs) or missing[True] or missing[False]:
+        turn = len(found)
+        spec = specs[turn % len(specs)]
+        resolved = next(settings(spec))
+        types = {}
+        for number, state in enumerate(spec.states):
+            here = missing[state.signed] if state.quantized else []
+            other = every[(turn + number) % len(every)]
+            types[state.name] = here.pop(0) if here and state in active(spec, resolved) else other
+        made = case(resolved, spec, types, "float32")
+        found.append(Case(f"{made.name}-{turn}", made.plan, made.resolved))
     return found
+
+
+def active(spec: Optimizer, resolved: Resolved) -> Sequence[State]:
+    """The states that a kernel has under these settings."""
+    return spec.active_states(resolved.switches)
 
 
 def make_batch(made: Case, sizes: Sequence[int] = SIZES, step: int = 3, seed: int = 0) -> Batch:

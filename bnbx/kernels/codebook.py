@@ -124,7 +124,7 @@ def _tables(*key: Any) -> Tables:
         ordered=ordered,
         zero_code=codebook.zero_code,
         buckets=find_buckets(exact),
-        segments=find_segments(exact, codebook.zero_code) if ordered else None,
+        segments=find_segments(exact, codebook.zero_code, codebook.unit) if ordered else None,
     )
 
 
@@ -175,8 +175,11 @@ def _entries(
     return entries.astype(np.uint32)
 
 
-def find_segments(thresholds: F32, zero: int) -> Segments | None:
-    """Fit `Segments` to the thresholds; None if they have no such form, proven on all of them."""
+def find_segments(thresholds: F32, zero: int, unit: float = 1.0) -> Segments | None:
+    """Fit `Segments` to the thresholds; None if they have no such form, proven on all of them.
+
+    Numbers are at most a little larger than `unit`.
+    """
     positive = thresholds[thresholds > 0].astype(np.float64)
     negative = -thresholds[thresholds < 0].astype(np.float64)[::-1]
     signed = negative.size > 0
@@ -191,13 +194,15 @@ def find_segments(thresholds: F32, zero: int) -> Segments | None:
     binades = _binades(cuts)
     if len(runs) > 16 or binades is None or positive.min() <= SMALLEST_BINADE:
         return None
+    if cuts and unit > 1:  # beyond 2, binades are counted from the first one again
+        return None
     bias = 0.0 if signed else BIAS
     lines = [_line(positive[start:end], start) for start, end in runs]
     slope = _sixteen([slope for slope, _ in lines])
     offset = _sixteen([offset + bias for _, offset in lines])
     high = _sixteen([end + bias for _, end in runs])
     segments = Segments(*binades, slope, offset, high, signed, zero)
-    return segments if _proven(segments, thresholds) else None
+    return segments if _proven(segments, thresholds, unit) else None
 
 
 def _sixteen(values: list[float]) -> F32:
@@ -264,15 +269,16 @@ def search_segments(segments: Segments, x: F32) -> tuple[npt.NDArray[Any], npt.N
     return (bits >> FRACTION).astype(np.int64) & 255, unsure
 
 
-def _proven(segments: Segments, thresholds: F32) -> bool:
+def _proven(segments: Segments, thresholds: F32, unit: float) -> bool:
     """Whether every rank is right where the search is sure of it.
 
     Inside a run the computed place grows with x, so it is enough to look at both sides of every
     threshold, and at the ends. An unsure rank is that of a place just below or above it, so there
     it may be one too high, never too low: else a wrong rank could follow that seems sure.
     """
-    up, down = (np.nextafter(thresholds, np.float32(limit)) for limit in (2, -2))
-    ends = np.array([0, 1, np.nextafter(np.float32(1), np.float32(2))], np.float32)
+    up, down = (np.nextafter(thresholds, np.float32(limit)) for limit in (2 * unit, -2 * unit))
+    most = np.float32(unit)
+    ends = np.array([0, most, np.nextafter(most, 2 * most)], np.float32)
     x = np.concatenate([thresholds, up, down, ends, *([-ends] if segments.signed else [])])
     x = x[~np.isin(np.abs(x), segments.cut) | (x > 0)] if segments.signed else x
     rank, unsure = search_segments(segments, x)

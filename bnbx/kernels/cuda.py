@@ -26,26 +26,20 @@ from bnbx.kernels.source import render
 TEMPLATE = "optimizer.cu.j2"
 # No multiply-add contraction: a step has the same bits on every target.
 OPTIONS = ("--std=c++17", "--fmad=false")
-THREADS = 256
-PIECE = 256  # elements that a warp takes at a time; blocks of states fit into it
-PIECES_PER_LAUNCHED_BLOCK = THREADS // 32
+LEAST_THREADS = 256  # of a launched block
+PIECE = 256  # elements that a warp takes at a time; a longer block of a state has several
 BLOCKS_PER_MULTIPROCESSOR = 8
 HOW_TO = "pip install 'bnbx[cuda13]' (or 'bnbx[cuda12]', for the CUDA version of your driver)"
 
 
 def source(plan: Plan) -> str:
-    """CUDA source of `plan`.
-
-    Raises:
-        TargetError: the plan has blocks that are longer than a warp's piece.
-    """
-    for storage in plan.quantized:
-        if storage.block_size > PIECE:
-            raise TargetError(
-                f"CUDA kernels have blocks of at most {PIECE} elements; "
-                f"state {storage.state.name!r} has {storage.block_size}"
-            )
+    """CUDA source of `plan`."""
     return render(plan, TEMPLATE)
+
+
+def threads(plan: Plan) -> int:
+    """Threads of a launched block: the warps whose pieces are a state's block are in one."""
+    return max(LEAST_THREADS, plan.longest // PIECE * 32)
 
 
 class Kernel:
@@ -118,7 +112,7 @@ def launches(
     `counts` are those of rows and chunks, `room` is for parts and values (`measured_bytes`).
     """
     row_count, chunk_count = map(np.int64, counts)
-    blocks = -(-counts[1] * plan.chunk // PIECE // PIECES_PER_LAUNCHED_BLOCK)
+    blocks = -(-counts[1] * plan.chunk // (threads(plan) // 32 * PIECE))
     start = (rows, row_count, chunk_count, scalars, inputs, found_inf)
     if not plan.measured:
         return [Launch("update", blocks, (*start, *codebooks))]
@@ -159,7 +153,7 @@ def run(batches: Sequence[Batch]) -> None:
                 batch.plan, rows, counts, scalars, inputs, found_inf, (parts, values), codebooks
             ):
                 grid = min(each.blocks, compiled.most_blocks)
-                compiled.functions[each.name]((grid,), (THREADS,), each.arguments)
+                compiled.functions[each.name]((grid,), (threads(batch.plan),), each.arguments)
 
 
 def _send(array: Any, device: torch.device) -> Tensor:

@@ -101,6 +101,11 @@ class Plan:
         return min([self.chunk, *(s.block_size for s in self.quantized)])
 
     @cached_property
+    def longest(self) -> int:
+        """Elements of the longest block that is encoded together; 0 where no state is quantized."""
+        return max((s.block_size for s in self.quantized), default=0)
+
+    @cached_property
     def codebooks(self) -> tuple[Storage, ...]:
         """One storage for each different codebook; a kernel gets the tables of these, in order."""
         found = {(s.quant_type, s.state.signed, s.whole): s for s in reversed(self.quantized)}

@@ -74,7 +74,7 @@ DEVICE double rule_max(double a, double b) { return a > b ? a : b; }
 
 // The tables of one codebook; see bnbx/kernels/codebook.py, which packs them.
 struct Tables {
-  float levels[256];      // value by code
+  float levels[256];      // value by code, over the unit
   u8 planes[4][256];      // the same, byte by byte
   u8 order[256];          // code by rank
   float thresholds[256];  // ascending, padded with infinity
@@ -84,19 +84,18 @@ struct Tables {
 };
 
 // What a block's largest magnitude (as float bits) makes of the block. NaN or infinity: the block
-// reads as NaN from now on. Below the smallest normal number: the block is zero. Otherwise the
-// codes are those of x * inverse.
+// reads as NaN from now on. Below the smallest normal number, or without a finite inverse: the block
+// is zero. Otherwise the codes are those of x * inverse, in which absmax becomes the table's unit.
 struct Scale {
   float absmax, inverse;
 };
 
+template <class Type>
 DEVICE Scale make_scale(u32 largest) {
-  Scale scale = {0.0f, 0.0f};
-  if (largest >= 0x7f800000u) scale.absmax = float_of(0x7fc00000u);
-  else if (largest >= 0x00800000u) {
-    scale.absmax = float_of(largest);
-    scale.inverse = 1.0f / scale.absmax;
-  }
+  Scale scale = {largest >= 0x7f800000u ? float_of(0x7fc00000u) : 0.0f, 0.0f};
+  if (largest < 0x00800000u || largest >= 0x7f800000u) return scale;
+  const float inverse = Type::UNIT / float_of(largest);
+  if (bits_of(inverse) < 0x7f800000u) scale.absmax = float_of(largest), scale.inverse = inverse;
   return scale;
 }
 
@@ -164,37 +163,57 @@ static inline void encode_block_plain(const float* x, float inverse, const Table
   for (int i = 0; i < Type::BLOCK; ++i) codes[i] = (u8)(Type::ORDERED ? rank[i] : tables->order[rank[i]]);
 }
 
-// Codes in bytes of their own to codes packed in bytes, the first in the highest bits, and back.
+// Codes in bytes of their own to codes packed without gaps, the first in the highest bits, and back:
+// as many at a time as fill whole bytes.
+template <class Type>
+struct Group {
+  static constexpr int CODES = 8 % Type::BITS ? 8 : 8 / Type::BITS, BYTES = CODES * Type::BITS / 8;
+};
+
+template <class Type>
+static inline void unpack_group(const u8* packed, u8* codes) {
+  unsigned long long word = 0;
+  for (int i = 0; i < Group<Type>::BYTES; ++i) word = word << 8 | packed[i];
+  for (int i = 0; i < Group<Type>::CODES; ++i)
+    codes[i] = (u8)((word >> (Type::BITS * (Group<Type>::CODES - 1 - i))) & ((1 << Type::BITS) - 1));
+}
+
+template <class Type>
+static inline void pack_group(const u8* codes, u8* packed) {
+  unsigned long long word = 0;
+  for (int i = 0; i < Group<Type>::CODES; ++i) word = word << Type::BITS | codes[i];
+  for (int i = 0; i < Group<Type>::BYTES; ++i) packed[i] = (u8)(word >> (8 * (Group<Type>::BYTES - 1 - i)));
+}
+
 template <class Type>
 static inline void unpack_codes(const u8* packed, int count, u8* codes) {
-  if (Type::PER_BYTE == 1) {
+  if (Type::BITS == 8) {
     __builtin_memcpy(codes, packed, count);
     return;
   }
-  const int whole = count / Type::PER_BYTE;
-  for (int i = 0; i < whole; ++i)
-    for (int j = 0; j < Type::PER_BYTE; ++j)
-      codes[i * Type::PER_BYTE + j] = (u8)((packed[i] >> (8 - Type::BITS * (j + 1))) & ((1 << Type::BITS) - 1));
-  for (int i = whole * Type::PER_BYTE; i < count; ++i)
-    codes[i] = (u8)((packed[whole] >> (8 - Type::BITS * (i % Type::PER_BYTE + 1))) & ((1 << Type::BITS) - 1));
+  const int whole = count / Group<Type>::CODES, rest = count % Group<Type>::CODES;
+  for (int i = 0; i < whole; ++i) unpack_group<Type>(packed + i * Group<Type>::BYTES, codes + i * Group<Type>::CODES);
+  if (rest) {  // its bytes may be fewer than those of a group
+    u8 bytes[Group<Type>::BYTES] = {}, last[Group<Type>::CODES];
+    __builtin_memcpy(bytes, packed + whole * Group<Type>::BYTES, (rest * Type::BITS + 7) / 8);
+    unpack_group<Type>(bytes, last);
+    __builtin_memcpy(codes + whole * Group<Type>::CODES, last, rest);
+  }
 }
 
 template <class Type>
 static inline void pack_codes(const u8* codes, int count, u8* packed) {
-  if (Type::PER_BYTE == 1) {
+  if (Type::BITS == 8) {
     __builtin_memcpy(packed, codes, count);
     return;
   }
-  const int whole = count / Type::PER_BYTE;
-  for (int i = 0; i < whole; ++i) {
-    u32 byte = 0;
-    for (int j = 0; j < Type::PER_BYTE; ++j) byte |= (u32)codes[i * Type::PER_BYTE + j] << (8 - Type::BITS * (j + 1));
-    packed[i] = (u8)byte;
-  }
-  if (whole * Type::PER_BYTE < count) {
-    u32 byte = 0;
-    for (int i = whole * Type::PER_BYTE; i < count; ++i) byte |= (u32)codes[i] << (8 - Type::BITS * (i % Type::PER_BYTE + 1));
-    packed[whole] = (u8)byte;
+  const int whole = count / Group<Type>::CODES, rest = count % Group<Type>::CODES;
+  for (int i = 0; i < whole; ++i) pack_group<Type>(codes + i * Group<Type>::CODES, packed + i * Group<Type>::BYTES);
+  if (rest) {
+    u8 bytes[Group<Type>::BYTES], last[Group<Type>::CODES] = {};
+    __builtin_memcpy(last, codes + whole * Group<Type>::CODES, rest);
+    pack_group<Type>(last, bytes);
+    __builtin_memcpy(packed + whole * Group<Type>::BYTES, bytes, (rest * Type::BITS + 7) / 8);
   }
 }
 
@@ -264,6 +283,7 @@ static inline void encode_narrow_block(const float* x, float inverse, const Tabl
 template <class Type>
 static inline void decode_block(const u8* codes, float absmax, const Tables* tables, float* x) {
   if (Type::BITS <= 4) return decode_narrow_block<Type>(codes, absmax, tables, x);
+  if (Type::BLOCK < 64) return decode_block_plain<Type>(codes, absmax, tables, x);
   const __m512i lanes = _mm512_load_si512(interleave);
   const __m512 scale = _mm512_set1_ps(absmax);
   for (int i = 0; i < Type::BLOCK; i += 64) {
@@ -415,14 +435,16 @@ enum { CHUNK = 256 };  // elements that the chunk numbers in rows count by
 
 struct state4_signed {
   static constexpr int BLOCK = 128, SHIFT = 21, HALF = 21, ENTRIES = 42, ZERO_CODE = 7;
-  static constexpr int BITS = 4, PER_BYTE = 2;
+  static constexpr int BITS = 4;
+  static constexpr float UNIT = 1.0f;
   static constexpr u32 FLOOR = 0x3d200000u, CEILING = 0x3f800001u;
   static constexpr bool SIGNED = true, ORDERED = true, SEGMENTS = false, WHOLE = false;
 };
 
 struct state4_unsigned {
   static constexpr int BLOCK = 128, SHIFT = 20, HALF = 73, ENTRIES = 73, ZERO_CODE = 0;
-  static constexpr int BITS = 4, PER_BYTE = 2;
+  static constexpr int BITS = 4;
+  static constexpr float UNIT = 1.0f;
   static constexpr u32 FLOOR = 0x3b100000u, CEILING = 0x3f800001u;
   static constexpr bool SIGNED = false, ORDERED = true, SEGMENTS = true, WHOLE = false;
 };
@@ -513,7 +535,7 @@ static inline __attribute__((always_inline)) void update_elements(
 template <class Type>
 static inline void load_state(const u8* codes, const float* absmax, int count, const Tables* tables, float* x) {
   alignas(64) u8 padded[CHUNK];
-  if (Type::PER_BYTE > 1 || count < CHUNK) {
+  if (Type::BITS < 8 || count < CHUNK) {
     if (count < CHUNK) __builtin_memset(padded, Type::ZERO_CODE, CHUNK);
     unpack_codes<Type>(codes, count, padded);
     codes = padded;
@@ -531,11 +553,11 @@ static inline void store_codes(const float* x, const Scale scale, const Tables* 
 template <class Type>
 static inline void store_state(const float* x, const i32* largest, int count, const Tables* tables, u8* codes, float* absmax) {
   alignas(64) u8 padded[CHUNK];
-  u8* to = Type::PER_BYTE > 1 || count < CHUNK ? padded : codes;
+  u8* to = Type::BITS < 8 || count < CHUNK ? padded : codes;
   for (int i = 0; i < count; i += Type::BLOCK) {
     i32 most = largest[i / SPAN];
     for (int span = i / SPAN + 1; span < (i + Type::BLOCK) / SPAN; ++span) most = largest[span] > most ? largest[span] : most;
-    const Scale scale = make_scale((u32)most);
+    const Scale scale = make_scale<Type>((u32)most);
     absmax[i / Type::BLOCK] = scale.absmax;
     store_codes<Type>(x + i, scale, tables, to + i);
   }
@@ -555,11 +577,11 @@ extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
     alignas(64) float state_m[CHUNK];
     float* absmax_m = row->m_absmax_ + start / state4_signed::BLOCK;
     i32 largest_m[CHUNK / SPAN] = {};
-    load_state<state4_signed>(row->m_ + start / state4_signed::PER_BYTE, absmax_m, count, tables_state4_signed, state_m);
+    load_state<state4_signed>(row->m_ + start * state4_signed::BITS / 8, absmax_m, count, tables_state4_signed, state_m);
     alignas(64) float state_v[CHUNK];
     float* absmax_v = row->v_absmax_ + start / state4_unsigned::BLOCK;
     i32 largest_v[CHUNK / SPAN] = {};
-    load_state<state4_unsigned>(row->v_ + start / state4_unsigned::PER_BYTE, absmax_v, count, tables_state4_unsigned, state_v);
+    load_state<state4_unsigned>(row->v_ + start * state4_unsigned::BITS / 8, absmax_v, count, tables_state4_unsigned, state_v);
     for (int at = 0; at < count; at += SPAN) {
       const int span = count - at < SPAN ? count - at : SPAN;
       Parameter* p = row->p_ + start + at;
@@ -569,8 +591,8 @@ extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
       else
         update_elements(p, g, state_m + at, state_v + at, job->scalars, *row->gradient_scale_, span, largest_m[at / SPAN], largest_v[at / SPAN]);
     }
-    store_state<state4_signed>(state_m, largest_m, count, tables_state4_signed, row->m_ + start / state4_signed::PER_BYTE, absmax_m);
-    store_state<state4_unsigned>(state_v, largest_v, count, tables_state4_unsigned, row->v_ + start / state4_unsigned::PER_BYTE, absmax_v);
+    store_state<state4_signed>(state_m, largest_m, count, tables_state4_signed, row->m_ + start * state4_signed::BITS / 8, absmax_m);
+    store_state<state4_unsigned>(state_v, largest_v, count, tables_state4_unsigned, row->v_ + start * state4_unsigned::BITS / 8, absmax_v);
   }
 }
 

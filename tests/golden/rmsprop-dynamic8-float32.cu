@@ -73,7 +73,10 @@ DEVICE double rule_max(double a, double b) { return a > b ? a : b; }
 
 // Helpers of CUDA kernels: a warp works on PIECE elements, four neighbors of each lane at a time.
 
-enum { LANES = 32, WARPS = 8, VECTOR = 4, STRIDE = LANES * VECTOR, VECTORS = 2, PIECE = VECTORS * STRIDE };
+#ifndef WARPS_OF_BLOCK
+#define WARPS_OF_BLOCK 8
+#endif
+enum { LANES = 32, WARPS = WARPS_OF_BLOCK, VECTOR = 4, STRIDE = LANES * VECTOR, VECTORS = 2, PIECE = VECTORS * STRIDE };
 enum { PER_LANE = VECTORS * VECTOR };
 
 template <class T>
@@ -127,7 +130,7 @@ DEVICE bool is_aligned(const void* pointer) { return ((unsigned long long)pointe
 
 // The tables of one codebook; see bnbx/kernels/codebook.py, which packs them.
 struct Tables {
-  float levels[256];      // value by code
+  float levels[256];      // value by code, over the unit
   u8 planes[4][256];      // the same, byte by byte
   u8 order[256];          // code by rank
   float thresholds[256];  // ascending, padded with infinity
@@ -137,19 +140,18 @@ struct Tables {
 };
 
 // What a block's largest magnitude (as float bits) makes of the block. NaN or infinity: the block
-// reads as NaN from now on. Below the smallest normal number: the block is zero. Otherwise the
-// codes are those of x * inverse.
+// reads as NaN from now on. Below the smallest normal number, or without a finite inverse: the block
+// is zero. Otherwise the codes are those of x * inverse, in which absmax becomes the table's unit.
 struct Scale {
   float absmax, inverse;
 };
 
+template <class Type>
 DEVICE Scale make_scale(u32 largest) {
-  Scale scale = {0.0f, 0.0f};
-  if (largest >= 0x7f800000u) scale.absmax = float_of(0x7fc00000u);
-  else if (largest >= 0x00800000u) {
-    scale.absmax = float_of(largest);
-    scale.inverse = 1.0f / scale.absmax;
-  }
+  Scale scale = {largest >= 0x7f800000u ? float_of(0x7fc00000u) : 0.0f, 0.0f};
+  if (largest < 0x00800000u || largest >= 0x7f800000u) return scale;
+  const float inverse = Type::UNIT / float_of(largest);
+  if (bits_of(inverse) < 0x7f800000u) scale.absmax = float_of(largest), scale.inverse = inverse;
   return scale;
 }
 
@@ -232,37 +234,91 @@ struct Shared {
   }
 };
 
-// Blocks of at most PIECE elements: how the lanes and vectors of a piece fall into them.
+// How the lanes and vectors of a piece fall into blocks, and how many pieces a block has.
 template <class Type>
 struct Layout {
   static constexpr int GROUP = Type::BLOCK < STRIDE ? Type::BLOCK / VECTOR : LANES;  // lanes of a block
-  static constexpr bool WHOLE = Type::BLOCK == PIECE;                               // both vectors in one block
+  static constexpr bool WHOLE = Type::BLOCK >= PIECE;                               // both vectors in one block
+  static constexpr int PIECES = Type::BLOCK > PIECE ? Type::BLOCK / PIECE : 1;
 };
 
-// Codes of this lane, unpacked; those that do not exist are zero's. Its four neighbors lie in bytes
-// of their own.
+// The largest value among `COUNT` neighboring warps, the same in all of them. All warps of the launched
+// block take part.
+template <int COUNT>
+DEVICE u32 largest_of_warps(u32 x, u32* largest) {
+  const int warp = threadIdx.x / LANES;
+  if (threadIdx.x % LANES == 0) largest[warp] = x;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    const u32 other = largest[warp / COUNT * COUNT + i];
+    x = other > x ? other : x;
+  }
+  __syncthreads();
+  return x;
+}
+
+// Codes lie one after the other without gaps, the first in the highest bits. The four neighbors of a
+// lane are the lower bits of a word: those of codes in even widths fill whole bytes, and those of odd
+// widths do so together with the next lane's.
+template <class Type>
+struct Packed {
+  static constexpr int WORD = VECTOR * Type::BITS;  // bits of a lane
+  static constexpr bool ODD = WORD % 8 != 0;
+};
+
+// The bytes of `left` elements' codes.
+template <class Type>
+DEVICE i64 bytes_of(i64 left) {
+  return (left * Type::BITS + 7) / 8;
+}
+
+// Codes of this lane, unpacked; those that do not exist are zero's.
 template <class Type>
 DEVICE void load_codes(const u8* from, i64 left, bool aligned, u8 (&codes)[PER_LANE]) {
-  if (Type::PER_BYTE == 1) return load_piece(from, left, aligned, (u8)Type::ZERO_CODE, codes);
+  if (Type::BITS == 8) return load_piece(from, left, aligned, (u8)Type::ZERO_CODE, codes);
+  const i64 bytes = bytes_of<Type>(left);
 #pragma unroll
-  for (int i = 0; i < PER_LANE; ++i) {
-    const int place = place_of(i);
-    const u32 byte = place < left ? from[place / Type::PER_BYTE] : 0u;
-    const u32 code = (byte >> (8 - Type::BITS * (place % Type::PER_BYTE + 1))) & ((1u << Type::BITS) - 1u);
-    codes[i] = place < left ? (u8)code : (u8)Type::ZERO_CODE;
+  for (int j = 0; j < VECTORS; ++j) {
+    const int at = place_of(j * VECTOR), first = at * Type::BITS / 8;
+    const int skipped = Packed<Type>::ODD ? at * Type::BITS % 8 : 0;
+    u32 word = 0;
+#pragma unroll
+    for (int i = 0; i < (Packed<Type>::WORD + 7) / 8; ++i) word = word << 8 | (first + i < bytes ? from[first + i] : 0u);
+    word >>= (Packed<Type>::ODD ? 4 - skipped : 0);
+#pragma unroll
+    for (int e = 0; e < VECTOR; ++e) {
+      const u32 code = (word >> (Type::BITS * (VECTOR - 1 - e))) & ((1u << Type::BITS) - 1u);
+      codes[j * VECTOR + e] = at + e < left ? (u8)code : (u8)Type::ZERO_CODE;
+    }
   }
 }
 
 template <class Type>
 DEVICE void store_codes(u8* to, i64 left, bool aligned, const u8 (&codes)[PER_LANE]) {
-  if (Type::PER_BYTE == 1) return store_piece(to, left, aligned, codes);
+  if (Type::BITS == 8) return store_piece(to, left, aligned, codes);
+  const i64 bytes = bytes_of<Type>(left);
 #pragma unroll
-  for (int i = 0; i < PER_LANE; i += Type::PER_BYTE) {
-    u32 byte = 0;
+  for (int j = 0; j < VECTORS; ++j) {
+    const int at = place_of(j * VECTOR);
+    u32 word = 0;
 #pragma unroll
-    for (int e = 0; e < Type::PER_BYTE; ++e)
-      if (place_of(i + e) < left) byte |= (u32)codes[i + e] << (8 - Type::BITS * (e + 1));
-    if (place_of(i) < left) to[place_of(i) / Type::PER_BYTE] = (u8)byte;
+    for (int e = 0; e < VECTOR; ++e) word = word << Type::BITS | (at + e < left ? codes[j * VECTOR + e] : 0u);
+    if (Packed<Type>::ODD) {  // of the bytes of two lanes, the first writes one more
+      const u32 other = __shfl_xor_sync(0xffffffffu, word, 1);
+      const bool second = threadIdx.x & 1;
+      const unsigned long long pair = (unsigned long long)(second ? other : word) << Packed<Type>::WORD | (second ? word : other);
+      const int first = (at - (second ? VECTOR : 0)) * Type::BITS / 8;
+#pragma unroll
+      for (int i = 0; i < Type::BITS; ++i)
+        if ((i > Type::BITS / 2) == second && first + i < bytes) to[first + i] = (u8)(pair >> (8 * (Type::BITS - 1 - i)));
+    } else {
+#pragma unroll
+      for (int i = 0; i < Packed<Type>::WORD / 8; ++i) {
+        const int place = at * Type::BITS / 8 + i;
+        if (place < bytes) to[place] = (u8)(word >> (Packed<Type>::WORD - 8 - 8 * i));
+      }
+    }
   }
 }
 
@@ -279,9 +335,12 @@ DEVICE void decode_piece(const u8 (&codes)[PER_LANE], const float* absmax, i64 l
   }
 }
 
+// Where a block has several pieces, `largest_of_warp` has a place for each warp of the launched block,
+// and `start` is the piece's place in its tensor.
 template <class Type>
 DEVICE void encode_piece(const float (&x)[PER_LANE], i64 left, const Shared<Type>& shared,
-                         const Tables* tables, u8 (&codes)[PER_LANE], float* absmax) {
+                         const Tables* tables, u8 (&codes)[PER_LANE], float* absmax,
+                         u32* largest_of_warp = 0, i64 start = 0) {
   u32 largest[VECTORS];
 #pragma unroll
   for (int j = 0; j < VECTORS; ++j) {
@@ -299,14 +358,16 @@ DEVICE void encode_piece(const float (&x)[PER_LANE], i64 left, const Shared<Type
   for (int j = 0; j < VECTORS; ++j) {
     const int at = j * STRIDE + (threadIdx.x & 31) * VECTOR;
     largest[j] = Layout<Type>::WHOLE && j ? largest[0] : largest_of_lanes<Layout<Type>::GROUP>(largest[j]);
-    const Scale scale = make_scale(largest[j]);
+    if (Layout<Type>::PIECES > 1 && !j) largest[0] = largest_of_warps<Layout<Type>::PIECES>(largest[0], largest_of_warp);
+    const Scale scale = make_scale<Type>(largest[j]);
 #pragma unroll
     for (int e = 0; e < VECTOR; ++e) {
       const float scaled = x[j * VECTOR + e] * scale.inverse;
       const u8 code = encode<Type>(scaled, shared.search, (const float*)shared.search, tables->order);
       codes[j * VECTOR + e] = scale.inverse > 0.0f ? code : (u8)Type::ZERO_CODE;
     }
-    if (at % Type::BLOCK == 0 && at < left) absmax[at / Type::BLOCK] = scale.absmax;
+    const bool first = at % Type::BLOCK == 0 && (Layout<Type>::PIECES == 1 || start % Type::BLOCK == 0);
+    if (first && at < left) absmax[at / Type::BLOCK] = scale.absmax;
   }
 }
 
@@ -314,7 +375,7 @@ DEVICE void encode_piece(const float (&x)[PER_LANE], i64 left, const Shared<Type
 template <class Type>
 DEVICE void encode_whole_piece(const float (&x)[PER_LANE], u32 largest, const Shared<Type>& shared,
                                const Tables* tables, u8 (&codes)[PER_LANE]) {
-  const Scale scale = make_scale(largest);
+  const Scale scale = make_scale<Type>(largest);
 #pragma unroll
   for (int i = 0; i < PER_LANE; ++i) {
     const u8 code = encode<Type>(x[i] * scale.inverse, shared.search, (const float*)shared.search, tables->order);
@@ -329,7 +390,8 @@ enum { CHUNK = 256 };  // elements that the chunk numbers in rows count by
 
 struct dynamic8_unsigned {
   static constexpr int BLOCK = 256, SHIFT = 16, HALF = 2900, ENTRIES = 2900, ZERO_CODE = 0;
-  static constexpr int BITS = 8, PER_BYTE = 1;
+  static constexpr int BITS = 8;
+  static constexpr float UNIT = 1.0f;
   static constexpr u32 FLOOR = 0x342e0000u, CEILING = 0x3f800001u;
   static constexpr bool SIGNED = false, ORDERED = true, SEGMENTS = true, WHOLE = false;
 };
@@ -357,7 +419,7 @@ DEVICE const Row& find_row(const Row* rows, i64 row_count, i64 chunk) {
 }
 
 // One launch updates all tensors; each warp takes pieces of PIECE elements in turn.
-extern "C" __global__ void __launch_bounds__(LANES * WARPS, 2)
+extern "C" __global__ void __launch_bounds__(LANES * WARPS, 16 / WARPS)
 bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_count,
             const float* __restrict__ scalars, const double* __restrict__ inputs,
             const float* __restrict__ found_inf, const Tables* __restrict__ tables_dynamic8_unsigned) {
@@ -387,7 +449,7 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
     float State_v[PER_LANE];
     u8 Codes_v[PER_LANE];
     float* Absmax_v = Here.v_absmax_ + Start / dynamic8_unsigned::BLOCK;
-    load_codes<dynamic8_unsigned>(Here.v_ + Start / dynamic8_unsigned::PER_BYTE, Left, Aligned, Codes_v);
+    load_codes<dynamic8_unsigned>(Here.v_ + Start * dynamic8_unsigned::BITS / 8, Left, Aligned, Codes_v);
     decode_piece<dynamic8_unsigned>(Codes_v, Absmax_v, Left, shared_dynamic8_unsigned.levels, State_v);
 
 #pragma unroll
@@ -412,6 +474,6 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
     }
     store_piece(Here.p_ + Start, Left, Aligned, P);
     encode_piece<dynamic8_unsigned>(State_v, Left, shared_dynamic8_unsigned, tables_dynamic8_unsigned, Codes_v, Absmax_v);
-    store_codes<dynamic8_unsigned>(Here.v_ + Start / dynamic8_unsigned::PER_BYTE, Left, Aligned, Codes_v);
+    store_codes<dynamic8_unsigned>(Here.v_ + Start * dynamic8_unsigned::BITS / 8, Left, Aligned, Codes_v);
   }
 }

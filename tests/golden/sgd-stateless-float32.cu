@@ -73,7 +73,10 @@ DEVICE double rule_max(double a, double b) { return a > b ? a : b; }
 
 // Helpers of CUDA kernels: a warp works on PIECE elements, four neighbors of each lane at a time.
 
-enum { LANES = 32, WARPS = 8, VECTOR = 4, STRIDE = LANES * VECTOR, VECTORS = 2, PIECE = VECTORS * STRIDE };
+#ifndef WARPS_OF_BLOCK
+#define WARPS_OF_BLOCK 8
+#endif
+enum { LANES = 32, WARPS = WARPS_OF_BLOCK, VECTOR = 4, STRIDE = LANES * VECTOR, VECTORS = 2, PIECE = VECTORS * STRIDE };
 enum { PER_LANE = VECTORS * VECTOR };
 
 template <class T>
@@ -149,7 +152,7 @@ DEVICE const Row& find_row(const Row* rows, i64 row_count, i64 chunk) {
 }
 
 // One launch updates all tensors; each warp takes pieces of PIECE elements in turn.
-extern "C" __global__ void __launch_bounds__(LANES * WARPS, 2)
+extern "C" __global__ void __launch_bounds__(LANES * WARPS, 16 / WARPS)
 bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_count,
             const float* __restrict__ scalars, const double* __restrict__ inputs,
             const float* __restrict__ found_inf) {

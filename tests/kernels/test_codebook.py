@@ -21,7 +21,7 @@ from bnbx.kernels import codebook as module
 from bnbx.kernels.codebook import Buckets, Segments, Tables, search_segments, tables
 from bnbx.quant_types import dynamic8, linear8
 from bnbx.registry.quant_type import Codebook
-from codebooks import codebooks, probes
+from codebooks import codebooks, full_codebooks, probes
 
 F32 = npt.NDArray[np.float32]
 Ranks = npt.NDArray[np.int64]
@@ -71,10 +71,9 @@ def in_segments(found: Tables, segments: Segments, x: F32) -> Ranks:
     return np.where(unsure, find_rank(found, x), rank)
 
 
-def assert_exact(values: tuple[float, ...], seed: int) -> None:
-    codebook = Codebook(values)
+def assert_exact(codebook: Codebook, seed: int) -> None:
     found = tables(codebook)
-    x = probes(codebook.thresholds, seed)
+    x = probes(codebook.thresholds, seed, codebook.unit)
     expected = count(codebook, x)
     assert_equal_ranks(find_rank(found, x), expected, x)
     if found.segments is not None:
@@ -90,12 +89,24 @@ def assert_equal_ranks(ranks: Ranks, expected: Ranks, x: F32) -> None:
 
 def assert_nearest(codebook: Codebook, x: F32, ranks: Ranks) -> None:
     """No value is nearer than the chosen one, but for the rounding of a threshold to float32."""
-    ascending = np.sort(np.array(codebook.values, np.float64))
+    ascending = np.array([codebook.values[code] for code in codebook.codes], np.float64)
+    assert (np.diff(ascending) >= 0).all()
     thresholds = np.array([*codebook.thresholds, codebook.thresholds[-1]], np.float32)
     distance = np.abs(x.astype(np.float64) - ascending[ranks])
     nearest = np.abs(x.astype(np.float64)[:, None] - ascending[None, :]).min(1)
     beside = np.maximum(np.abs(thresholds[ranks]), np.abs(thresholds[np.maximum(ranks - 1, 0)]))
     assert (distance - nearest <= np.spacing(beside) * 1.001).all()
+
+
+def assert_ties(codebook: Codebook) -> None:
+    """A number in the middle between two entries goes where the codebook says."""
+    numbers = np.array([codebook.values[code] for code in codebook.codes], np.float64)
+    low, high = numbers[:-1], numbers[1:]
+    middle = (low + high) / 2
+    ties = (low < middle) & (middle < high) & (middle.astype(np.float32) == middle)
+    up = np.array([codebook.ties == "even" and code % 2 == 0 for code in codebook.codes[1:]])
+    ranks = count(codebook, middle.astype(np.float32))
+    assert (ranks == np.arange(middle.size) + up)[ties].all()
 
 
 # Evenly spaced but for one threshold, whose neighbor the fast search must not take for its own.
@@ -115,7 +126,24 @@ ONE_OFF = (*sorted(abs(float(x)) for x in np.linspace(-1, 0.95, 64, dtype=np.flo
 @example((0.0, 1e-45, 3e-45, 1.0), 0)
 @example((0.5, 0.5, 0.5, 1.0), 0)
 def test_the_search_counts_thresholds(values: tuple[float, ...], seed: int) -> None:
-    assert_exact(values, seed)
+    assert_exact(Codebook(values), seed)
+
+
+INT8 = tuple(float(x) if x > -128 else None for x in np.arange(256, dtype=np.uint8).view(np.int8))
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+@settings(max_examples=200)
+@given(full_codebooks(), SEEDS)
+@example(Codebook(INT8, "even", unit=127.0), 0)
+@example(Codebook(tuple(range(-127, 129)), unit=128.0), 0)
+@example(Codebook(E2M1, "even", (8,), 6.0), 0)
+@example(Codebook((-0.5, 0.5, 1.0, -1.0), "even"), 0)
+@example(Codebook((0.5, -0.5, -1.0, 1.0), "even"), 0)
+@example(Codebook(tuple(2.0 * x for x in dynamic8.values if x is not None), unit=2.0), 0)
+def test_the_search_counts_thresholds_in_any_unit(codebook: Codebook, seed: int) -> None:
+    assert_exact(codebook, seed)
+    assert_ties(codebook)
 
 
 ONE_SIGN = [
@@ -133,7 +161,7 @@ def test_numbers_below_every_threshold_get_the_lowest_code(values: tuple[float, 
     """Also where no threshold is negative: a state may be, and a table may have one such value."""
     codebook = Codebook(values)
     assert min(codebook.thresholds) >= 0
-    assert_exact(values, 0)
+    assert_exact(codebook, 0)
     x = probes(codebook.thresholds)
     assert set(count(codebook, x[x < 0])) == {0}
 
@@ -223,19 +251,21 @@ def test_a_codebook_without_fast_searches_packs_to_the_fields_before_the_entries
     assert found.pack().size == struct_of_kernels().entries.offset
 
 
-@given(codebooks())
-def test_tables_are_padded_to_256(values: tuple[float, ...]) -> None:
-    codebook = Codebook(values)
+@given(full_codebooks())
+def test_tables_are_padded_to_256(codebook: Codebook) -> None:
     found = tables(codebook)
-    size = len(values)
+    size, written = len(codebook.values), len(codebook.codes)
     assert [len(part) for part in (found.levels, found.thresholds, found.order)] == [256] * 3
-    assert tuple(found.levels[:size]) == values
+    numbers = np.array([np.nan if v is None else v for v in codebook.values])
+    levels = (numbers / codebook.unit).astype(np.float32)
+    assert np.array_equal(found.levels[:size], levels, equal_nan=True)
     assert not found.levels[size:].any()
-    assert tuple(found.thresholds[: size - 1]) == codebook.thresholds
-    assert np.isposinf(found.thresholds[size - 1 :]).all()
-    assert tuple(found.order[:size]) == codebook.codes
-    assert found.ordered is (list(codebook.codes) == list(range(size)))
+    assert tuple(found.thresholds[: written - 1]) == codebook.thresholds
+    assert np.isposinf(found.thresholds[written - 1 :]).all()
+    assert tuple(found.order[:written]) == codebook.codes
+    assert found.ordered is (list(codebook.codes) == list(range(written)))
     assert found.zero_code == codebook.zero_code
+    assert found.unit == codebook.unit
     assert len(found.pack()) % 4 == 0
 
 

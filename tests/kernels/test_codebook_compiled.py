@@ -23,7 +23,7 @@ from bnbx.kernels.compiler import find_compiler
 from bnbx.kernels.cpu import aligned
 from bnbx.quant_types import dynamic8, linear8
 from bnbx.registry.quant_type import Codebook
-from codebooks import codebooks, probes
+from codebooks import codebooks, full_codebooks, probes
 
 F32 = npt.NDArray[np.float32]
 
@@ -91,14 +91,13 @@ def compiled(source: Path, binary: Path) -> Path:
     return binary
 
 
-def traits(found: Tables, block: int) -> npt.NDArray[np.int64]:
+def traits(found: Tables, block: int, bits: int) -> npt.NDArray[np.int64]:
     """As the renderer writes them into a kernel."""
     buckets = found.buckets
     shape = (buckets.shift, buckets.half, buckets.floor, buckets.ceiling) if buckets else (0,) * 4
     shift, half, floor, ceiling = shape
     signed = buckets is not None and buckets.signed
     flags = (signed, found.ordered, found.segments is not None)
-    bits = int(np.isfinite(found.thresholds).sum()).bit_length()
     return np.array([block, shift, half, found.zero_code, floor, ceiling, *flags, bits], np.int64)
 
 
@@ -106,10 +105,11 @@ def pointer(array: npt.NDArray[Any]) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
 
-def encode(library: ctypes.CDLL, found: Tables, x: F32, name: str) -> npt.NDArray[np.uint8]:
+def encode(library: ctypes.CDLL, codebook: Codebook, x: F32, name: str) -> npt.NDArray[np.uint8]:
     """Codes of x; each number fills a vector of its own, so that no other decides its path."""
+    found, bits = tables(codebook), (len(codebook.values) - 1).bit_length()
     repeated = np.repeat(x, 64)
-    library.set_traits(pointer(traits(found, repeated.size)))
+    library.set_traits(pointer(traits(found, repeated.size, bits)))
     packed, codes = aligned(found.pack()), np.zeros(repeated.size, np.uint8)
     library[name](pointer(repeated), pointer(packed), pointer(codes))
     by_number = codes.reshape(-1, 64)
@@ -138,25 +138,43 @@ def test_compiled_codes_are_the_nearest(
 ) -> None:
     codebook = Codebook(values)
     x = probes(codebook.thresholds, seed)
-    codes = encode(library, tables(codebook), x, name)
+    codes = encode(library, codebook, x, name)
+    expected = expected_codes(codebook, x)
+    wrong = codes != expected
+    assert not wrong.any(), list(zip(x[wrong], codes[wrong], expected[wrong], strict=True))[:5]
+
+
+@pytest.mark.parametrize("name", ["encode_plain", "encode_fast"])
+@settings(max_examples=60)
+@given(codebook=full_codebooks(), seed=st.integers(0, 2**32 - 1))
+@example(codebook=Codebook(tuple(range(-127, 129)), unit=128.0), seed=0)
+def test_compiled_codes_are_the_nearest_in_any_unit(
+    library: ctypes.CDLL, name: str, codebook: Codebook, seed: int
+) -> None:
+    x = probes(codebook.thresholds, seed, codebook.unit)
+    codes = encode(library, codebook, x, name)
     expected = expected_codes(codebook, x)
     wrong = codes != expected
     assert not wrong.any(), list(zip(x[wrong], codes[wrong], expected[wrong], strict=True))[:5]
 
 
 @pytest.mark.parametrize("name", ["decode_plain", "decode_fast"])
-@given(values=codebooks(), absmax=st.floats(0, 2.0**127, width=32))
+@pytest.mark.parametrize("size", [16, 32, 512])
+@given(codebook=full_codebooks(), absmax=st.floats(0, 2.0**127, width=32))
 def test_compiled_levels_are_scaled_once(
-    library: ctypes.CDLL, name: str, values: tuple[float, ...], absmax: float
+    library: ctypes.CDLL, name: str, size: int, codebook: Codebook, absmax: float
 ) -> None:
-    found = tables(Codebook(values))
-    codes = np.tile(np.arange(len(values), dtype=np.uint8), 512 // len(values))
+    found = tables(codebook)
+    codes = np.resize(np.arange(len(codebook.values), dtype=np.uint8), 512)
     np.random.default_rng(0).shuffle(codes)
-    library.set_traits(pointer(traits(found, codes.size)))
+    codes = codes[:size].copy()
+    bits = (len(codebook.values) - 1).bit_length()
+    library.set_traits(pointer(traits(found, codes.size, bits)))
     packed, x = aligned(found.pack()), np.zeros(codes.size, np.float32)
     library[name](pointer(codes), ctypes.c_float(absmax), pointer(packed), pointer(x))
     expected = found.levels[codes] * np.float32(absmax)
-    assert np.array_equal(x.view(np.uint32), expected.view(np.uint32))
+    same = (x.view(np.uint32) == expected.view(np.uint32)) | (np.isnan(x) & np.isnan(expected))
+    assert same.all()
 
 
 @pytest.mark.parametrize("unit", [1.0, 6.0, 127.0, 448.0, 2.0**-16, 2.0**16])

@@ -213,8 +213,8 @@ def test_the_state_dict_of_another_optimizer_changes_nothing(other: Any) -> None
     refuse(optimizer, theirs.state_dict(), "bnbx|'lion'|'adam'")
 
 
-def test_codes_that_a_narrow_table_lacks() -> None:
-    """A code of 3 bits takes a byte, which has room for more."""
+def test_codes_of_another_width() -> None:
+    """They take fewer bytes."""
     narrow = QuantType(
         name="narrow3",
         summary="three bits",
@@ -225,8 +225,8 @@ def test_codes_that_a_narrow_table_lacks() -> None:
     saved = copy.deepcopy(optimizer.state_dict())
     saved["bnbx"]["quant_types"]["narrow3"] = narrow.to_json()
     saved["state"][0]["m_type"] = "narrow3"
-    refuse(optimizer, saved, "'m' has a code 2.., and narrow3 has 8")
-    saved["state"][0]["m"] %= 8
+    refuse(optimizer, saved, r"'m' is \(5000,\); expected a tensor of \(1875,\)")
+    saved["state"][0]["m"] = saved["state"][0]["m"][:1875].clone()
     with pytest.warns(BnbxWarning, match="1 x m from narrow3 to dynamic8"):
         optimizer.load_state_dict(saved)
 

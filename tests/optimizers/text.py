@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ from optimizers.rounding import (
 )
 
 SMALLEST_NORMAL = 2.0**-126
+LARGEST = 2.0**128 - 2.0**104
 
 
 def hyperparameters(spec: Optimizer, group: Mapping[str, Any]) -> dict[str, float]:
@@ -96,19 +98,19 @@ def tensor_values(
 
 def unpacked(quant_type: QuantType, packed: Tensor, shape: torch.Size) -> Tensor:
     """Codes in bytes of their own, of a parameter's shape; the first code has the highest bits."""
-    per_byte = 8 // quant_type.bits
-    if per_byte == 1:
+    if quant_type.bits == 8:
         return packed
-    bytes_ = packed.long().repeat_interleave(per_byte)
-    place = torch.arange(bytes_.numel()) % per_byte
-    codes = bytes_ >> (8 - quant_type.bits * (place + 1)) & (2**quant_type.bits - 1)
-    found: Tensor = codes[: shape.numel()].to(torch.uint8).view(shape)
-    return found
+    bits = np.unpackbits(packed.numpy())[: shape.numel() * quant_type.bits]
+    weights = 2 ** np.arange(quant_type.bits)[::-1]
+    codes = bits.reshape(-1, quant_type.bits) @ weights
+    return torch.from_numpy(codes.astype(np.uint8)).view(shape)
 
 
 def decoded(quant_type: QuantType, signed: bool, codes: Tensor, absmax: Tensor) -> Tensor:
     """The numbers that codes and absmax stand for, in the codes' shape."""
-    levels = torch.tensor(quant_type.codebook(signed=signed).values, dtype=torch.float32)
+    codebook = quant_type.codebook(signed=signed)
+    numbers = [math.nan if value is None else value / codebook.unit for value in codebook.values]
+    levels = torch.tensor(numbers, dtype=torch.float32)
     scale = absmax.repeat_interleave(quant_type.block_size)[: codes.numel()]
     return levels[codes.long()] * scale.view_as(codes)
 
@@ -182,25 +184,33 @@ def check_codes(
         for t in (expected.value, expected.error)
     )
     largest, allowed = value.abs().amax(1), error.amax(1)
-    zero = largest + allowed < SMALLEST_NORMAL
+    least = max(SMALLEST_NORMAL, codebook.unit / LARGEST)  # of what has a finite inverse
+    zero = largest + allowed < least
     assert (absmax[zero] == 0).all()
     assert ((absmax.double() - largest).abs() <= allowed)[~zero].all()
     divisor = torch.where(zero, 1.0, absmax.double())[:, None]
-    scaled = torch.where(zero[:, None], 0.0, value / divisor)
+    scaled = torch.where(zero[:, None], 0.0, codebook.unit * (value / divisor))
     # The inverse of absmax, the product with it and the threshold are each rounded once.
-    room = torch.where(zero[:, None], 0.0, error / divisor)
+    room = torch.where(zero[:, None], 0.0, codebook.unit * (error / divisor))
     room = torch.where(zero[:, None], 0.0, room + 3 * UNIT * (scaled.abs() + room) + TINY)
     low = ranks(codebook, scaled - room).reshape(-1)[:numel]
     high = ranks(codebook, scaled + room).reshape(-1)[:numel]
-    rank = np.argsort(codebook.codes)[codes.reshape(-1).numpy()]
+    places = {code: place for place, code in enumerate(codebook.codes)}
+    rank = np.array([places.get(code, -1) for code in range(len(codebook.values))])
+    rank = rank[codes.reshape(-1).numpy()]
     assert ((low <= rank) & (rank <= high)).all()
     return int((low == high).sum()), numel
 
 
 def ranks(codebook: Codebook, x: Tensor) -> npt.NDArray[np.int64]:
-    """The place of the nearest table entry in ascending order; of two as near, the lower."""
-    ascending = np.sort(np.array(codebook.values, np.float64))
-    found: npt.NDArray[np.int64] = np.searchsorted((ascending[:-1] + ascending[1:]) / 2, x.numpy())
+    """The place of the nearest table entry in ascending order; of two as near, the lower.
+
+    Where a grid comes between, its thresholds are held to it by the tests of quant types.
+    """
+    ascending = np.array([codebook.values[code] for code in codebook.codes], np.float64)
+    middles = (ascending[:-1] + ascending[1:]) / 2
+    edges = np.array(codebook.thresholds) if codebook.grid else middles
+    found: npt.NDArray[np.int64] = np.searchsorted(edges, x.numpy())
     return found
 
 

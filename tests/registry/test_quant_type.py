@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -17,18 +17,22 @@ from bnbx.errors import SpecError
 from bnbx.quant_types import dynamic8, linear8
 from bnbx.quant_types.grids import linspace, midpoints
 from bnbx.registry import QuantType, quant_types
-from bnbx.registry.quant_type import BLOCK_SIZES, Codebook, float32
+from bnbx.registry.grid import float32
+from bnbx.registry.quant_type import BLOCK_SIZES, Codebook
 
 VALID: Mapping[str, Any] = dict(
     name="q", summary="a type", bits=2, values=(-1.0, -0.25, 0.5, 1.0), block_size=64
 )
 
 
+TIES: tuple[Literal["low", "even"], ...] = ("low", "even")
+
+
 def quant_type(**changes: Any) -> QuantType:
     return QuantType(**{**VALID, **changes})
 
 
-def bits_of(values: list[float] | tuple[float, ...]) -> list[int]:
+def bits_of(values: Sequence[float | None]) -> list[int]:
     return [int(bits) for bits in np.asarray(values, np.float32).view(np.uint32)]
 
 
@@ -64,9 +68,9 @@ def test_a_grid_of_one_is_its_start() -> None:
 def test_types_for_8_bit_states_hold_zero_and_one_exactly(found: QuantType) -> None:
     for signed in (True, False):
         codebook = found.codebook(signed=signed)
-        assert codebook.values[codebook.zero_code] == 0.0
-        assert max(codebook.values) == 1.0
-        assert (min(codebook.values) < 0) is signed
+        assert codebook.levels[codebook.zero_code] == 0.0
+        assert max(codebook.levels) == 1.0
+        assert (min(codebook.levels) < 0) is signed
 
 
 # ---- what follows from a table
@@ -75,9 +79,24 @@ def test_types_for_8_bit_states_hold_zero_and_one_exactly(found: QuantType) -> N
 @pytest.mark.parametrize("found", list(quant_types()), ids=lambda t: t.name)
 @pytest.mark.parametrize("signed", [True, False])
 def test_a_value_of_the_table_is_kept(found: QuantType, signed: bool) -> None:
+    """But for types that round to a grid first, which is their own affair."""
     codebook = found.codebook(signed=signed)
-    codes = [code_of(codebook, value) for value in codebook.values]
-    assert tuple(codebook.values[code] for code in codes) == codebook.values
+    if found.grid:
+        pytest.skip("a grid comes between")
+    written = [codebook.values[code] for code in codebook.codes]
+    assert [codebook.values[code_of(codebook, value or 0.0)] for value in written] == written
+    assert len(written) == len({*written})
+
+
+@pytest.mark.parametrize("found", list(quant_types()), ids=lambda t: t.name)
+@pytest.mark.parametrize("signed", [True, False])
+def test_every_code_is_written_or_has_a_reason(found: QuantType, signed: bool) -> None:
+    codebook = found.codebook(signed=signed)
+    for code, value in enumerate(codebook.values):
+        written = code in codebook.codes
+        assert written != (value is None or code in found.decode_only) or found.grid
+        level = codebook.levels[code]
+        assert math.isnan(level) if value is None else abs(level) <= 1 or not written
 
 
 def code_of(codebook: Codebook, x: float) -> int:
@@ -95,6 +114,82 @@ def test_thresholds_of_a_small_table() -> None:
 def test_a_tie_goes_to_the_lower_value() -> None:
     codebook = Codebook((-1.0, 0.0, 0.5, 1.0))
     assert [code_of(codebook, x) for x in (-0.5, 0.25, 0.75)] == [0, 1, 2]
+
+
+def test_a_tie_goes_to_the_even_code() -> None:
+    codebook = Codebook((-1.0, 0.0, 0.5, 1.0), "even")
+    assert [code_of(codebook, x) for x in (-0.5, 0.25, 0.75)] == [0, 2, 2]
+    beside = [float(np.nextafter(np.float32(x), np.float32(-9))) for x in (-0.5, 0.25, 0.75)]
+    assert [code_of(codebook, x) for x in beside] == [0, 1, 2]
+    beside = [float(np.nextafter(np.float32(x), np.float32(9))) for x in (-0.5, 0.25, 0.75)]
+    assert [code_of(codebook, x) for x in beside] == [1, 2, 3]
+
+
+def test_a_tie_at_zero_goes_to_the_even_code() -> None:
+    values = (-0.5, 0.5, 1.0, -1.0)
+    assert Codebook(values, "low").zero_code == 0
+    assert Codebook(values, "even").zero_code == 0
+    turned = (0.5, -0.5, -1.0, 1.0)
+    assert Codebook(turned, "low").zero_code == 1
+    assert Codebook(turned, "even").zero_code == 0
+    assert code_of(Codebook(turned, "even"), float32(-1e-45)) == 1
+
+
+def test_a_middle_that_is_no_float32_number_is_no_tie() -> None:
+    """No number lies there, so rounding it is all there is to do."""
+    low, high = 1.0, float(np.nextafter(np.float32(1), np.float32(2)))
+    values = (-2.0, low, high, 2.0)
+    for ties in TIES:
+        codebook = Codebook(values, ties, unit=2.0)
+        assert [code_of(codebook, x) for x in (low, high)] == [1, 2]
+
+
+def test_bfloat16_rounds_as_the_table_of_its_numbers_does() -> None:
+    """All 256 numbers from 1 up, of a float whose ties go to even: torch rounds to them, too."""
+    import torch
+
+    bits = torch.arange(0x3F80, 0x4080, dtype=torch.int32).to(torch.int16)
+    values = tuple(bits.view(torch.bfloat16).double().tolist())
+    codebook = Codebook(values, "even", unit=values[-1])
+    x = torch.linspace(1.0, values[-1], 40_001)
+    x = torch.cat([x, torch.tensor(codebook.thresholds), torch.tensor(values)])
+    ranks = np.searchsorted(np.array(codebook.thresholds, np.float32), x.numpy())
+    assert torch.equal(torch.tensor(values)[ranks], x.bfloat16().float())
+
+
+def test_codes_that_are_only_read() -> None:
+    codebook = Codebook((0.0, 0.5, 1.0, -0.0), decode_only=(3,))
+    assert codebook.codes == (0, 1, 2)
+    assert codebook.thresholds == (0.25, 0.75)
+    assert codebook.levels[3] == 0.0
+    assert codebook.zero_code == 0
+
+
+def test_codes_that_stand_for_no_number() -> None:
+    codebook = Codebook((0.0, None, 1.0, -1.0))
+    assert codebook.codes == (3, 0, 2)
+    assert math.isnan(codebook.levels[1])
+    assert codebook.zero_code == 0
+
+
+def test_levels_are_values_over_the_unit() -> None:
+    """Thresholds stay in the table's own numbers."""
+    codebook = Codebook((0.0, 1.0, 6.0, -6.0), unit=6.0)
+    assert codebook.levels == (0.0, float32(1 / 6), 1.0, -1.0)
+    assert codebook.thresholds == (-3.0, 0.5, 3.5)
+
+
+def test_whatever_changes_a_table_changes_its_key() -> None:
+    values = (0.0, 0.25, 0.5, 1.0)
+    made = [
+        Codebook(values),
+        Codebook(values, "even"),
+        Codebook(values, decode_only=(1,)),
+        Codebook(values, unit=1.0625),
+        Codebook((0.0, 0.25, None, 1.0)),
+    ]
+    assert len({codebook.key for codebook in made}) == len(made)
+    assert all(Codebook(*codebook.key).thresholds == codebook.thresholds for codebook in made)
 
 
 @pytest.mark.parametrize(
@@ -169,6 +264,30 @@ def test_float32_rounds_to_nearest(value: float) -> None:
         (dict(block_size=100), f"block_size 100 is not one of {BLOCK_SIZES}"),
         (dict(block_size=8192), f"block_size 8192 is not one of {BLOCK_SIZES}"),
         (dict(values="text"), "values: Input should be a valid tuple"),
+        (dict(values=(None,) * 4), "values: expected at least two numbers"),
+        (dict(values=(1e300, 0.0, 0.5, 1.0)), "values[0] = 1e+300 is outside [-1, 1]"),
+        (
+            dict(values=(1e300, 0.0, 0.5, 1.0), decode_only=(0,)),
+            "values[0] = 1e+300 is not a float32 number",
+        ),
+        (dict(decode_only=(0, 3)), "the largest magnitude near 1"),
+        (dict(decode_only=(4,)), "decode_only: 4 is no code of 2 bits"),
+        (dict(decode_only=(-1,)), "decode_only: -1 is no code of 2 bits"),
+        (dict(decode_only=(0, 1, 2)), "expected at least two numbers"),
+        (dict(unit=2.0), "the largest magnitude near 2"),
+        (dict(unit=0.5), "values[0] = -1.0 is outside [-0.5, 0.5]"),
+        (dict(unit=1.1), "unit 1.1 is not a float32 number"),
+        (dict(unit=0.0), "unit: Input should be greater than or equal to"),
+        (dict(unit=2.0**17), "unit: Input should be less than or equal to"),
+        (dict(ties="up"), "ties: Input should be 'low' or 'even'"),
+        (dict(scale=dict(per="column")), "per: Input should be 'block', 'row' or 'tensor'"),
+        (dict(scale=dict(dtype="float16")), "dtype: Input should be 'float32'"),
+        (dict(scale=dict(tensor_scale=True)), "tensor_scale is for dtype 'e4m3'"),
+        (
+            dict(scale=dict(tensor_scale=True, dtype="e4m3", centered=True)),
+            "tensor_scale is for dtype 'e4m3' without centered",
+        ),
+        (dict(scale=dict(dtype="e8m0", centered=True)), "centered is for scales in float32"),
         (dict(extra=1), "extra: Extra inputs are not permitted"),
     ],
 )

@@ -26,6 +26,7 @@ from bnbx.registry import (
     quant_types,
     rate,
 )
+from bnbx.registry.quant_type import Scale
 from bnbx.registry.spec import Spec
 
 SPECS: list[Spec] = [*optimizers(), *quant_types()]
@@ -111,8 +112,19 @@ QUANT_TYPE_CHANGES: dict[str, dict[str, Any]] = {
     "values zero": dict(values=(-1.0, 0.0, 0.5, 1.0)),
     "unsigned_values": dict(unsigned_values=(0.0, 0.25, 0.75, 1.0)),
     "unsigned_values none": dict(unsigned_values=None),
+    "values none": dict(values=(-1.0, None, 0.5, 1.0)),
+    "unit": dict(unit=1.0000001192092896),
+    "decode_only": dict(decode_only=(1,)),
+    "ties": dict(ties="even"),
+    "grid": dict(grid=255),
     "block_size": dict(block_size=64),
+    "scale": dict(scale=Scale(dtype="bfloat16")),
+    "scale.per": dict(scale=Scale(per="row")),
+    "scale.dtype": dict(scale=Scale(dtype="e4m3")),
+    "scale.tensor_scale": dict(scale=Scale(dtype="e4m3", tensor_scale=True)),
+    "scale.centered": dict(scale=Scale(centered=True)),
     "state_default": dict(state_default=True),
+    "scale_default": dict(scale_default=True),
 }
 
 
@@ -142,6 +154,7 @@ def test_every_field_of_a_part_is_in_the_table_of_changes() -> None:
     }
     wanted = {f"{name}.{field}" for name, part in parts.items() for field in part.model_fields}
     assert wanted <= set(OPTIMIZER_CHANGES)
+    assert {f"scale.{field}" for field in Scale.model_fields} <= set(QUANT_TYPE_CHANGES)
 
 
 def test_equal_fields_are_equal_specs() -> None:

@@ -37,12 +37,29 @@ struct Shared {
   }
 };
 
-// Blocks of at most PIECE elements: how the lanes and vectors of a piece fall into them.
+// How the lanes and vectors of a piece fall into blocks, and how many pieces a block has.
 template <class Type>
 struct Layout {
   static constexpr int GROUP = Type::BLOCK < STRIDE ? Type::BLOCK / VECTOR : LANES;  // lanes of a block
-  static constexpr bool WHOLE = Type::BLOCK == PIECE;                               // both vectors in one block
+  static constexpr bool WHOLE = Type::BLOCK >= PIECE;                               // both vectors in one block
+  static constexpr int PIECES = Type::BLOCK > PIECE ? Type::BLOCK / PIECE : 1;
 };
+
+// The largest value among `COUNT` neighboring warps, the same in all of them. All warps of the launched
+// block take part.
+template <int COUNT>
+DEVICE u32 largest_of_warps(u32 x, u32* largest) {
+  const int warp = threadIdx.x / LANES;
+  if (threadIdx.x % LANES == 0) largest[warp] = x;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    const u32 other = largest[warp / COUNT * COUNT + i];
+    x = other > x ? other : x;
+  }
+  __syncthreads();
+  return x;
+}
 
 // Codes lie one after the other without gaps, the first in the highest bits. The four neighbors of a
 // lane are the lower bits of a word: those of codes in even widths fill whole bytes, and those of odd
@@ -121,9 +138,12 @@ DEVICE void decode_piece(const u8 (&codes)[PER_LANE], const float* absmax, i64 l
   }
 }
 
+// Where a block has several pieces, `largest_of_warp` has a place for each warp of the launched block,
+// and `start` is the piece's place in its tensor.
 template <class Type>
 DEVICE void encode_piece(const float (&x)[PER_LANE], i64 left, const Shared<Type>& shared,
-                         const Tables* tables, u8 (&codes)[PER_LANE], float* absmax) {
+                         const Tables* tables, u8 (&codes)[PER_LANE], float* absmax,
+                         u32* largest_of_warp = 0, i64 start = 0) {
   u32 largest[VECTORS];
 #pragma unroll
   for (int j = 0; j < VECTORS; ++j) {
@@ -141,6 +161,7 @@ DEVICE void encode_piece(const float (&x)[PER_LANE], i64 left, const Shared<Type
   for (int j = 0; j < VECTORS; ++j) {
     const int at = j * STRIDE + (threadIdx.x & 31) * VECTOR;
     largest[j] = Layout<Type>::WHOLE && j ? largest[0] : largest_of_lanes<Layout<Type>::GROUP>(largest[j]);
+    if (Layout<Type>::PIECES > 1 && !j) largest[0] = largest_of_warps<Layout<Type>::PIECES>(largest[0], largest_of_warp);
     const Scale scale = make_scale<Type>(largest[j]);
 #pragma unroll
     for (int e = 0; e < VECTOR; ++e) {
@@ -148,7 +169,8 @@ DEVICE void encode_piece(const float (&x)[PER_LANE], i64 left, const Shared<Type
       const u8 code = encode<Type>(scaled, shared.search, (const float*)shared.search, tables->order);
       codes[j * VECTOR + e] = scale.inverse > 0.0f ? code : (u8)Type::ZERO_CODE;
     }
-    if (at % Type::BLOCK == 0 && at < left) absmax[at / Type::BLOCK] = scale.absmax;
+    const bool first = at % Type::BLOCK == 0 && (Layout<Type>::PIECES == 1 || start % Type::BLOCK == 0);
+    if (first && at < left) absmax[at / Type::BLOCK] = scale.absmax;
   }
 }
 

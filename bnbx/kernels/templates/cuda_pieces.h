@@ -1,6 +1,9 @@
 // Helpers of CUDA kernels: a warp works on PIECE elements, four neighbors of each lane at a time.
 
-enum { LANES = 32, WARPS = 8, VECTOR = 4, STRIDE = LANES * VECTOR, VECTORS = 2, PIECE = VECTORS * STRIDE };
+#ifndef WARPS_OF_BLOCK
+#define WARPS_OF_BLOCK 8
+#endif
+enum { LANES = 32, WARPS = WARPS_OF_BLOCK, VECTOR = 4, STRIDE = LANES * VECTOR, VECTORS = 2, PIECE = VECTORS * STRIDE };
 enum { PER_LANE = VECTORS * VECTOR };
 
 template <class T>

@@ -1,0 +1,642 @@
+// adamw, no amsgrad, bfloat16 parameters, bfloat16 gradients, m: mxfp4, v: mxfp4
+// Adam with decoupled weight decay (arXiv:1711.05101). Rendered from its spec by bnbx; change the spec, not this file.
+
+#define DEVICE static inline
+DEVICE unsigned int bits_of(float x) { unsigned int bits; __builtin_memcpy(&bits, &x, 4); return bits; }
+DEVICE float float_of(unsigned int bits) { float x; __builtin_memcpy(&x, &bits, 4); return x; }
+DEVICE float root(float x) { return __builtin_sqrtf(x); }
+DEVICE double root64(double x) { return __builtin_sqrt(x); }
+
+// Numbers, as C++ and CUDA kernels share them. The target defines before this: DEVICE (how a function
+// is declared), bits_of and float_of (a float's bits), and root and root64 (correctly rounded square
+// roots).
+
+typedef unsigned char u8;
+typedef signed char i8;
+typedef unsigned short u16;
+typedef int i32;
+typedef unsigned int u32;
+typedef long long i64;
+
+// ---- storage types of parameters and gradients: rounded to nearest even, NaN kept
+
+struct bfloat16 { u16 bits; };
+struct float16 { u16 bits; };
+
+DEVICE float to_float(float x) { return x; }
+
+DEVICE float to_float(bfloat16 x) { return float_of((u32)x.bits << 16); }
+
+DEVICE float to_float(float16 x) {
+  const u32 magnitude = (u32)(x.bits & 0x7fffu) << 13;
+  // 2**112 moves the exponent from bias 15 to bias 127, subnormals included.
+  const float finite = float_of(magnitude) * float_of(0x77800000u);
+  const bool special = (x.bits & 0x7c00u) == 0x7c00u;
+  const u32 bits = special ? (magnitude | 0x7f800000u) : bits_of(finite);
+  return float_of(bits | ((u32)(x.bits & 0x8000u) << 16));
+}
+
+DEVICE void from_float(float x, float& to) { to = x; }
+
+DEVICE void from_float(float x, bfloat16& to) {
+  const u32 bits = bits_of(x);
+  const u32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  to.bits = (u16)((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+DEVICE void from_float(float x, float16& to) {
+  const u32 bits = bits_of(x);
+  const u32 magnitude = bits & 0x7fffffffu;
+  // Below 2**-14, adding 0.5 makes the addition itself round to multiples of 2**-24.
+  const u32 subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
+  const u32 normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+  u32 half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  to.bits = (u16)(half | ((bits >> 16) & 0x8000u));
+}
+
+// ---- functions of the rule language
+
+DEVICE float rule_sqrt(float x) { return root(x); }
+DEVICE float rule_abs(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
+DEVICE float rule_sign(float x) { return x > 0.0f ? 1.0f : (x < 0.0f ? -1.0f : x); }
+DEVICE float rule_min(float a, float b) { return a < b ? a : b; }
+DEVICE float rule_max(float a, float b) { return a > b ? a : b; }
+
+DEVICE double rule_sqrt(double x) { return root64(x); }
+DEVICE double rule_abs(double x) { return x < 0.0 ? -x : x; }
+DEVICE double rule_sign(double x) { return x > 0.0 ? 1.0 : (x < 0.0 ? -1.0 : x); }
+DEVICE double rule_min(double a, double b) { return a < b ? a : b; }
+DEVICE double rule_max(double a, double b) { return a > b ? a : b; }
+
+// Quantized states, as C++ and CUDA kernels share them.
+
+// The tables of one codebook; see bnbx/kernels/codebook.py, which packs them.
+struct Tables {
+  float levels[256];      // value by code, over the unit
+  u8 planes[4][256];      // the same, byte by byte
+  u8 order[256];          // code by rank
+  float thresholds[256];  // ascending, padded with infinity
+  i32 index[16];  // these five: see Segments in codebook.py
+  float cut[16], slope[16], offset[16], high[16];
+  u32 entries[1];  // as many as the codebook needs
+};
+
+// What a block's largest magnitude (as float bits) makes of the block. NaN or infinity: the block
+// reads as NaN from now on. Below the smallest normal number, or without a finite inverse: the block
+// is zero. Otherwise the codes are those of x * inverse, in which absmax becomes the table's unit.
+struct Scale {
+  float absmax, inverse;
+};
+
+template <class Type>
+DEVICE Scale make_scale(u32 largest) {
+  Scale scale = {largest >= 0x7f800000u ? float_of(0x7fc00000u) : 0.0f, 0.0f};
+  if (largest < 0x00800000u || largest >= 0x7f800000u) return scale;
+  const float inverse = Type::UNIT / float_of(largest);
+  if (bits_of(inverse) < 0x7f800000u) scale.absmax = float_of(largest), scale.inverse = inverse;
+  return scale;
+}
+
+// Where the search for x looks, and what it adds to the entry found there: an exact search, since
+// each entry carries over just past the one threshold in its bucket. See `Buckets` in codebook.py.
+struct Place {
+  u32 entry, low;
+};
+
+template <class Type>
+DEVICE Place find_place(float x) {
+  const u32 mask = (1u << Type::SHIFT) - 1u;
+  const u32 bits = bits_of(x);
+  // A codebook without negative thresholds has one answer for all negative x, that of 0.
+  u32 a = Type::SIGNED ? bits & 0x7fffffffu : (i32)bits > 0 ? bits : 0u;
+  a = a < Type::CEILING ? a : Type::CEILING;
+  const u32 small = a < 1u ? a : 1u;
+  const u32 w = a < Type::FLOOR ? small : a - Type::FLOOR + (1u << Type::SHIFT);
+  const u32 negative = Type::SIGNED ? bits >> 31 : 0u;
+  const Place place = {(w >> Type::SHIFT) + negative * Type::HALF, (w & mask) ^ (negative ? mask : 0u)};
+  return place;
+}
+
+// The number of thresholds below x, by halving, for codebooks without such entries.
+DEVICE u32 count_thresholds(float x, const float* thresholds) {
+  u32 rank = 0;
+  for (u32 step = 128; step > 0; step >>= 1) rank += thresholds[rank + step - 1] < x ? step : 0;
+  return rank;
+}
+
+template <class Type>
+DEVICE u32 find_rank(float x, const u32* entries, const float* thresholds) {
+  if (Type::SHIFT == 0) return count_thresholds(x, thresholds);
+  const Place place = find_place<Type>(x);
+  return (entries[place.entry] + place.low) >> Type::SHIFT;
+}
+
+template <class Type>
+DEVICE u8 encode(float x, const u32* entries, const float* thresholds, const u8* order) {
+  const u32 rank = find_rank<Type>(x, entries, thresholds);
+  return (u8)(Type::ORDERED ? rank : order[rank]);
+}
+
+// Blocks of quantized states on a CPU: plain loops that any compiler vectorizes as it can.
+
+template <class Type>
+static inline void decode_block_plain(const u8* codes, float absmax, const Tables* tables, float* x) {
+  for (int i = 0; i < Type::BLOCK; ++i) x[i] = tables->levels[codes[i]] * absmax;
+}
+
+template <class Type>
+static inline void encode_block_plain(const float* x, float inverse, const Tables* tables, u8* codes) {
+  u32 rank[Type::BLOCK], low[Type::BLOCK];
+  if (Type::SHIFT == 0) {
+    for (int i = 0; i < Type::BLOCK; ++i) rank[i] = count_thresholds(x[i] * inverse, tables->thresholds);
+  } else {  // find_rank, with its look-ups in a loop of their own, so that the others are vectorized
+    for (int i = 0; i < Type::BLOCK; ++i) {
+      const Place place = find_place<Type>(x[i] * inverse);
+      rank[i] = place.entry;
+      low[i] = place.low;
+    }
+    for (int i = 0; i < Type::BLOCK; ++i) rank[i] = tables->entries[rank[i]];
+    for (int i = 0; i < Type::BLOCK; ++i) rank[i] = (rank[i] + low[i]) >> Type::SHIFT;
+  }
+  for (int i = 0; i < Type::BLOCK; ++i) codes[i] = (u8)(Type::ORDERED ? rank[i] : tables->order[rank[i]]);
+}
+
+// Codes in bytes of their own to codes packed without gaps, the first in the highest bits, and back:
+// as many at a time as fill whole bytes.
+template <class Type>
+struct Group {
+  static constexpr int CODES = 8 % Type::BITS ? 8 : 8 / Type::BITS, BYTES = CODES * Type::BITS / 8;
+};
+
+template <class Type>
+static inline void unpack_group(const u8* packed, u8* codes) {
+  unsigned long long word = 0;
+  for (int i = 0; i < Group<Type>::BYTES; ++i) word = word << 8 | packed[i];
+  for (int i = 0; i < Group<Type>::CODES; ++i)
+    codes[i] = (u8)((word >> (Type::BITS * (Group<Type>::CODES - 1 - i))) & ((1 << Type::BITS) - 1));
+}
+
+template <class Type>
+static inline void pack_group(const u8* codes, u8* packed) {
+  unsigned long long word = 0;
+  for (int i = 0; i < Group<Type>::CODES; ++i) word = word << Type::BITS | codes[i];
+  for (int i = 0; i < Group<Type>::BYTES; ++i) packed[i] = (u8)(word >> (8 * (Group<Type>::BYTES - 1 - i)));
+}
+
+template <class Type>
+static inline void unpack_codes(const u8* packed, int count, u8* codes) {
+  if (Type::BITS == 8) {
+    __builtin_memcpy(codes, packed, count);
+    return;
+  }
+  const int whole = count / Group<Type>::CODES, rest = count % Group<Type>::CODES;
+  for (int i = 0; i < whole; ++i) unpack_group<Type>(packed + i * Group<Type>::BYTES, codes + i * Group<Type>::CODES);
+  if (rest) {  // its bytes may be fewer than those of a group
+    u8 bytes[Group<Type>::BYTES] = {}, last[Group<Type>::CODES];
+    __builtin_memcpy(bytes, packed + whole * Group<Type>::BYTES, (rest * Type::BITS + 7) / 8);
+    unpack_group<Type>(bytes, last);
+    __builtin_memcpy(codes + whole * Group<Type>::CODES, last, rest);
+  }
+}
+
+template <class Type>
+static inline void pack_codes(const u8* codes, int count, u8* packed) {
+  if (Type::BITS == 8) {
+    __builtin_memcpy(packed, codes, count);
+    return;
+  }
+  const int whole = count / Group<Type>::CODES, rest = count % Group<Type>::CODES;
+  for (int i = 0; i < whole; ++i) pack_group<Type>(codes + i * Group<Type>::CODES, packed + i * Group<Type>::BYTES);
+  if (rest) {
+    u8 bytes[Group<Type>::BYTES], last[Group<Type>::CODES] = {};
+    __builtin_memcpy(last, codes + whole * Group<Type>::CODES, rest);
+    pack_group<Type>(last, bytes);
+    __builtin_memcpy(packed + whole * Group<Type>::BYTES, bytes, (rest * Type::BITS + 7) / 8);
+  }
+}
+
+static inline i32 larger_magnitude(i32 largest, float x) {
+  const i32 magnitude = (i32)(bits_of(x) & 0x7fffffffu);
+  return magnitude > largest ? magnitude : largest;
+}
+
+// Ranks by a multiply-add inside the run of evenly spaced thresholds that x falls in; where one of the
+// values is too close to a tie to be sure, all go to the exact search. The sum with BIAS leaves the rank
+// in the mantissa above FRACTION bits of fraction, which are almost all zero near a tie. See `Segments`
+// in bnbx/kernels/codebook.py, which makes the tables and proves them, and has the same constants.
+// BIAS is 1.5 * 2**10 + 1/2, a float
+// whose last mantissa bit is 2**-13, and two such bits more: ties then lie in the middle of what
+// NEAR_TIE finds.
+enum { FRACTION = 13, NEAR_TIE = (1 << FRACTION) - 4 };
+static const float BIAS = 1536.5f + 2.0f / (1 << FRACTION);
+static const float SMALLEST_BINADE = 1.0f / (1 << 30) / 2.0f;
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VBMI__)
+#include <immintrin.h>
+
+// Byte permutes look up 64 codes in a 256-entry table at once, one table for each byte of a float.
+static inline __m512i look_up_bytes(const u8* plane, __m512i index, __mmask64 upper) {
+  const __m512i* part = (const __m512i*)plane;
+  const __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(part), index, _mm512_loadu_si512(part + 1));
+  const __m512i high = _mm512_permutex2var_epi8(_mm512_loadu_si512(part + 2), index, _mm512_loadu_si512(part + 3));
+  return _mm512_mask_blend_epi8(upper, low, high);
+}
+
+// 16-byte lanes of the four planes interleave to floats in order if byte 4 j + w of lane l is
+// code 16 j + 4 l + w.
+alignas(64) static const u8 interleave[64] = {
+    0, 1, 2, 3, 16, 17, 18, 19, 32, 33, 34, 35, 48, 49, 50, 51,
+    4, 5, 6, 7, 20, 21, 22, 23, 36, 37, 38, 39, 52, 53, 54, 55,
+    8, 9, 10, 11, 24, 25, 26, 27, 40, 41, 42, 43, 56, 57, 58, 59,
+    12, 13, 14, 15, 28, 29, 30, 31, 44, 45, 46, 47, 60, 61, 62, 63};
+
+// Tables of 16 values are one register: a permute decodes 16 codes.
+template <class Type>
+static inline void decode_narrow_block(const u8* codes, float absmax, const Tables* tables, float* x) {
+  const __m512 levels = _mm512_loadu_ps(tables->levels), scale = _mm512_set1_ps(absmax);
+  for (int i = 0; i < Type::BLOCK; i += 16) {
+    const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i)));
+    _mm512_storeu_ps(x + i, _mm512_mul_ps(_mm512_permutexvar_ps(index, levels), scale));
+  }
+}
+
+// And a search by halving has four steps, each a permute and a comparison.
+template <class Type>
+static inline void encode_narrow_block(const float* x, float inverse, const Tables* tables, u8* codes) {
+  const __m512 thresholds = _mm512_loadu_ps(tables->thresholds), scale = _mm512_set1_ps(inverse);
+  const __m512i order = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)tables->order));
+  for (int i = 0; i < Type::BLOCK; i += 16) {
+    const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + i), scale);
+    __m512i rank = _mm512_setzero_si512();
+    for (int half = 8; half > 0; half /= 2) {
+      const __m512i probe = _mm512_add_epi32(rank, _mm512_set1_epi32(half - 1));
+      const __m512 threshold = _mm512_permutexvar_ps(probe, thresholds);
+      rank = _mm512_mask_add_epi32(rank, _mm512_cmp_ps_mask(threshold, scaled, _CMP_LT_OQ), rank, _mm512_set1_epi32(half));
+    }
+    if (!Type::ORDERED) rank = _mm512_permutexvar_epi32(rank, order);
+    _mm_storeu_si128((__m128i*)(codes + i), _mm512_cvtepi32_epi8(rank));
+  }
+}
+
+template <class Type>
+static inline void decode_block(const u8* codes, float absmax, const Tables* tables, float* x) {
+  if (Type::BITS <= 4) return decode_narrow_block<Type>(codes, absmax, tables, x);
+  if (Type::BLOCK < 64) return decode_block_plain<Type>(codes, absmax, tables, x);
+  const __m512i lanes = _mm512_load_si512(interleave);
+  const __m512 scale = _mm512_set1_ps(absmax);
+  for (int i = 0; i < Type::BLOCK; i += 64) {
+    const __m512i index = _mm512_permutexvar_epi8(lanes, _mm512_loadu_si512(codes + i));
+    const __mmask64 upper = _mm512_movepi8_mask(index);
+    const __m512i b0 = look_up_bytes(tables->planes[0], index, upper);
+    const __m512i b1 = look_up_bytes(tables->planes[1], index, upper);
+    const __m512i b2 = look_up_bytes(tables->planes[2], index, upper);
+    const __m512i b3 = look_up_bytes(tables->planes[3], index, upper);
+    const __m512i low01 = _mm512_unpacklo_epi8(b0, b1), high01 = _mm512_unpackhi_epi8(b0, b1);
+    const __m512i low23 = _mm512_unpacklo_epi8(b2, b3), high23 = _mm512_unpackhi_epi8(b2, b3);
+    const __m512i value[4] = {_mm512_unpacklo_epi16(low01, low23), _mm512_unpackhi_epi16(low01, low23),
+                              _mm512_unpacklo_epi16(high01, high23), _mm512_unpackhi_epi16(high01, high23)};
+    for (int j = 0; j < 4; ++j)
+      _mm512_storeu_ps(x + i + 16 * j, _mm512_mul_ps(_mm512_castsi512_ps(value[j]), scale));
+  }
+}
+
+// find_rank for 16 values.
+template <class Type>
+static inline __m512i find_ranks(__m512 x, const Tables* tables) {
+  const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
+  const __m512i mask = _mm512_set1_epi32((1 << Type::SHIFT) - 1);
+  const __m512i floor = _mm512_set1_epi32((i32)Type::FLOOR);
+  __m512i a = Type::SIGNED ? _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff))
+                           : _mm512_max_epi32(bits, _mm512_setzero_si512());
+  a = _mm512_min_epu32(a, _mm512_set1_epi32((i32)Type::CEILING));
+  const __mmask16 small = _mm512_cmplt_epu32_mask(a, floor);
+  __m512i w = _mm512_add_epi32(_mm512_sub_epi32(a, floor), _mm512_set1_epi32(1 << Type::SHIFT));
+  w = _mm512_mask_min_epu32(w, small, a, one);
+  __m512i low = _mm512_and_si512(w, mask), entry = _mm512_srli_epi32(w, Type::SHIFT);
+  if (Type::SIGNED) {
+    const __mmask16 negative = _mm512_movepi32_mask(bits);
+    low = _mm512_mask_xor_epi32(low, negative, low, mask);
+    entry = _mm512_mask_add_epi32(entry, negative, entry, _mm512_set1_epi32(Type::HALF));
+  }
+  const __m512i found = _mm512_i32gather_epi32(entry, (const int*)tables->entries, 4);
+  return _mm512_srli_epi32(_mm512_add_epi32(found, low), Type::SHIFT);
+}
+
+template <class Type>
+static __attribute__((noinline)) __m512i find_ranks_near_tie(__m512 x, const Tables* tables) {
+  return find_ranks<Type>(x, tables);
+}
+
+template <class Type>
+static inline __m512i find_ranks_in_segments(__m512 x, const Tables* tables) {
+  const __m512 magnitude = Type::SIGNED ? _mm512_abs_ps(x) : x;
+  const __m512 a = _mm512_max_ps(magnitude, _mm512_set1_ps(SMALLEST_BINADE));
+  const __m512i binade = _mm512_srli_epi32(_mm512_castps_si512(a), 24);  // a permute reads 4 bits
+  const __m512 cut = _mm512_permutexvar_ps(binade, _mm512_loadu_ps(tables->cut));
+  __m512i run = _mm512_permutexvar_epi32(binade, _mm512_loadu_si512(tables->index));
+  run = _mm512_mask_add_epi32(run, _mm512_cmp_ps_mask(a, cut, _CMP_GT_OQ), run, _mm512_set1_epi32(1));
+  const __m512 slope = _mm512_permutexvar_ps(run, _mm512_loadu_ps(tables->slope));
+  const __m512 offset = _mm512_permutexvar_ps(run, _mm512_loadu_ps(tables->offset));
+  const __m512 high = _mm512_permutexvar_ps(run, _mm512_loadu_ps(tables->high));
+  __m512 place = _mm512_min_ps(_mm512_fmadd_ps(a, slope, offset), high);
+  if (Type::SIGNED) {  // so far counted from zero: put the sign of x on it, and count from the lowest code
+    const __m512 sign = _mm512_and_ps(x, _mm512_set1_ps(-0.0f));
+    place = _mm512_add_ps(_mm512_xor_ps(place, sign), _mm512_set1_ps(BIAS + Type::ZERO_CODE));
+    place = _mm512_max_ps(place, _mm512_set1_ps(BIAS));
+  }
+  const __m512i bits = _mm512_castps_si512(place);
+  __mmask16 unsure = _mm512_testn_epi32_mask(bits, _mm512_set1_epi32(NEAR_TIE));
+  if (Type::SIGNED) unsure |= _mm512_cmp_ps_mask(a, cut, _CMP_EQ_OQ);  // there, ties go away from zero
+  if (__builtin_expect(unsure != 0, 0)) return find_ranks_near_tie<Type>(x, tables);
+  return _mm512_srli_epi32(bits, FRACTION);  // the lowest byte of it is the rank
+}
+
+template <class Type>
+static inline void encode_block(const float* x, float inverse, const Tables* tables, u8* codes) {
+  if (Type::BITS <= 4) return encode_narrow_block<Type>(x, inverse, tables, codes);
+  if (Type::SHIFT == 0 || !Type::ORDERED) return encode_block_plain<Type>(x, inverse, tables, codes);
+  const __m512 scale = _mm512_set1_ps(inverse);
+  for (int i = 0; i < Type::BLOCK; i += 16) {
+    const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + i), scale);
+    const __m512i rank = Type::SEGMENTS ? find_ranks_in_segments<Type>(scaled, tables) : find_ranks<Type>(scaled, tables);
+    _mm_storeu_si128((__m128i*)(codes + i), _mm512_cvtepi32_epi8(rank));
+  }
+}
+
+#elif defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+
+// A look-up of 8 indices in a table of 16: the last four bits of an index count.
+static inline __m256 look_up(const float* table, __m256i index) {
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+
+// As the function of this name above, for 8 values.
+template <class Type>
+static inline void find_ranks_in_segments(const float* values, float inverse, const Tables* tables, u32* ranks) {
+  const __m256 x = _mm256_mul_ps(_mm256_loadu_ps(values), _mm256_set1_ps(inverse));
+  const __m256 sign = _mm256_and_ps(x, _mm256_set1_ps(-0.0f));
+  const __m256 magnitude = Type::SIGNED ? _mm256_xor_ps(x, sign) : x;
+  const __m256 a = _mm256_max_ps(magnitude, _mm256_set1_ps(SMALLEST_BINADE));
+  const __m256i binade = _mm256_srli_epi32(_mm256_castps_si256(a), 24);
+  const __m256 cut = look_up(tables->cut, binade);
+  const __m256i below = _mm256_castps_si256(look_up((const float*)tables->index, binade));
+  const __m256i run = _mm256_sub_epi32(below, _mm256_castps_si256(_mm256_cmp_ps(a, cut, _CMP_GT_OQ)));
+  __m256 place = _mm256_fmadd_ps(a, look_up(tables->slope, run), look_up(tables->offset, run));
+  place = _mm256_min_ps(place, look_up(tables->high, run));
+  if (Type::SIGNED) {
+    place = _mm256_add_ps(_mm256_xor_ps(place, sign), _mm256_set1_ps(BIAS + Type::ZERO_CODE));
+    place = _mm256_max_ps(place, _mm256_set1_ps(BIAS));
+  }
+  const __m256i bits = _mm256_castps_si256(place);
+  const __m256i fraction = _mm256_and_si256(bits, _mm256_set1_epi32(NEAR_TIE));
+  __m256i unsure = _mm256_cmpeq_epi32(fraction, _mm256_setzero_si256());
+  if (Type::SIGNED) unsure = _mm256_or_si256(unsure, _mm256_castps_si256(_mm256_cmp_ps(a, cut, _CMP_EQ_OQ)));
+  _mm256_storeu_si256((__m256i*)ranks, _mm256_srli_epi32(bits, FRACTION));
+  if (__builtin_expect(_mm256_movemask_epi8(unsure) != 0, 0))
+    for (int i = 0; i < 8; ++i) ranks[i] = find_rank<Type>(values[i] * inverse, tables->entries, tables->thresholds);
+}
+
+template <class Type>
+static inline void decode_block(const u8* codes, float absmax, const Tables* tables, float* x) {
+  decode_block_plain<Type>(codes, absmax, tables, x);  // a gather is no faster: 8 loads are 8 loads
+}
+
+template <class Type>
+static inline void encode_block(const float* x, float inverse, const Tables* tables, u8* codes) {
+  if (!Type::SEGMENTS) return encode_block_plain<Type>(x, inverse, tables, codes);
+  u32 ranks[Type::BLOCK];
+  for (int i = 0; i < Type::BLOCK; i += 8) find_ranks_in_segments<Type>(x + i, inverse, tables, ranks + i);
+  for (int i = 0; i < Type::BLOCK; ++i) codes[i] = (u8)ranks[i];
+}
+
+#else
+
+template <class Type>
+static inline void decode_block(const u8* codes, float absmax, const Tables* tables, float* x) {
+  decode_block_plain<Type>(codes, absmax, tables, x);
+}
+
+template <class Type>
+static inline void encode_block(const float* x, float inverse, const Tables* tables, u8* codes) {
+  encode_block_plain<Type>(x, inverse, tables, codes);
+}
+
+#endif
+
+// What this plan works on: its dtypes, the traits of its codebooks, and a row of the launch's table.
+typedef bfloat16 Parameter;
+typedef bfloat16 Gradient;
+enum { CHUNK = 256 };  // elements that the chunk numbers in rows count by
+
+struct mxfp4_signed {
+  static constexpr int BLOCK = 32, SHIFT = 22, HALF = 10, ENTRIES = 20, ZERO_CODE = 0;
+  static constexpr int BITS = 4;
+  static constexpr float UNIT = 6.0f;
+  static constexpr u32 FLOOR = 0x3e800000u, CEILING = 0x40a00002u;
+  static constexpr bool SIGNED = true, ORDERED = false, SEGMENTS = false, WHOLE = false;
+};
+
+struct mxfp4_unsigned {
+  static constexpr int BLOCK = 32, SHIFT = 22, HALF = 10, ENTRIES = 20, ZERO_CODE = 0;
+  static constexpr int BITS = 4;
+  static constexpr float UNIT = 6.0f;
+  static constexpr u32 FLOOR = 0x3e800000u, CEILING = 0x40a00002u;
+  static constexpr bool SIGNED = true, ORDERED = false, SEGMENTS = false, WHOLE = false;
+};
+
+// A tensor. Rows end with one more whose FirstChunk is the number of chunks in all.
+struct Row {
+  Parameter* p_;
+  const Gradient* g_;
+  u8* m_;
+  float* m_absmax_;
+  u8* v_;
+  float* v_absmax_;
+  const float* gradient_scale_;
+  i64 Numel;
+  i64 FirstChunk;
+};
+
+// The row that holds a chunk.
+DEVICE const Row& find_row(const Row* rows, i64 row_count, i64 chunk) {
+  i64 low = 0, high = row_count - 1;
+  while (low < high) {
+    const i64 middle = (low + high + 1) / 2;
+    if (rows[middle].FirstChunk <= chunk) low = middle;
+    else high = middle - 1;
+  }
+  return rows[low];
+}
+
+struct Job {
+  const Row* rows;
+  i64 row_count, chunk_count;
+  const float* scalars;
+  const double* inputs;
+  const void* const* tables;
+  void* parts;   // a Part for each chunk
+  void* values;  // a Values for each row
+  void (*update)(const Job*, i64, i64);
+  void (*measure)(const Job*, i64, i64);  // these two null where one pass is enough
+  void (*reduce)(const Job*, i64, i64);
+};
+
+enum { SPAN = 32 };  // elements between two looks at a state's largest magnitude
+
+// The rule, for `Count` elements. The largest magnitudes of quantized states are found on the way,
+// as integers: so the order of comparisons cannot matter, even for NaN.
+static inline __attribute__((always_inline)) void update_elements(
+    Parameter* __restrict P, const Gradient* __restrict G, float* __restrict State_m, float* __restrict State_v,
+    const float* Scalars, const float Gradient_scale, const int Count, i32& Largest_m, i32& Largest_v) {
+  const float beta1_ = Scalars[0];  // beta1
+  const float k_1_minus_beta1_ = Scalars[1];  // 1 - beta1
+  const float beta2_ = Scalars[2];  // beta2
+  const float k_1_minus_beta2_ = Scalars[3];  // 1 - beta2
+  const float k_1_over_c2_ = Scalars[4];  // 1 / c2
+  const float eps_ = Scalars[5];  // eps
+  const float k_1_over_c1_ = Scalars[6];  // 1 / c1
+  const float k_1_minus_lr_times_weight_decay_ = Scalars[7];  // 1 - lr * weight_decay
+  const float lr_ = Scalars[8];  // lr
+  i32 Most_m = 0;
+  i32 Most_v = 0;
+  for (int I = 0; I < Count; ++I) {
+    float p = to_float(P[I]);
+    float g = to_float(G[I]) * Gradient_scale;
+    float m = State_m[I];
+    float v = State_v[I];
+    // m = beta1 * m + (1 - beta1) * g
+    m = (beta1_ * m) + (k_1_minus_beta1_ * g);
+    // v = beta2 * v + (1 - beta2) * g * g
+    v = (beta2_ * v) + ((k_1_minus_beta2_ * g) * g);
+    // vmax = where(amsgrad, max(vmax, v), v)
+    float vmax = v;
+    // u = (m / c1) / (sqrt(vmax) / c2 + eps)
+    float u = (k_1_over_c1_ * m) / ((k_1_over_c2_ * rule_sqrt(vmax)) + eps_);
+    // p = p * (1 - lr * weight_decay)
+    p = k_1_minus_lr_times_weight_decay_ * p;
+    // p = p - lr * u
+    p = p - (lr_ * u);
+    from_float(p, P[I]);
+    State_m[I] = m;
+    State_v[I] = v;
+    Most_m = larger_magnitude(Most_m, m);
+    Most_v = larger_magnitude(Most_v, v);
+  }
+  Largest_m = Most_m;
+  Largest_v = Most_v;
+}
+
+// Codes of a chunk to floats. A last chunk is filled up with zeros.
+template <class Type>
+static inline void load_state(const u8* codes, const float* absmax, int count, const Tables* tables, float* x) {
+  alignas(64) u8 padded[CHUNK];
+  if (Type::BITS < 8 || count < CHUNK) {
+    if (count < CHUNK) __builtin_memset(padded, Type::ZERO_CODE, CHUNK);
+    unpack_codes<Type>(codes, count, padded);
+    codes = padded;
+  }
+  for (int i = 0; i < CHUNK; i += Type::BLOCK)
+    decode_block<Type>(codes + i, i < count ? absmax[Type::WHOLE ? 0 : i / Type::BLOCK] : 0.0f, tables, x + i);
+}
+
+template <class Type>
+static inline void store_codes(const float* x, const Scale scale, const Tables* tables, u8* codes) {
+  if (scale.inverse > 0.0f) encode_block<Type>(x, scale.inverse, tables, codes);
+  else __builtin_memset(codes, Type::ZERO_CODE, Type::BLOCK);
+}
+
+template <class Type>
+static inline void store_state(const float* x, const i32* largest, int count, const Tables* tables, u8* codes, float* absmax) {
+  alignas(64) u8 padded[CHUNK];
+  u8* to = Type::BITS < 8 || count < CHUNK ? padded : codes;
+  for (int i = 0; i < count; i += Type::BLOCK) {
+    i32 most = largest[i / SPAN];
+    for (int span = i / SPAN + 1; span < (i + Type::BLOCK) / SPAN; ++span) most = largest[span] > most ? largest[span] : most;
+    const Scale scale = make_scale<Type>((u32)most);
+    absmax[i / Type::BLOCK] = scale.absmax;
+    store_codes<Type>(x + i, scale, tables, to + i);
+  }
+  if (to == padded) pack_codes<Type>(padded, count, codes);
+}
+
+// Chunks [first, last) of a job.
+extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
+  const Row* row = &find_row(job->rows, job->row_count, first);
+  const Tables* tables_mxfp4_signed = (const Tables*)job->tables[0];
+  const Tables* tables_mxfp4_unsigned = (const Tables*)job->tables[1];
+  for (i64 chunk = first; chunk < last; ++chunk) {
+    while (chunk >= row[1].FirstChunk) ++row;
+    const i64 start = (chunk - row->FirstChunk) * CHUNK;
+    const i64 left = row->Numel - start;
+    const int count = (int)(left < CHUNK ? left : CHUNK);
+    alignas(64) float state_m[CHUNK];
+    float* absmax_m = row->m_absmax_ + start / mxfp4_signed::BLOCK;
+    i32 largest_m[CHUNK / SPAN] = {};
+    load_state<mxfp4_signed>(row->m_ + start * mxfp4_signed::BITS / 8, absmax_m, count, tables_mxfp4_signed, state_m);
+    alignas(64) float state_v[CHUNK];
+    float* absmax_v = row->v_absmax_ + start / mxfp4_unsigned::BLOCK;
+    i32 largest_v[CHUNK / SPAN] = {};
+    load_state<mxfp4_unsigned>(row->v_ + start * mxfp4_unsigned::BITS / 8, absmax_v, count, tables_mxfp4_unsigned, state_v);
+    for (int at = 0; at < count; at += SPAN) {
+      const int span = count - at < SPAN ? count - at : SPAN;
+      Parameter* p = row->p_ + start + at;
+      const Gradient* g = row->g_ + start + at;
+      if (span == SPAN)  // the same with the count known to the compiler
+        update_elements(p, g, state_m + at, state_v + at, job->scalars, *row->gradient_scale_, SPAN, largest_m[at / SPAN], largest_v[at / SPAN]);
+      else
+        update_elements(p, g, state_m + at, state_v + at, job->scalars, *row->gradient_scale_, span, largest_m[at / SPAN], largest_v[at / SPAN]);
+    }
+    store_state<mxfp4_signed>(state_m, largest_m, count, tables_mxfp4_signed, row->m_ + start * mxfp4_signed::BITS / 8, absmax_m);
+    store_state<mxfp4_unsigned>(state_v, largest_v, count, tables_mxfp4_unsigned, row->v_ + start * mxfp4_unsigned::BITS / 8, absmax_v);
+  }
+}
+
+// ---- running jobs on the threads of the host process
+
+enum Phase { MEASURE, REDUCE, UPDATE };
+
+struct Work {
+  const Job* jobs;
+  i64 job_count, slices, next;
+  Phase phase;
+};
+
+static void work_on(void* data) {
+  Work* work = (Work*)data;
+  for (;;) {
+    const i64 slice = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED);
+    if (slice >= work->slices) return;
+    for (i64 j = 0; j < work->job_count; ++j) {
+      const Job* job = work->jobs + j;
+      void (*const run)(const Job*, i64, i64) =
+          work->phase == UPDATE ? job->update : work->phase == MEASURE ? job->measure : job->reduce;
+      const i64 count = work->phase == REDUCE ? job->row_count : job->chunk_count;
+      const i64 first = count * slice / work->slices;
+      const i64 last = count * (slice + 1) / work->slices;
+      if (run && first < last) run(job, first, last);
+    }
+  }
+}
+
+// `parallel` is the host's GOMP_parallel, so that kernels and torch share one pool of threads.
+// More slices than threads: a thread that is interrupted holds up the others less.
+extern "C" void bnbx_run(const Job* jobs, i64 job_count, i64 threads,
+                         void (*parallel)(void (*)(void*), void*, unsigned, unsigned)) {
+  bool measured = false;
+  for (i64 j = 0; j < job_count; ++j) measured = measured || jobs[j].measure;
+  for (int phase = measured ? MEASURE : UPDATE; phase <= UPDATE; ++phase) {
+    Work work = {jobs, job_count, 1, 0, (Phase)phase};
+    if (threads > 1 && parallel) {
+      work.slices = threads * 4;
+      parallel(work_on, &work, (unsigned)threads, 0);
+    } else {
+      work_on(&work);
+    }
+  }
+}
+
