@@ -165,9 +165,19 @@ class QuantTensor:
         return out
 
     def to(
-        self, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None
+        self,
+        device: torch.device | str | int | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
     ) -> QuantTensor:
-        """On another device, or for another dtype to dequantize to; the codes stay as they are."""
+        """On another device, or for another dtype to dequantize to; the codes stay as they are.
+
+        Args:
+            device: where the parts go; the dtype may stand here.
+            dtype: float32, bfloat16 or float16.
+
+        Raises:
+            OptionError: another dtype.
+        """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         if dtype is not None:
@@ -273,7 +283,7 @@ def _describe(spec: QuantType) -> dict[str, Any]:
     """What a file says of a type."""
     found = {"quant_type": spec.name, "digest": spec.digest}
     catalog = quant_types()
-    if not catalog.holds(spec) or catalog.package(spec.name) != OWN_PACKAGE:
+    if not catalog.holds(spec) or catalog.package(spec.name).partition(".")[0] != OWN_PACKAGE:
         found["spec"] = json.loads(spec.to_json())
     return found
 

@@ -1,4 +1,4 @@
-"""One thread: inputs are small, and threads that wait for one another on a busy machine are slow."""
+"""One thread: inputs are small, and threads that wait for each other on a busy machine are slow."""
 
 from __future__ import annotations
 

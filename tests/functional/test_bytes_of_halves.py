@@ -185,13 +185,14 @@ def test_products(theirs: Any, dtype: torch.dtype) -> None:
     weight = torch.randn(48, 130).to(dtype)
     codes, state = theirs.quantize_4bit(weight, quant_type="fp4", compress_statistics=True)
     dense = theirs.dequantize_4bit(codes, state).double()
-    for shape, turned in [
+    cases: list[tuple[tuple[int, ...], dict[str, Any]]] = [
         ((1, 130), {}),
         ((2, 3, 130), {}),
         ((130, 5), dict(transposed_A=True)),
         ((4, 48), dict(transposed_B=True)),
         ((48, 4), dict(transposed_A=True, transposed_B=True)),
-    ]:
+    ]
+    for shape, turned in cases:
         x = torch.randn(shape)
         left = x.to(dtype).double()
         left = left.t() if "transposed_A" in turned else left
