@@ -143,7 +143,7 @@ def merge_lora(
     total = None if dense is None else exact.to(dense)
     if in_place:
         for old, new in zip(parts, best, strict=True):
-            old.copy_(new)
+            old.copy_(new.view_as(old))  # layers keep codes as (n, 1)
     return Merged(encoding, best, tuple(shape), report, total)
 
 

@@ -226,3 +226,19 @@ def test_report_reads_as_a_sentence() -> None:
     merged = merge_lora(layers()["Linear4bit"], *update(0.5))
     assert str(merged.report).startswith("merged with a relative error of 0.0")
     assert "% of the update survived" in str(merged.report)
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_layer_is_merged_in_the_memory_that_it_has(storage: torch.dtype) -> None:
+    from bnbx.nn import Linear4bit
+
+    torch.manual_seed(0)
+    layer = Linear4bit(64, 32, quant_type="nf4", quant_storage=storage).to("cpu")
+    before, memory = layer.dequantized_weight(), layer.weight.data_ptr()
+    a, b = torch.randn(4, 64) / 8, torch.randn(32, 4) / 8
+    merged = merge_lora(layer, a, b, in_place=True)
+    after = layer.dequantized_weight()
+    assert layer.weight.data_ptr() == memory
+    off, exact = (after - before - b @ a).norm(), before + b @ a
+    assert off < (b @ a).norm()
+    assert merged.report.error == pytest.approx(float(off / exact.norm()), rel=1e-3)
