@@ -74,17 +74,20 @@ def dynamic_map(signed: bool, max_exponent_bits: int, total_bits: int) -> tuple[
     return tuple(sorted(values))
 
 
-def linear_map(signed: bool, total_bits: int) -> tuple[float, ...]:
+def linear_map(signed: bool, total_bits: int, *, second_zero: bool = True) -> Values:
     """Evenly spaced numbers; what bitsandbytes' create_linear_map gives, without its padding.
 
-    The signed map has an odd number of steps, symmetric about zero, and its spare code is a second
-    zero.
+    Args:
+        signed: from -1 to 1 in an odd number of steps, symmetric about an exact zero; else from 0.
+        total_bits: width of a code.
+        second_zero: whether the code that is left over in a signed map holds what torch.linspace
+            has in the middle, which is zero but for a rounding error; else it has no number.
     """
     if not signed:
         return tuple(linspace(0.0, 1.0, 2**total_bits))
     even = linspace(-1.0, 1.0, 2**total_bits - 1)
     half = len(even) // 2
-    return (*even[:half], 0.0, *even[half:])
+    return (*even[:half], 0.0, even[half] if second_zero else None, *even[half + 1 :])
 
 
 def normal_map(total_bits: int, offset: float | None = None) -> tuple[float, ...]:

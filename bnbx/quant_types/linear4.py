@@ -1,8 +1,8 @@
 """linear4: 4 bits, evenly spaced.
 
-The plain choice of 4 bits, here to compare with. The signed table has 15 even steps and a second
-zero, the unsigned one 16 steps. Source: arXiv:2110.02861, section 2; the tables are those that
-bitsandbytes' create_linear_map gives.
+The plain choice of 4 bits, here to compare with. The signed table has 15 numbers and a code
+without one, the unsigned one 16 numbers. Source: arXiv:2110.02861, section 2; the numbers are
+those of bitsandbytes' create_linear_map, at the same codes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ linear4 = QuantType(
     summary="15 evenly spaced values, 16 if unsigned",
     source="arXiv:2110.02861, section 2",
     bits=4,
-    values=linear_map(True, 4),
+    values=linear_map(True, 4, second_zero=False),
     unsigned_values=linear_map(False, 4),
     block_size=64,
 )

@@ -1,8 +1,8 @@
 """linear7: 7 bits, evenly spaced.
 
-The plain choice of 7 bits, here to compare with. The signed table has 127 even steps and a second
-zero, the unsigned one 128 steps. Source: arXiv:2110.02861, section 2; the tables are those that
-bitsandbytes' create_linear_map gives.
+The plain choice of 7 bits, here to compare with. The signed table has 127 numbers and a code
+without one, the unsigned one 128 numbers. Source: arXiv:2110.02861, section 2; the numbers are
+those of bitsandbytes' create_linear_map, at the same codes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ linear7 = QuantType(
     summary="127 evenly spaced values, 128 if unsigned",
     source="arXiv:2110.02861, section 2",
     bits=7,
-    values=linear_map(True, 7),
+    values=linear_map(True, 7, second_zero=False),
     unsigned_values=linear_map(False, 7),
     block_size=64,
 )
