@@ -35,6 +35,10 @@ def state_of(given: Any, codes: Tensor, block_size: int = 4096) -> QuantState:
         return _of_pair(given, codes, block_size)
     if isinstance(given, (tuple, list)) and len(given) == 6:
         absmax, shape, dtype, size, nested, quant_type = given
+        if nested is not None and not (isinstance(nested, (tuple, list)) and len(nested) == 2):
+            raise InputError(
+                f"quant_state is a list with {nested!r:.200}; expected [offset, state2]"
+            )
         offset, second = nested or (None, None)
         if second is not None and not hasattr(second, "absmax"):
             second = state_of(second, absmax)
