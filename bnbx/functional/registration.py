@@ -13,6 +13,8 @@ import torch
 
 NAMESPACE = "bnbx"
 Function = Callable[..., Any]
+names: list[str] = []
+"""Of the operations that are registered here; the tests hold each against torch's own checks."""
 
 
 def operation(schema: str, fake: Function) -> Callable[[Function], Any]:
@@ -23,6 +25,7 @@ def operation(schema: str, fake: Function) -> Callable[[Function], Any]:
         fake: the same arguments, with tensors that have no memory, to tensors that have none.
     """
     name = f"{NAMESPACE}::{schema.partition('(')[0]}"
+    names.append(name.partition("::")[2])
     torch.library.define(name, schema[schema.index("(") :], tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(name, fake)
 
