@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import ParametrizationList
 
 from bnbx.errors import OptionError, UnknownNameError
 from bnbx.kernels.coding import FLOATS
@@ -168,9 +169,13 @@ def _bytes(param: nn.Parameter) -> int:
 def _places(model: nn.Module) -> Iterable[tuple[_Place, nn.Parameter]]:
     for path, module in model.named_modules(remove_duplicate=False):
         for attribute, param in module._parameters.items():
-            if param is not None:
-                name = f"{path}.{attribute}" if path else attribute
-                yield _Place(name, path, module, attribute), param
+            if param is None:
+                continue
+            name = f"{path}.{attribute}" if path else attribute
+            if isinstance(module, ParametrizationList) and isinstance(param, QuantParameter):
+                # The module that reads it knows it by this name.
+                name = path.replace("parametrizations.", "")
+            yield _Place(name, path, module, attribute), param
 
 
 def _judge(place: _Place, param: nn.Parameter) -> None:
@@ -195,6 +200,8 @@ def _judge(place: _Place, param: nn.Parameter) -> None:
         )
     elif isinstance(module, nn.Embedding) and module.max_norm is not None:
         place.why = "max_norm renormalizes rows in place"
+    elif isinstance(module, ParametrizationList):
+        place.why = "it is parametrized"
     elif of_layer:
         place.can = True
     else:
@@ -209,21 +216,13 @@ def _check_patterns(wishes: _Wishes, model: nn.Module, places: list[_Place]) -> 
     for pattern in wishes.skip:
         pattern.check_used(every, "modules and parameters")
     for pattern in wishes.parameters:
-        # a second call finds them as originals of a parametrization
-        found = [p.name for p in places if p.nameable] + [_coded_name(p) for p in places]
-        pattern.check_used([name for name in found if name], "parameters that may be named")
+        found = [p.name for p in places if p.nameable or p.why == ALREADY]
+        pattern.check_used(found, "parameters that may be named")
     usable = [p for p in places if p.can or p.nameable or p.why == ALREADY]
     shown = [p.path if p.can and p.path else p.name for p in usable]
     others = [name for place in usable for name in place.names]
-    others += filter(None, map(_coded_name, places))
     for override in wishes.overrides:
         override.pattern.check_used(shown, "weights that can be quantized", others)
-
-
-def _coded_name(place: _Place) -> str:
-    """The name that a parameter has for its module, if that reads it through a parametrization."""
-    head, found, tail = place.name.partition("parametrizations.")
-    return head + tail.rpartition(".")[0] if found and place.why == ALREADY else ""
 
 
 # ---- what is wanted

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bnbx.errors import OptionError, UnknownNameError
 from bnbx.optimizers import state as states
+from bnbx.optimizers.gather import is_frozen_in_codes
 from bnbx.optimizers.overrides import names_of
 from bnbx.optimizers.resolution import ARGUMENT, GROUP
 from bnbx.registry import Optimizer as OptimizerSpec
@@ -315,8 +316,11 @@ def _explain(optimizer: Explained, name: str, group: int, p: Tensor) -> Paramete
     sizes = {key: t.numel() * t.element_size() for key, t in held.items()}
     if not saved and why != FROZEN:
         sizes = states.state_bytes(p, spec, resolved)
-    choice = optimizer.choice(p)
-    passed_over = "; ".join(choice.passed_over)
+    if is_frozen_in_codes(p):
+        target, passed_over = "none", FROZEN
+    else:
+        choice = optimizer.choice(p)
+        target, passed_over = choice.target, "; ".join(choice.passed_over)
     return ParameterExplanation(
         name=name,
         group=group,
@@ -328,7 +332,7 @@ def _explain(optimizer: Explained, name: str, group: int, p: Tensor) -> Paramete
         states_why=why,
         state_bytes=sizes,
         state_exists=bool(saved) or not sizes,
-        target=choice.target,
+        target=target,
         why=passed_over or f"the fastest target for {p.device.type} parameters",
         float32_bytes=4 * p.numel() * len(types),
     )

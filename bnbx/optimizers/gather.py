@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.nn import Parameter
 
 from bnbx.errors import UnsupportedTensorError
 from bnbx.kernels.batch import Batch, seed_of, step_scalars
@@ -230,6 +231,14 @@ class Slots:
     def clear(self) -> None:
         """Let go of all tensors."""
         self._slots.clear()
+
+
+def is_frozen_in_codes(p: Tensor) -> bool:
+    """Whether `p` is the weight of a quantized layer, which `model.parameters()` has too.
+
+    It gets no gradient, so it has no states and no step.
+    """
+    return isinstance(p, Parameter) and not p.requires_grad and not p.dtype.is_floating_point
 
 
 def check_parameter(p: Tensor) -> None:
