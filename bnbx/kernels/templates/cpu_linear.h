@@ -123,67 +123,91 @@ static inline Part load_part(const u8* codes, i64 count) {
   return part;
 }
 
-// Adds the products of a group's levels in w with M rows of x to total. Of a group that is not WHOLE, only
-// elements [low, high) are the row's.
-template <int M, int CHAINS, bool WHOLE>
-static inline __attribute__((always_inline)) void add_group(
-    Floats (&w)[VECTORS], const float* x, const float* factors, const float* centers, const Lanes& lanes, int low,
-    int high, Floats factor, Floats center, Floats (&total)[M][CHAINS]) {
+// What is added to while a row is gone through, group by group.
+template <int M>
+struct Totals {
+  enum { CHAINS = M < 4 ? 4 : 2 };  // of additions that need not wait for each other
+  Floats factor, center;            // of all blocks, where scales are not per block
+  Floats sum[M][CHAINS];
+};
+
+// Where a group lies: its codes, the rows of x, the factors and centers of its spans.
+struct Cursor {
+  const u8* codes;
+  const float *x, *factors, *centers;
+};
+
+template <int M>
+static inline void step(Cursor& at) {
+  at.codes += GROUP_BYTES;
+  at.x += GROUP * M;
+  at.factors += SPANS;
+  at.centers += Code::CENTERED ? SPANS : 0;
+}
+
+// Adds the products of a group with M rows of x. Of a group that is not WHOLE, only elements [low, high) are the
+// row's, and their codes have been copied to `codes`.
+template <int M, bool WHOLE>
+static inline __attribute__((always_inline)) void add_group(const u8* codes, const Cursor& at, const Lanes& lanes, const Levels& levels,
+                                                            int low, int high, Totals<M>& totals) {
+  Floats w[VECTORS], factor = totals.factor, center = totals.center;
+  decode_group(codes, levels, w);
   if (M == 1 && WHOLE && STEP != LANES && !Code::CENTERED) {  // a lane has one factor: it is for the sum
-    Floats part[2] = {w[0] * load(x), w[1] * load(x + LANES)};
+    Floats part[2] = {w[0] * load(at.x), w[1] * load(at.x + LANES)};
 #pragma GCC unroll 8
-    for (int v = 2; v < VECTORS; ++v) part[v % 2] = multiply_add(w[v], load(x + v * LANES), part[v % 2]);
-    if (PER == BLOCK) factor = for_lanes(factors, lanes, 0);
-    total[0][0] = multiply_add(part[0] + part[1], factor, total[0][0]);
+    for (int v = 2; v < VECTORS; ++v) part[v % 2] = multiply_add(w[v], load(at.x + v * LANES), part[v % 2]);
+    if (PER == BLOCK) factor = for_lanes(at.factors, lanes, 0);
+    totals.sum[0][0] = multiply_add(part[0] + part[1], factor, totals.sum[0][0]);
     return;
   }
 #pragma GCC unroll 16
   for (int v = 0; v < VECTORS; ++v) {
-    if (PER == BLOCK) factor = for_lanes(factors, lanes, v);
-    if (PER == BLOCK && Code::CENTERED) center = for_lanes(centers, lanes, v);
+    if (PER == BLOCK) factor = for_lanes(at.factors, lanes, v);
+    if (PER == BLOCK && Code::CENTERED) center = for_lanes(at.centers, lanes, v);
     w[v] = Code::CENTERED ? multiply_add(w[v], factor, center) : w[v] * factor;
     if (!WHOLE) w[v] = cut(w[v], lanes, v, low, high);
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m)
-      total[m][v % CHAINS] = multiply_add(w[v], load(x + (v * M + m) * LANES), total[m][v % CHAINS]);
+    for (int m = 0; m < M; ++m) {
+      Floats& sum = totals.sum[m][v % Totals<M>::CHAINS];
+      sum = multiply_add(w[v], load(at.x + (v * M + m) * LANES), sum);
+    }
   }
 }
 
-// Adds the products of M rows of x with a row's elements [from, to) to sums. `from` is a multiple of
-// GROUP; x is laid out for the row's phase, and begins there.
+// The same for a group at either end of a row.
 template <int M>
-static inline void add_products(const Parts& parts, const Row& row, i64 from, i64 to, const float* x,
-                                const Levels& levels, float* sums) {
-  enum { CHAINS = M < 4 ? 4 : 2 };  // of additions that need not wait for each other
+static inline void add_end(const Cursor& at, const Lanes& lanes, const Levels& levels, i64 low, i64 high, Totals<M>& totals) {
+  const int begin = low > 0 ? (int)low : 0, end = high < GROUP ? (int)high : (int)GROUP;
+  const Part part = load_part(at.codes, end);
+  add_group<M, false>(part.codes, at, lanes, levels, begin, end, totals);
+}
+
+// Adds the products of M rows of x with a row's elements [from, to) to sums. `from` is a multiple of GROUP, and so
+// is `to`, or it is the end; x is laid out for the row's phase, and begins there.
+template <int M>
+static inline void add_products(const Parts& parts, const Row& row, i64 from, i64 to, const float* x, const Levels& levels, float* sums) {
   Factors factors;
   find_factors(parts, row, from, to, factors);
   const Lanes lanes = find_lanes(row);
-  Floats factor = {}, center = {};
+  Totals<M> totals = {};
   if (PER != BLOCK) {
-    factor = fill(factor_at<Code>(parts, row.factor));
-    center = fill(center_at<Code>(parts, row.factor));
+    totals.factor = fill(factor_at<Code>(parts, row.factor));
+    totals.center = fill(center_at<Code>(parts, row.factor));
   }
-  Floats total[M][CHAINS] = {};
-  for (i64 group = from; group < to; group += GROUP, x += GROUP * M) {
-    const float* here = factors.factor + (group - from) / SPAN;
-    const float* center_here = factors.center + (Code::CENTERED ? (group - from) / SPAN : 0);
-    const i64 low = row.phase - group, high = row.end - group;
-    const u8* codes = row.codes + group / 8 * CODE_BITS;
-    Floats w[VECTORS];
-    if (low <= 0 && high >= GROUP) {
-      decode_group(codes, levels, w);
-      add_group<M, CHAINS, true>(w, x, here, center_here, lanes, 0, GROUP, factor, center, total);
-    } else {
-      const int begin = low > 0 ? (int)low : 0, end = high < GROUP ? (int)high : (int)GROUP;
-      decode_group(load_part(codes, end).codes, levels, w);
-      add_group<M, CHAINS, false>(w, x, here, center_here, lanes, begin, end, factor, center, total);
-    }
+  Cursor at = {row.codes + from / 8 * CODE_BITS, x, factors.factor, factors.center};
+  if (from < row.phase) {
+    add_end<M>(at, lanes, levels, row.phase - from, row.end - from, totals);
+    step<M>(at);
+    from += GROUP;
   }
+  for (i64 whole = (to - from) / GROUP; whole > 0; --whole, step<M>(at))
+    add_group<M, true>(at.codes, at, lanes, levels, 0, GROUP, totals);
+  if (from < to && (to - from) % GROUP) add_end<M>(at, lanes, levels, 0, (to - from) % GROUP, totals);
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m) {
-    Floats sum = total[m][0];
+    Floats sum = totals.sum[m][0];
 #pragma GCC unroll 4
-    for (int c = 1; c < CHAINS; ++c) sum += total[m][c];
+    for (int c = 1; c < Totals<M>::CHAINS; ++c) sum += totals.sum[m][c];
     sums[m] += sum_of(sum);
   }
 }
