@@ -250,13 +250,10 @@ def test_a_layer_that_is_gone_frees_its_weight() -> None:
 
 def test_parts_keep_settings() -> None:
     """FSDP cuts parameters up."""
-    found = quantized(quant_type="nf4")
-    for parts in (
-        torch.chunk(found, 3),
-        torch.split(found, 1024),
-        found.chunk(3),
-        found.split(1024),
-    ):
+    found: Any = quantized(quant_type="nf4")
+    functions: Any = torch
+    by_torch = (functions.chunk(found, 3), functions.split(found, 1024))
+    for parts in (*by_torch, found.chunk(3), found.split(1024)):
         assert len(parts) == 3
         assert torch.equal(torch.cat([part.detach() for part in parts]), found.detach())
         for part in parts:
