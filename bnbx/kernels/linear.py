@@ -78,9 +78,8 @@ def linear(
     _check_input("x", x, inner, parts[0].device)
     if bias is not None:
         _check_bias(bias, out, x)
-    rows = x.detach().reshape(prod(x.shape[:-1]), inner)
-    y = _multiply(encoding, parts, (out, inner), rows, bias if bias is None else bias.detach())
-    return y.view(*x.shape[:-1], out)
+    y = _multiply(encoding, parts, (out, inner), _as_rows(x), bias)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], out)
 
 
 def grad_input(
@@ -103,8 +102,12 @@ def grad_input(
     """
     out, inner = _check_weight(encoding, parts, shape)
     _check_input("grad", grad, out, parts[0].device)
-    rows = grad.detach().reshape(prod(grad.shape[:-1]), out)
-    return _grad_input(encoding, parts, (out, inner), rows).view(*grad.shape[:-1], inner)
+    found = _grad_input(encoding, parts, (out, inner), _as_rows(grad))
+    return found.view(*grad.shape[:-1], inner)
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(prod(x.shape[:-1]), x.shape[-1])
 
 
 def _multiply(
@@ -143,8 +146,18 @@ def _check_weight(
         raise UnsupportedTensorError(
             f"the weight of a linear product has the shape (out, in), not {tuple(shape)}"
         )
-    check_parts(encoding, shape, parts)
-    return int(shape[0]), int(shape[1])
+    out, inner = shape
+    device = parts[0].device if parts else None
+    found = tuple((p.dtype, p.numel()) for p in parts if p.is_contiguous() and p.device == device)
+    if min(out, inner) < 0 or found != _expected(encoding, out, inner):
+        check_parts(encoding, shape, parts)
+    return out, inner
+
+
+@lru_cache(maxsize=4096)
+def _expected(encoding: Encoding, out: int, inner: int) -> tuple[tuple[torch.dtype, int], ...]:
+    """What `check_parts` asks of parts, looked up: a product of one row has no time for more."""
+    return tuple((dtype, prod(size)) for size, dtype in encoding.shapes((out, inner)).values())
 
 
 def _check_input(what: str, x: Tensor, size: int, device: torch.device) -> None:

@@ -69,16 +69,21 @@ def _open(path: Path) -> ctypes.CDLL:
     return library
 
 
-def _job(encoding: Encoding, parts: Sequence[Tensor], shape: tuple[int, int], y: Tensor) -> Job:
-    job = Job()
-    for name, part in zip(encoding.parts, parts, strict=True):
-        setattr(job, name, part.data_ptr())
+@lru_cache(maxsize=1024)
+def _compiled(encoding: Encoding, dtype: torch.dtype) -> tuple[ctypes.CDLL, int, int | None]:
+    """The kernels for an encoding, and the addresses of its tables."""
     codes, scales = packed_tables(encoding)
-    job.tables = codes.ctypes.data
-    job.second_tables = scales.ctypes.data if scales is not None else None
-    job.rows, job.columns = shape
-    job.y = y.data_ptr()
-    return job
+    second = scales.ctypes.data if scales is not None else None
+    return kernel(plan_for(encoding, NUMBERS[dtype])), codes.ctypes.data, second
+
+
+def _job(
+    encoding: Encoding, parts: Sequence[Tensor], shape: tuple[int, int], y: Tensor
+) -> tuple[ctypes.CDLL, Job]:
+    compiled, tables, second = _compiled(encoding, y.dtype)
+    held = dict(zip(encoding.parts, parts, strict=True))
+    addresses = (held[name].data_ptr() if name in held else None for name in PARTS)
+    return compiled, Job(*addresses, tables, second, *shape, y=y.data_ptr())
 
 
 def multiply(
@@ -89,12 +94,11 @@ def multiply(
     bias: Tensor | None,
 ) -> Tensor:
     """The product x (rows, in) @ weight.T + bias, with the weight decoded in registers."""
-    compiled = kernel(plan_for(encoding, NUMBERS[x.dtype]))
     x = x.contiguous()
     bias = bias if bias is None else bias.contiguous()
     y = torch.empty((len(x), shape[0]), dtype=x.dtype)
+    compiled, job = _job(encoding, parts, shape, y)
     room = torch.empty(compiled.bnbx_room_for(shape[1]), dtype=torch.float32)
-    job = _job(encoding, parts, shape, y)
     job.inputs, job.x, job.room = len(x), x.data_ptr(), room.data_ptr()
     job.bias = None if bias is None else bias.data_ptr()
     count, parallel = threads.threads_for(shape[0] * shape[1] * min(len(x), 4) // WORK)
@@ -106,8 +110,7 @@ def decode_columns(
     encoding: Encoding, parts: Sequence[Tensor], shape: tuple[int, int], first: int, out: Tensor
 ) -> None:
     """Fill `out` (rows of the weight, some columns) with the columns from number `first` on."""
-    compiled = kernel(plan_for(encoding, NUMBERS[out.dtype]))
-    job = _job(encoding, parts, shape, out)
+    compiled, job = _job(encoding, parts, shape, out)
     job.first, job.last = first, first + out.shape[1]
     count, parallel = threads.threads_for(out.numel())
     compiled.bnbx_decode_columns(ctypes.byref(job), count, parallel)
