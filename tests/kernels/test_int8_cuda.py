@@ -104,8 +104,10 @@ def test_compiles_to_machine_code_without_spills(arch: int) -> None:
     assert len(cubin.kernels) == 2 + 3 * len(DTYPES)
 
 
-@pytest.mark.parametrize("outliers", [0, 3, 40])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "outliers"),
+    [(torch.float32, 0), (torch.float32, 3), (torch.bfloat16, 40), (torch.float16, 3)],
+)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_emulated_kernels_equal_the_reference(
     shape: tuple[int, int, int], dtype: torch.dtype, outliers: int
