@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbx.errors import DeviceError, InputError
+from bnbx.errors import DeviceError, InputError, OptionError
 from bnbx.kernels.coding import FLOATS
 from bnbx.registry.quant_type import BLOCK_SIZES
 
@@ -50,8 +50,12 @@ def floats(what: str, tensor: Any) -> Tensor:
 
 
 def together(tensors: Iterable[tuple[str, Tensor | None]]) -> None:
-    """Raise DeviceError unless all tensors are on one device; each comes with its name."""
-    found = [(name, tensor.device) for name, tensor in tensors if tensor is not None]
+    """Raise DeviceError unless all tensors are on one device; each comes with its name.
+
+    Raises:
+        InputError: one is no tensor.
+    """
+    found = [(name, dense(name, tensor).device) for name, tensor in tensors if tensor is not None]
     if len({device for _, device in found}) > 1:
         places = ", ".join(f"{name} on {device}" for name, device in found)
         raise DeviceError(f"{places}: move them to one device")
@@ -70,6 +74,44 @@ def of_shape(what: str, tensor: Tensor, shape: Sequence[int]) -> None:
     """Raise InputError unless a tensor has this shape."""
     if tuple(tensor.shape) != tuple(shape):
         raise InputError(f"{what} has shape {tuple(tensor.shape)}; expected {tuple(shape)}")
+
+
+def memory(tensors: Iterable[Any]) -> None:
+    """Raise InputError for a tensor whose storage was freed or shrunk: kernels read behind it.
+
+    Lists are looked into; what is no tensor is passed over.
+    """
+    for tensor in tensors:
+        if isinstance(tensor, (list, tuple)):
+            memory(tensor)
+        elif isinstance(tensor, Tensor) and tensor.numel():
+            steps = zip(tensor.shape, tensor.stride(), strict=True)
+            last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps)
+            held = tensor.untyped_storage().nbytes()
+            if (last + 1) * tensor.element_size() > held:
+                raise InputError(
+                    f"a tensor of shape {tuple(tensor.shape)}, {tensor.dtype}, has a storage of "
+                    f"{held} bytes: it was freed or made smaller"
+                )
+
+
+def number(what: str, value: Any) -> float:
+    """A number as Python's own.
+
+    Raises:
+        OptionError: it is none.
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    raise OptionError(f"{what}={value!r:.200}; expected a number")
+
+
+def whole(what: str, value: Any, least: int, most: int) -> None:
+    """Raise OptionError unless a value is a whole number within bounds."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise OptionError(f"{what}={value!r:.200}; expected a whole number")
+    if not least <= value <= most:
+        raise OptionError(f"{what}={value}; expected {least} to {most}")
 
 
 def block_size(value: Any) -> int:

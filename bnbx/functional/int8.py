@@ -206,9 +206,10 @@ def _matrix(x: Any) -> Tensor:
 
 
 def _checked_threshold(threshold: float) -> float:
-    if not threshold >= 0:
+    limit = checks.number("threshold", threshold)
+    if not limit >= 0:
         raise OptionError(f"threshold={threshold!r}; expected 0 (no outliers) or more")
-    return float(threshold)
+    return limit
 
 
 def int8_vectorwise_quant(

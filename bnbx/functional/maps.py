@@ -164,8 +164,7 @@ def create_dynamic_map(
     _check_bits(total_bits, 2)
     most = max_exponent_bits if n is None else n
     bits = total_bits - 1
-    if type(most) is not int or not 1 <= most <= 7:
-        raise OptionError(f"max_exponent_bits={most!r}; expected 1 to 7")
+    checks.whole("max_exponent_bits", most, 1, 7)
     numbers = [0.0, 1.0]
     for place in range(most):
         power = place + bits - most
@@ -223,7 +222,4 @@ def _filled(numbers: list[float], *, normalize: bool = False) -> Tensor:
 
 
 def _check_bits(total_bits: object, least: int) -> None:
-    if type(total_bits) is not int:
-        raise OptionError(f"total_bits={total_bits!r}; expected a whole number")
-    if not least <= total_bits <= 8:
-        raise OptionError(f"total_bits={total_bits}; expected {least} to 8")
+    checks.whole("total_bits", total_bits, least, 8)

@@ -17,7 +17,13 @@ _FLAGS = Path("/proc/cpuinfo")
 
 
 def get_ptr(A: Tensor | None) -> ctypes.c_void_p | None:  # noqa: N803 - its name since 0.0.24
-    """The address of a tensor's first element; None for None.
+    """The address of a tensor's first element.
+
+    Args:
+        A: a tensor, or None.
+
+    Returns:
+        A pointer; None for None.
 
     Raises:
         InputError: no tensor.

@@ -6,10 +6,13 @@ its fake form gives what torch.compile may know of a result: shapes, dtypes, dev
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from bnbx.functional import checks
 
 NAMESPACE = "bnbx"
 Function = Callable[..., Any]
@@ -30,7 +33,13 @@ def operation(schema: str, fake: Function) -> Callable[[Function], Any]:
     torch.library.register_fake(name, fake)
 
     def register(function: Function) -> Any:
-        torch.library.impl(name, "default", function)
+        @functools.wraps(function)
+        def checked(*arguments: Any, **named: Any) -> Any:
+            checks.memory(arguments)
+            checks.memory(named.values())
+            return function(*arguments, **named)
+
+        torch.library.impl(name, "default", checked)
         return getattr(getattr(torch.ops, NAMESPACE), name.partition("::")[2])
 
     return register

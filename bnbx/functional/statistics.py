@@ -13,6 +13,7 @@ from bnbx.functional.registration import operation, without_gradient
 
 QUANTILES = 256
 HISTORY = 100
+LAST_STEP = (1 << 63) - 1
 
 
 # ---- quantiles
@@ -65,15 +66,15 @@ def estimate_quantiles(
         OptionError: an offset or a number out of range.
     """
     checks.floats("A", A)
-    if type(num_quantiles) is not int or not 2 <= num_quantiles <= QUANTILES:
-        raise OptionError(f"num_quantiles={num_quantiles!r}; expected 2 to {QUANTILES}")
+    checks.whole("num_quantiles", num_quantiles, 2, QUANTILES)
+    offset = checks.number("offset", offset)
     if not 0 <= offset < 0.5:
         raise OptionError(f"offset={offset!r}; expected a number from 0 to 0.5")
     if A.numel() < num_quantiles:
         raise InputError(f"A has {A.numel()} elements; expected at least {num_quantiles}")
     if num_quantiles < QUANTILES and offset == 1 / 512:
         offset = 1 / (2 * num_quantiles)
-    found: Tensor = _quantiles(A.detach(), float(offset), num_quantiles)
+    found: Tensor = _quantiles(A.detach(), offset, num_quantiles)
     if out is None:
         return found
     checks.of_dtype("out", out, torch.float32)
@@ -196,9 +197,7 @@ def percentile_clipping(
     checks.of_dtype("gnorm_vec", gnorm_vec, torch.float32)
     checks.of_shape("gnorm_vec", gnorm_vec, (HISTORY,))
     checks.together([("grad", grad), ("gnorm_vec", gnorm_vec)])
-    if step < 1:
-        raise OptionError(f"step={step!r}; expected 1 or more")
-    if not 0 <= percentile < HISTORY:
-        raise OptionError(f"percentile={percentile!r}; expected 0 to {HISTORY - 1}")
+    checks.whole("step", step, 1, LAST_STEP)
+    checks.whole("percentile", percentile, 0, HISTORY - 1)
     found: tuple[Tensor, Tensor, Tensor] = _clip(grad.detach(), gnorm_vec, step, percentile)
     return found

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbx.errors import InputError, OptionError
+from bnbx.errors import InputError
 from bnbx.functional import checks, coded
 from bnbx.functional.conventions import orders
 from bnbx.functional.registration import operation
@@ -16,6 +16,7 @@ from bnbx.functional.updates import Numbers, update
 from bnbx.optim.legacy_names import rule_of
 
 Value = float | Tensor
+LAST_STEP = (1 << 53) - 1  # that float64, in which step_code runs, counts to
 TENSORS = "g p state1 state2 qmap1 qmap2 absmax1 absmax2 max1 max2 new_max1 new_max2 unorm_vec"
 OLD_32BIT = (
     "optimizer_name g p state1 beta1 eps step lr state2 beta2 weight_decay gnorm_scale unorm_vec "
@@ -95,13 +96,16 @@ def _run(
     checks.of_shape("g", g, p.shape)
     if not isinstance(rule, str):
         raise InputError(f"optimizer_name={rule!r}; expected a name")
-    if step < 1:
-        raise OptionError(f"step={step!r}; expected 1 or more")
+    checks.whole("step", step, 1, LAST_STEP)
+    if max_unorm is not None:
+        max_unorm = checks.number("max_unorm", max_unorm)
     held = [[t for t in group if t is not None] for group in (states, tables, scales)]
     named = [("p", p), ("g", g), ("unorm_vec", unorm_vec)]
-    for name, group in zip(("state", "qmap", "absmax"), held, strict=True):
+    for name, group, asked in zip(
+        ("state", "qmap", "absmax"), held, (states, tables, scales), strict=True
+    ):
         named += [(f"{name}{i}", checks.dense(f"{name}{i}", t)) for i, t in enumerate(group, 1)]
-        if len(group) not in (0, len(held[0])):
+        if asked and len(group) != len(held[0]):
             raise InputError(f"{len(held[0])} states, but {len(group)} {name}; expected one each")
     for table in held[1]:
         coded.check_table(table)
@@ -109,13 +113,20 @@ def _run(
     if unorm_vec is not None:
         checks.of_dtype("unorm_vec", unorm_vec, torch.float32)
         checks.of_size("unorm_vec", unorm_vec, 1, "the norm of one update")
+    if not isinstance(gnorm_scale, Tensor):
+        gnorm_scale = checks.number("gnorm_scale", gnorm_scale)
     factor = torch.as_tensor(gnorm_scale, dtype=torch.float32, device=p.device)
     checks.of_size("gnorm_scale", factor, 1, "one factor for the gradient")
     with torch.no_grad():
         _update(
-            rule, g, p, *held, list(betas), list(others), max_unorm, lr, step, factor, unorm_vec,
-            block_wise, skip_zeros,
+            rule, g, p, *held, [checks.number("beta", beta) for beta in betas],
+            [checks.number("alpha, eps or weight_decay", other) for other in others], max_unorm,
+            _rate(lr), step, factor, unorm_vec, block_wise, bool(skip_zeros),
         )  # fmt: skip
+
+
+def _rate(lr: Any) -> float:
+    return float(lr) if isinstance(lr, Tensor) and lr.numel() == 1 else checks.number("lr", lr)
 
 
 @orders(
