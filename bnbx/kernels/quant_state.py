@@ -374,7 +374,10 @@ def _type_in(found: Mapping[str, Any], what: str) -> QuantType | None:
 
 def _checked_encoding(state: QuantState, what: str) -> Encoding:
     try:
-        return state.encoding
+        found = state.encoding
+        if found.block_size != (state.blocksize or 0):
+            raise QuantizedDataError(f"{what}: blocksize={state.blocksize}; {found.describe()}")
+        return found
     except QuantizedDataError:
         raise
     except BnbxError as error:

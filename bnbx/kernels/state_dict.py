@@ -191,6 +191,9 @@ def tensor_entry(
     value = fields.get(key)
     if not isinstance(value, Tensor):
         raise QuantizedDataError(f"{what}: {key} is {value!r:.200}; expected a tensor of {dtype}")
+    if value.layout is not torch.strided or (value.is_meta and str(device) != "meta"):
+        place = f"{value.layout} on {value.device}"
+        raise QuantizedDataError(f"{what}: {key} is {place}; expected a tensor with memory")
     both = value.dtype.is_floating_point and dtype.is_floating_point
     if value.dtype != dtype and not both:
         raise QuantizedDataError(f"{what}: {key} is {value.dtype}; expected {dtype}")
