@@ -241,7 +241,7 @@ def of_the_reference(shape: tuple[int, int, int], dtype: torch.dtype) -> list[Te
 @pytest.mark.parametrize("library", LACKING.values(), ids=LACKING.keys(), indirect=True)
 def test_any_processor_has_the_same_bits(library: ctypes.CDLL) -> None:
     for shape, dtype in [*itertools.product(SHAPES[:7], DTYPES), (SHAPES[7], DTYPES[0])]:
-        x, made = numbers(*shape[:2], dtype), weight(shape[2], shape[1])
+        x, made = numbers(shape[0], shape[1], dtype), weight(shape[2], shape[1])
         plain, apart, *parts = of_the_reference(shape, dtype)
         assert same_bits(int8_cpu.linear(x, *made, None, 0.0)[0], plain)
         torch.testing.assert_close(int8_cpu.linear(x, *made, None, 6.0)[0], apart)
