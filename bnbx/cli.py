@@ -5,7 +5,11 @@ Torch and all that imports it load inside the commands, so that `bnbx --help` an
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -19,9 +23,12 @@ from bnbx.errors import BnbxError
 INTERRUPTED = 130
 """The exit status that shells give a program ended by Ctrl-C."""
 
+MOST_PLOTTED = 8
+"""Quant types in one picture: as many as there are colors to tell apart."""
+
 app = typer.Typer(
     name="bnbx",
-    help="Low-bit optimizers for PyTorch.",
+    help="Low-bit optimizers and quant types for PyTorch.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -49,7 +56,7 @@ def bnbx(
         ),
     ] = False,
 ) -> None:
-    """Low-bit optimizers for PyTorch."""
+    """Low-bit optimizers and quant types for PyTorch."""
 
 
 def _writable(path: Path | None) -> Path | None:
@@ -71,6 +78,16 @@ def _writable_png(path: Path) -> Path:
         raise typer.BadParameter(f"{path} does not end in .png, the one format it is written in.")
     _writable(path)
     return path
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Print what bnbx refuses, without a traceback, and exit with 1."""
+    try:
+        yield
+    except BnbxError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from None
 
 
 def _size_help() -> str:
@@ -122,3 +139,69 @@ def demo(
     except BnbxError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
+
+
+BlockSize = Annotated[
+    int | None,
+    typer.Option(help="Elements that share a scale; by default, what the type says."),
+]
+
+
+@app.command()
+def types() -> None:
+    """List the quant types that are registered, those of plugins too."""
+    from bnbx.describe.text import list_types
+    from bnbx.registry import quant_types
+
+    with _reported():
+        list_types(quant_types(), Console())
+
+
+@app.command()
+def describe(
+    name: Annotated[
+        str, typer.Argument(metavar="TYPE", help="A quant type; `bnbx types` lists them.")
+    ],
+    block_size: BlockSize = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, with the whole table.")] = False,
+) -> None:
+    """Say what a quant type is: its table, its scale, and its error on data.
+
+    Errors are those of normal and Laplace numbers, and of weights that `bnbx demo` trained.
+    """
+    from bnbx.describe import text
+    from bnbx.describe.facts import as_json, facts_of
+
+    with _reported():
+        facts = facts_of(name, block_size)
+        if json:
+            typer.echo(dumps(as_json(facts), indent=2))
+        else:
+            text.describe(facts, Console())
+
+
+@app.command()
+def plot(
+    names: Annotated[
+        list[str], typer.Argument(metavar="TYPES...", help=f"At most {MOST_PLOTTED} quant types.")
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", callback=_writable_png, help="Where to write the picture."),
+    ],
+    block_size: BlockSize = None,
+) -> None:
+    """Draw quant types: where their numbers lie, and their error by magnitude and on data."""
+    if len(names) > MOST_PLOTTED:
+        raise typer.BadParameter(f"{len(names)} quant types; at most {MOST_PLOTTED} fit a picture.")
+    if importlib.util.find_spec("matplotlib") is None:
+        typer.echo("Error: matplotlib draws it; install it: pip install 'bnbx[demo]'", err=True)
+        raise typer.Exit(1)
+    from bnbx.describe.facts import facts_of
+
+    with _reported():
+        found = [facts_of(name, block_size) for name in names]
+        from bnbx.describe.plot import draw
+
+        draw(found, output)
+        typer.echo(f"Picture: {output}")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ import bnbx
 from bnbx.cli import INTERRUPTED, app
 from bnbx.demo import compare
 from bnbx.demo.runs import RUNS
+from bnbx.registry import QuantType, hookimpl, plugins, quant_types
 
 QUICK = ("demo", "--size", "tiny", "--steps", "5", "--batch-size", "2", "--threads", "1")
 
@@ -38,6 +42,15 @@ def refusal(*arguments: str) -> str:
     return " ".join(output.replace("│", " ").split())
 
 
+def hide_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+
+    def without(name: str, package: str | None = None) -> ModuleSpec | None:
+        return None if name == "matplotlib" else find(name, package)
+
+    monkeypatch.setattr("importlib.util.find_spec", without)
+
+
 @pytest.fixture(autouse=True)
 def _surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty folder, so that no picture is left in the checkout, and a log's usual width."""
@@ -49,10 +62,10 @@ def test_version() -> None:
     assert invoke("--version") == (0, f"bnbx {bnbx.__version__}\n")
 
 
-def test_help_names_the_demo() -> None:
+def test_help_names_every_command() -> None:
     status, output = invoke("--help")
     assert status == 0
-    assert "demo" in output
+    assert all(command in output for command in ("demo", "types", "describe", "plot"))
 
 
 def test_help_does_not_import_torch() -> None:
@@ -110,7 +123,7 @@ def test_demo_writes_its_picture_to_the_current_folder() -> None:
 
 
 def test_demo_without_matplotlib_still_prints_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    hide_matplotlib(monkeypatch)
     status, output = invoke(*QUICK)
     assert status == 0
     assert "pip install 'bnbx[demo]'" in " ".join(output.split())
@@ -130,9 +143,136 @@ def test_ctrl_c_says_where_it_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(Path.cwd().iterdir()) == []
 
 
-def assert_picture(path: Path) -> None:
+# ---- quant types
+
+
+def errors_of(*arguments: str) -> str:
+    """What a command that ends with status 1 prints to stderr; nothing else, no traceback."""
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+def test_types_lists_every_quant_type() -> None:
+    status, output = invoke("types")
+    assert status == 0
+    listed = [line.split()[0] for line in output.splitlines() if re.match(r"[a-z]\w* +\d ", line)]
+    assert tuple(listed) == quant_types().names()
+    assert f"{len(listed)} types." in output
+    assert all(len(line) <= WIDTH for line in output.splitlines())
+    (row,) = [line for line in output.splitlines() if line.startswith("nf4 ")]
+    assert row.split()[:4] == ["nf4", "4", "4.5", "64"]
+
+
+def test_types_names_the_package_of_a_plugin() -> None:
+    spec = QuantType(name="mine", summary="two bits", bits=2, values=(-1.0, 0.0, 0.5, 1.0))
+
+    class Plugin:
+        @staticmethod
+        @hookimpl
+        def register_quant_types(register: Callable[[QuantType], None]) -> None:
+            register(spec)
+
+    plugins().load("my_package", Plugin())
+    try:
+        lines = invoke("types")[1].splitlines()
+        (row,) = [n for n, line in enumerate(lines) if line.startswith("mine ")]
+        assert "two bits (from my_package)" in " ".join(" ".join(lines[row : row + 2]).split())
+        assert "registered by  my_package" in invoke("describe", "mine")[1]
+    finally:
+        plugins()._forget("my_package")
+
+
+def test_describe_prints_table_and_errors() -> None:
+    status, output = invoke("describe", "nf4")
+    assert status == 0
+    assert "nf4: quantiles of the normal distribution in 4 bits" in output
+    assert "arXiv:2305.14314" in output
+    assert "4 a code, 4.5 with scales" in output
+    assert re.search(r"^1000 +0\.079580 +0\.039790", output, re.MULTILINE)
+    assert len(re.findall(r"^[01]{4} ", output, re.MULTILINE)) == 16
+    assert re.search(r"normal +9\.12 % +9\.21 % +20\.7", output)
+
+
+@pytest.mark.parametrize("name", quant_types().names())
+def test_describe_fits_the_terminal(name: str) -> None:
+    status, output = invoke("describe", name)
+    assert status == 0
+    assert all(len(line) <= WIDTH for line in output.splitlines())
+    assert len(output.splitlines()) < 40
+    spec = quant_types().get(name)
+    assert f"{name}: {spec.summary}" in " ".join(output.split())
+    (header,) = [line for line in output.splitlines() if line.lstrip().startswith("code ")]
+    assert ("number" in header) is (spec.unit != 1)
+
+
+def test_describe_with_another_block_size() -> None:
+    assert "4 a code, 6 with scales" in invoke("describe", "nf4", "--block-size", "16")[1]
+
+
+def test_describe_in_json() -> None:
+    status, output = invoke("describe", "mxfp4", "--json")
+    assert status == 0
+    found = json.loads(output)
+    assert found["scale"]["dtype"] == "e8m0"
+    assert found["bits_per_element"] == 4.25
+    rows = {row["code"]: row for row in found["table"]}
+    assert rows[7] == {
+        "code": 7,
+        "level": 1.0,
+        "value": 6.0,
+        "written_above": pytest.approx(5 / 6),
+        "written": True,
+    }
+    assert rows[8]["written"] is False
+    assert json.loads(invoke("describe", "linear2", "--json")[1])["unsigned"][0]["level"] == 0
+
+
+def test_an_unknown_quant_type_is_answered_with_the_nearest() -> None:
+    message = errors_of("describe", "nf44")
+    assert message.startswith("Error: there is no quant type 'nf44'; did you mean 'nf4'?")
+    assert errors_of("plot", "nf4", "fp44", "-o", "x.png").startswith("Error: there is no quant")
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_a_block_size_that_cannot_be_is_refused() -> None:
+    message = errors_of("describe", "nf4", "--block-size", "100")
+    assert "block size 100; expected one of 16, 32" in message
+    assert "int8 has a scale per row" in errors_of("describe", "int8", "--block-size", "64")
+
+
+def test_plot_writes_a_picture(tmp_path: Path) -> None:
+    path = tmp_path / "nf4.png"
+    assert invoke("plot", "nf4", "-o", str(path)) == (0, f"Picture: {path}\n")
+    assert_picture(path, (1500, 888))
+    assert invoke("plot", "nf4", "fp4", "linear4", "--output", "three.png")[0] == 0
+    assert_picture(Path("three.png"), (1500, 1074))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("nf4",), "Missing option '--output'"),
+        (("-o", "x.png"), "Missing argument"),
+        (("nf4", "-o", "x.svg"), "does not end in .png"),
+        (("nf4", "-o", "nowhere/x.png"), "does not exist; create it first"),
+        (("nf4",) * 9 + ("-o", "x.png"), "9 quant types; at most 8 fit a picture"),
+    ],
+)
+def test_bad_arguments_of_plot(arguments: tuple[str, ...], expected: str) -> None:
+    assert expected in refusal("plot", *arguments)
+
+
+def test_plot_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide_matplotlib(monkeypatch)
+    assert "pip install 'bnbx[demo]'" in errors_of("plot", "nf4", "-o", "x.png")
+
+
+def assert_picture(path: Path, size: tuple[int, int] = (1350, 810)) -> None:
     """A PNG of the size that was asked for, with something drawn on it."""
     data = path.read_bytes()
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
-    assert struct.unpack(">II", data[16:24]) == (1350, 810)
+    assert struct.unpack(">II", data[16:24]) == size
     assert len(data) > 20_000
