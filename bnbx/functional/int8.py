@@ -205,6 +205,13 @@ def _matrix(x: Any) -> Tensor:
     return found
 
 
+def _places(columns: Tensor) -> Tensor:
+    """The numbers of the columns that have outliers."""
+    if columns.is_meta:
+        raise InputError("A is on meta: without numbers, there is no telling where outliers are")
+    return columns.nonzero().view(-1)
+
+
 def _checked_threshold(threshold: float) -> float:
     limit = checks.number("threshold", threshold)
     if not limit >= 0:
@@ -235,7 +242,7 @@ def int8_vectorwise_quant(
     """
     limit = _checked_threshold(threshold)
     codes, absmax, columns = _rows(_matrix(A), limit)
-    found = columns.nonzero().view(-1) if limit > 0 else None
+    found = _places(columns) if limit > 0 else None
     return codes.view(A.shape), absmax, found
 
 
@@ -283,7 +290,7 @@ def int8_double_quant(
         new.view(shape) if given is None else given.copy_(new.view(shape))
         for new, (given, _, shape) in zip(made, memory.values(), strict=True)
     ]
-    found = outliers.nonzero().view(-1) if limit > 0 else None
+    found = _places(outliers) if limit > 0 else None
     return kept[0], kept[1], kept[2], kept[3], found
 
 

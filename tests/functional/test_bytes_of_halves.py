@@ -232,3 +232,15 @@ def test_every_4bit_type_goes_through_these_doors() -> None:
         else:
             with pytest.raises(ValueError, match=r"quantize\(tensor"):
                 functional.quantize_4bit(x, quant_type=spec.name)
+
+
+@pytest.mark.parametrize(("columns", "size"), [(96, 64), (160, 64), (192, 128)])
+def test_rows_that_end_within_a_block(columns: int, size: int) -> None:
+    """By brute force: on a CPU, bitsandbytes decodes such matrices with scales of other blocks."""
+    x = torch.randn(64, columns)
+    codes, state = functional.quantize_4bit(x, blocksize=size, quant_type="nf4")
+    assert state.code is not None
+    halves = torch.stack([codes[:, 0] >> 4, codes[:, 0] & 15], 1).flatten()
+    scale = state.absmax.repeat_interleave(size)[: x.numel()]
+    expected = (state.code[halves.long()] * scale).view(64, columns)
+    assert same_bits(functional.dequantize_4bit(codes, state), expected)

@@ -101,7 +101,7 @@ def test_quantiles(bits: int) -> None:
         ("create_linear_map", dict(total_bits=9), "1 to 8"),
         ("create_linear_map", dict(total_bits=2.5), "whole"),
         ("create_dynamic_map", dict(n=0), "1 to 7"),
-        ("create_dynamic_map", dict(max_exponent_bits=True), "1 to 7"),
+        ("create_dynamic_map", dict(max_exponent_bits=True), "whole"),
         ("create_dynamic_map", dict(total_bits=1), "2 to 8"),
         ("create_fp8_map", dict(exponent_bits=6), "do not make"),
         ("create_fp8_map", dict(exponent_bits=0, precision_bits=7), "do not make"),
