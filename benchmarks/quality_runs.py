@@ -27,9 +27,9 @@ class WithZero:
     def __init__(self) -> None:
         default = quant_types().find(lambda t: t.state_default and t.bits == 4)
         assert default is not None
-        assert default.unsigned_values is not None
-        least = min(default.unsigned_values)
-        table = tuple(0.0 if value == least else value for value in default.unsigned_values)
+        levels = default.codebook(signed=False).levels
+        least = min(levels)
+        table = tuple(0.0 if value == least else value for value in levels)
         self.quant_type = default.model_copy(
             update=dict(
                 name="naive4",

@@ -32,7 +32,8 @@ def codes_at(packed: Tensor, quant_type: QuantType, places: Tensor) -> Tensor:
     byte, shift = first // 8, 16 - quant_type.bits - first % 8
     after = (byte + 1).clamp(max=packed.numel() - 1)
     word = (packed[byte].long() << 8) | packed[after].long()
-    return ((word >> shift) & (2**quant_type.bits - 1)).to(torch.uint8)
+    codes: Tensor = (word >> shift) & (2**quant_type.bits - 1)
+    return codes.to(torch.uint8)
 
 
 def filled_with(code: int, quant_type: QuantType) -> list[int]:

@@ -27,11 +27,11 @@ from codebooks import codebooks
 from compiled import shared_cache
 from cuda_on_cpu import SCHEDULES
 from cuda_on_cpu.build import Mode
-from scale_kinds import every_encoding
+from scale_kinds import ENCODINGS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((33, 70), (5,), (2, 4097), (0, 4), (0,))
-EVERY = [pytest.param(encoding, id=name) for name, encoding in every_encoding()]
+EVERY = [pytest.param(encoding, id=name) for name, encoding in ENCODINGS.items()]
 LONG = [pytest.param(make_encoding("nf4", size), id=f"nf4-{size}") for size in (128, 4096)]
 
 
@@ -117,7 +117,7 @@ def test_rows_are_decoded_alone(encoding: Encoding) -> None:
 
 def test_the_number_of_threads_changes_nothing() -> None:
     threads = torch.get_num_threads()
-    encodings = [e for _, e in every_encoding() if e.per == "tensor" or "tensor_scale" in e.parts]
+    encodings = [e for e in ENCODINGS.values() if e.per == "tensor" or "tensor_scale" in e.parts]
     x = numbers((600, 700))
     try:
         for encoding in [*encodings, make_encoding("nf4", double=True)]:

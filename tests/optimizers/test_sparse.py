@@ -236,7 +236,7 @@ def test_untouched_states_are_rounded_by_half_a_step_at_most(
             now = absmaxes(optimizer, p)[name]
             same = (now == absmax[name]) & ~touched
             assert equal(after[same], before[name][same])
-            gap = max_gap(held.codebook.values) * now
+            gap = max_gap(held.codebook.levels) * now
             assert ((after - before[name]).abs() <= gap / 2 * 1.0001)[~touched].all()
             size = ROWS * WIDTH if held.whole else held.block_size
             block = torch.arange(ROWS * WIDTH).view(ROWS, WIDTH) // size
