@@ -1,0 +1,1250 @@
+// products with a quantized weight: 8-bit codes, blocks of 256, float32 scales, float32 numbers
+// Rendered by bnbx; change the templates, not this file.
+
+#define DEVICE static inline
+DEVICE unsigned int bits_of(float x) { unsigned int bits; __builtin_memcpy(&bits, &x, 4); return bits; }
+DEVICE float float_of(unsigned int bits) { float x; __builtin_memcpy(&x, &bits, 4); return x; }
+DEVICE float root(float x) { return __builtin_sqrtf(x); }
+DEVICE double root64(double x) { return __builtin_sqrt(x); }
+
+// Numbers, as C++ and CUDA kernels share them. The target defines before this: DEVICE (how a function
+// is declared), bits_of and float_of (a float's bits), and root and root64 (correctly rounded square
+// roots).
+
+typedef unsigned char u8;
+typedef signed char i8;
+typedef unsigned short u16;
+typedef int i32;
+typedef unsigned int u32;
+typedef long long i64;
+
+// ---- storage types of parameters and gradients: rounded to nearest even, NaN kept
+
+struct bfloat16 { u16 bits; };
+struct float16 { u16 bits; };
+
+DEVICE float to_float(float x) { return x; }
+
+DEVICE float to_float(bfloat16 x) { return float_of((u32)x.bits << 16); }
+
+DEVICE float to_float(float16 x) {
+  const u32 magnitude = (u32)(x.bits & 0x7fffu) << 13;
+  // 2**112 moves the exponent from bias 15 to bias 127, subnormals included.
+  const float finite = float_of(magnitude) * float_of(0x77800000u);
+  const bool special = (x.bits & 0x7c00u) == 0x7c00u;
+  const u32 bits = special ? (magnitude | 0x7f800000u) : bits_of(finite);
+  return float_of(bits | ((u32)(x.bits & 0x8000u) << 16));
+}
+
+DEVICE void from_float(float x, float& to) { to = x; }
+
+DEVICE void from_float(float x, bfloat16& to) {
+  const u32 bits = bits_of(x);
+  const u32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  to.bits = (u16)((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+DEVICE void from_float(float x, float16& to) {
+  const u32 bits = bits_of(x);
+  const u32 magnitude = bits & 0x7fffffffu;
+  // Below 2**-14, adding 0.5 makes the addition itself round to multiples of 2**-24.
+  const u32 subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
+  const u32 normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+  u32 half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  to.bits = (u16)(half | ((bits >> 16) & 0x8000u));
+}
+
+// ---- functions of the rule language
+
+DEVICE float rule_sqrt(float x) { return root(x); }
+DEVICE float rule_abs(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
+DEVICE float rule_sign(float x) { return x > 0.0f ? 1.0f : (x < 0.0f ? -1.0f : x); }
+DEVICE float rule_min(float a, float b) { return a < b ? a : b; }
+DEVICE float rule_max(float a, float b) { return a > b ? a : b; }
+
+DEVICE double rule_sqrt(double x) { return root64(x); }
+DEVICE double rule_abs(double x) { return x < 0.0 ? -x : x; }
+DEVICE double rule_sign(double x) { return x > 0.0 ? 1.0 : (x < 0.0 ? -1.0 : x); }
+DEVICE double rule_min(double a, double b) { return a < b ? a : b; }
+DEVICE double rule_max(double a, double b) { return a > b ? a : b; }
+
+// Quantized states, as C++ and CUDA kernels share them.
+
+// The tables of one codebook; see bnbx/kernels/codebook.py, which packs them.
+struct Tables {
+  float levels[256];      // value by code, over the unit
+  u8 planes[4][256];      // the same, byte by byte
+  u8 order[256];          // code by rank
+  float thresholds[256];  // ascending, padded with infinity
+  i32 index[16];  // these five: see Segments in codebook.py
+  float cut[16], slope[16], offset[16], high[16];
+  u32 entries[1];  // as many as the codebook needs
+};
+
+// What a block's largest magnitude (as float bits) makes of the block. NaN or infinity: the block
+// reads as NaN from now on. Below the smallest normal number, or without a finite inverse: the block
+// is zero. Otherwise the codes are those of x * inverse, in which absmax becomes the table's unit.
+struct Scale {
+  float absmax, inverse;
+};
+
+template <class Type>
+DEVICE Scale make_scale(u32 largest) {
+  Scale scale = {largest >= 0x7f800000u ? float_of(0x7fc00000u) : 0.0f, 0.0f};
+  if (largest < 0x00800000u || largest >= 0x7f800000u) return scale;
+  const float inverse = Type::UNIT / float_of(largest);
+  if (bits_of(inverse) < 0x7f800000u) scale.absmax = float_of(largest), scale.inverse = inverse;
+  return scale;
+}
+
+// Where the search for x looks, and what it adds to the entry found there: an exact search, since
+// each entry carries over just past the one threshold in its bucket. See `Buckets` in codebook.py.
+struct Place {
+  u32 entry, low;
+};
+
+template <class Type>
+DEVICE Place find_place(float x) {
+  const u32 mask = (1u << Type::SHIFT) - 1u;
+  const u32 bits = bits_of(x);
+  // A codebook without negative thresholds has one answer for all negative x, that of 0.
+  u32 a = Type::SIGNED ? bits & 0x7fffffffu : (i32)bits > 0 ? bits : 0u;
+  a = a < Type::CEILING ? a : Type::CEILING;
+  const u32 small = a < 1u ? a : 1u;
+  const u32 w = a < Type::FLOOR ? small : a - Type::FLOOR + (1u << Type::SHIFT);
+  const u32 negative = Type::SIGNED ? bits >> 31 : 0u;
+  const Place place = {(w >> Type::SHIFT) + negative * Type::HALF, (w & mask) ^ (negative ? mask : 0u)};
+  return place;
+}
+
+// The number of thresholds below x, by halving, for codebooks without such entries.
+DEVICE u32 count_thresholds(float x, const float* thresholds) {
+  u32 rank = 0;
+  for (u32 step = 128; step > 0; step >>= 1) rank += thresholds[rank + step - 1] < x ? step : 0;
+  return rank;
+}
+
+template <class Type>
+DEVICE u32 find_rank(float x, const u32* entries, const float* thresholds) {
+  if (Type::SHIFT == 0) return count_thresholds(x, thresholds);
+  const Place place = find_place<Type>(x);
+  return (entries[place.entry] + place.low) >> Type::SHIFT;
+}
+
+template <class Type>
+DEVICE u8 encode(float x, const u32* entries, const float* thresholds, const u8* order) {
+  const u32 rank = find_rank<Type>(x, entries, thresholds);
+  return (u8)(Type::ORDERED ? rank : order[rank]);
+}
+
+// Blocks of quantized states on a CPU: plain loops that any compiler vectorizes as it can.
+
+template <class Type>
+static inline void decode_block_plain(const u8* codes, float absmax, const Tables* tables, float* x) {
+  for (int i = 0; i < Type::BLOCK; ++i) x[i] = tables->levels[codes[i]] * absmax;
+}
+
+template <class Type>
+static inline void encode_block_plain(const float* x, float inverse, const Tables* tables, u8* codes) {
+  u32 rank[Type::BLOCK], low[Type::BLOCK];
+  if (Type::SHIFT == 0) {
+    for (int i = 0; i < Type::BLOCK; ++i) rank[i] = count_thresholds(x[i] * inverse, tables->thresholds);
+  } else {  // find_rank, with its look-ups in a loop of their own, so that the others are vectorized
+    for (int i = 0; i < Type::BLOCK; ++i) {
+      const Place place = find_place<Type>(x[i] * inverse);
+      rank[i] = place.entry;
+      low[i] = place.low;
+    }
+    for (int i = 0; i < Type::BLOCK; ++i) rank[i] = tables->entries[rank[i]];
+    for (int i = 0; i < Type::BLOCK; ++i) rank[i] = (rank[i] + low[i]) >> Type::SHIFT;
+  }
+  for (int i = 0; i < Type::BLOCK; ++i) codes[i] = (u8)(Type::ORDERED ? rank[i] : tables->order[rank[i]]);
+}
+
+// Codes in bytes of their own to codes packed without gaps, the first in the highest bits, and back:
+// as many at a time as fill whole bytes.
+template <class Type>
+struct Group {
+  static constexpr int CODES = 8 % Type::BITS ? 8 : 8 / Type::BITS, BYTES = CODES * Type::BITS / 8;
+};
+
+template <class Type>
+static inline void unpack_group(const u8* packed, u8* codes) {
+  unsigned long long word = 0;
+  for (int i = 0; i < Group<Type>::BYTES; ++i) word = word << 8 | packed[i];
+  for (int i = 0; i < Group<Type>::CODES; ++i)
+    codes[i] = (u8)((word >> (Type::BITS * (Group<Type>::CODES - 1 - i))) & ((1 << Type::BITS) - 1));
+}
+
+template <class Type>
+static inline void pack_group(const u8* codes, u8* packed) {
+  unsigned long long word = 0;
+  for (int i = 0; i < Group<Type>::CODES; ++i) word = word << Type::BITS | codes[i];
+  for (int i = 0; i < Group<Type>::BYTES; ++i) packed[i] = (u8)(word >> (8 * (Group<Type>::BYTES - 1 - i)));
+}
+
+template <class Type>
+static inline void unpack_codes(const u8* packed, int count, u8* codes) {
+  if (Type::BITS == 8) {
+    __builtin_memcpy(codes, packed, count);
+    return;
+  }
+  const int whole = count / Group<Type>::CODES, rest = count % Group<Type>::CODES;
+  for (int i = 0; i < whole; ++i) unpack_group<Type>(packed + i * Group<Type>::BYTES, codes + i * Group<Type>::CODES);
+  if (rest) {  // its bytes may be fewer than those of a group
+    u8 bytes[Group<Type>::BYTES] = {}, last[Group<Type>::CODES];
+    __builtin_memcpy(bytes, packed + whole * Group<Type>::BYTES, (rest * Type::BITS + 7) / 8);
+    unpack_group<Type>(bytes, last);
+    __builtin_memcpy(codes + whole * Group<Type>::CODES, last, rest);
+  }
+}
+
+template <class Type>
+static inline void pack_codes(const u8* codes, int count, u8* packed) {
+  if (Type::BITS == 8) {
+    __builtin_memcpy(packed, codes, count);
+    return;
+  }
+  const int whole = count / Group<Type>::CODES, rest = count % Group<Type>::CODES;
+  for (int i = 0; i < whole; ++i) pack_group<Type>(codes + i * Group<Type>::CODES, packed + i * Group<Type>::BYTES);
+  if (rest) {
+    u8 bytes[Group<Type>::BYTES], last[Group<Type>::CODES] = {};
+    __builtin_memcpy(last, codes + whole * Group<Type>::CODES, rest);
+    pack_group<Type>(last, bytes);
+    __builtin_memcpy(packed + whole * Group<Type>::BYTES, bytes, (rest * Type::BITS + 7) / 8);
+  }
+}
+
+static inline i32 larger_magnitude(i32 largest, float x) {
+  const i32 magnitude = (i32)(bits_of(x) & 0x7fffffffu);
+  return magnitude > largest ? magnitude : largest;
+}
+
+// Ranks by a multiply-add inside the run of evenly spaced thresholds that x falls in; where one of the
+// values is too close to a tie to be sure, all go to the exact search. The sum with BIAS leaves the rank
+// in the mantissa above FRACTION bits of fraction, which are almost all zero near a tie. See `Segments`
+// in bnbx/kernels/codebook.py, which makes the tables and proves them, and has the same constants.
+// BIAS is 1.5 * 2**10 + 1/2, a float
+// whose last mantissa bit is 2**-13, and two such bits more: ties then lie in the middle of what
+// NEAR_TIE finds.
+enum { FRACTION = 13, NEAR_TIE = (1 << FRACTION) - 4 };
+static const float BIAS = 1536.5f + 2.0f / (1 << FRACTION);
+static const float SMALLEST_BINADE = 1.0f / (1 << 30) / 2.0f;
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VBMI__)
+#include <immintrin.h>
+
+// Byte permutes look up 64 codes in a 256-entry table at once, one table for each byte of a float.
+static inline __m512i look_up_bytes(const u8* plane, __m512i index, __mmask64 upper) {
+  const __m512i* part = (const __m512i*)plane;
+  const __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(part), index, _mm512_loadu_si512(part + 1));
+  const __m512i high = _mm512_permutex2var_epi8(_mm512_loadu_si512(part + 2), index, _mm512_loadu_si512(part + 3));
+  return _mm512_mask_blend_epi8(upper, low, high);
+}
+
+// 16-byte lanes of the four planes interleave to floats in order if byte 4 j + w of lane l is
+// code 16 j + 4 l + w.
+alignas(64) static const u8 interleave[64] = {
+    0, 1, 2, 3, 16, 17, 18, 19, 32, 33, 34, 35, 48, 49, 50, 51,
+    4, 5, 6, 7, 20, 21, 22, 23, 36, 37, 38, 39, 52, 53, 54, 55,
+    8, 9, 10, 11, 24, 25, 26, 27, 40, 41, 42, 43, 56, 57, 58, 59,
+    12, 13, 14, 15, 28, 29, 30, 31, 44, 45, 46, 47, 60, 61, 62, 63};
+
+// Tables of 16 values are one register: a permute decodes 16 codes.
+template <class Type>
+static inline void decode_narrow_block(const u8* codes, float absmax, const Tables* tables, float* x) {
+  const __m512 levels = _mm512_loadu_ps(tables->levels), scale = _mm512_set1_ps(absmax);
+  for (int i = 0; i < Type::BLOCK; i += 16) {
+    const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i)));
+    _mm512_storeu_ps(x + i, _mm512_mul_ps(_mm512_permutexvar_ps(index, levels), scale));
+  }
+}
+
+// And a search by halving has four steps, each a permute and a comparison.
+template <class Type>
+static inline void encode_narrow_block(const float* x, float inverse, const Tables* tables, u8* codes) {
+  const __m512 thresholds = _mm512_loadu_ps(tables->thresholds), scale = _mm512_set1_ps(inverse);
+  const __m512i order = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)tables->order));
+  for (int i = 0; i < Type::BLOCK; i += 16) {
+    const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + i), scale);
+    __m512i rank = _mm512_setzero_si512();
+    for (int half = 8; half > 0; half /= 2) {
+      const __m512i probe = _mm512_add_epi32(rank, _mm512_set1_epi32(half - 1));
+      const __m512 threshold = _mm512_permutexvar_ps(probe, thresholds);
+      rank = _mm512_mask_add_epi32(rank, _mm512_cmp_ps_mask(threshold, scaled, _CMP_LT_OQ), rank, _mm512_set1_epi32(half));
+    }
+    if (!Type::ORDERED) rank = _mm512_permutexvar_epi32(rank, order);
+    _mm_storeu_si128((__m128i*)(codes + i), _mm512_cvtepi32_epi8(rank));
+  }
+}
+
+template <class Type>
+static inline void decode_block(const u8* codes, float absmax, const Tables* tables, float* x) {
+  if (Type::BITS <= 4) return decode_narrow_block<Type>(codes, absmax, tables, x);
+  if (Type::BLOCK < 64) return decode_block_plain<Type>(codes, absmax, tables, x);
+  const __m512i lanes = _mm512_load_si512(interleave);
+  const __m512 scale = _mm512_set1_ps(absmax);
+  for (int i = 0; i < Type::BLOCK; i += 64) {
+    const __m512i index = _mm512_permutexvar_epi8(lanes, _mm512_loadu_si512(codes + i));
+    const __mmask64 upper = _mm512_movepi8_mask(index);
+    const __m512i b0 = look_up_bytes(tables->planes[0], index, upper);
+    const __m512i b1 = look_up_bytes(tables->planes[1], index, upper);
+    const __m512i b2 = look_up_bytes(tables->planes[2], index, upper);
+    const __m512i b3 = look_up_bytes(tables->planes[3], index, upper);
+    const __m512i low01 = _mm512_unpacklo_epi8(b0, b1), high01 = _mm512_unpackhi_epi8(b0, b1);
+    const __m512i low23 = _mm512_unpacklo_epi8(b2, b3), high23 = _mm512_unpackhi_epi8(b2, b3);
+    const __m512i value[4] = {_mm512_unpacklo_epi16(low01, low23), _mm512_unpackhi_epi16(low01, low23),
+                              _mm512_unpacklo_epi16(high01, high23), _mm512_unpackhi_epi16(high01, high23)};
+    for (int j = 0; j < 4; ++j)
+      _mm512_storeu_ps(x + i + 16 * j, _mm512_mul_ps(_mm512_castsi512_ps(value[j]), scale));
+  }
+}
+
+// find_rank for 16 values.
+template <class Type>
+static inline __m512i find_ranks(__m512 x, const Tables* tables) {
+  const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
+  const __m512i mask = _mm512_set1_epi32((1 << Type::SHIFT) - 1);
+  const __m512i floor = _mm512_set1_epi32((i32)Type::FLOOR);
+  __m512i a = Type::SIGNED ? _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff))
+                           : _mm512_max_epi32(bits, _mm512_setzero_si512());
+  a = _mm512_min_epu32(a, _mm512_set1_epi32((i32)Type::CEILING));
+  const __mmask16 small = _mm512_cmplt_epu32_mask(a, floor);
+  __m512i w = _mm512_add_epi32(_mm512_sub_epi32(a, floor), _mm512_set1_epi32(1 << Type::SHIFT));
+  w = _mm512_mask_min_epu32(w, small, a, one);
+  __m512i low = _mm512_and_si512(w, mask), entry = _mm512_srli_epi32(w, Type::SHIFT);
+  if (Type::SIGNED) {
+    const __mmask16 negative = _mm512_movepi32_mask(bits);
+    low = _mm512_mask_xor_epi32(low, negative, low, mask);
+    entry = _mm512_mask_add_epi32(entry, negative, entry, _mm512_set1_epi32(Type::HALF));
+  }
+  const __m512i found = _mm512_i32gather_epi32(entry, (const int*)tables->entries, 4);
+  return _mm512_srli_epi32(_mm512_add_epi32(found, low), Type::SHIFT);
+}
+
+template <class Type>
+static __attribute__((noinline)) __m512i find_ranks_near_tie(__m512 x, const Tables* tables) {
+  return find_ranks<Type>(x, tables);
+}
+
+template <class Type>
+static inline __m512i find_ranks_in_segments(__m512 x, const Tables* tables) {
+  const __m512 magnitude = Type::SIGNED ? _mm512_abs_ps(x) : x;
+  const __m512 a = _mm512_max_ps(magnitude, _mm512_set1_ps(SMALLEST_BINADE));
+  const __m512i binade = _mm512_srli_epi32(_mm512_castps_si512(a), 24);  // a permute reads 4 bits
+  const __m512 cut = _mm512_permutexvar_ps(binade, _mm512_loadu_ps(tables->cut));
+  __m512i run = _mm512_permutexvar_epi32(binade, _mm512_loadu_si512(tables->index));
+  run = _mm512_mask_add_epi32(run, _mm512_cmp_ps_mask(a, cut, _CMP_GT_OQ), run, _mm512_set1_epi32(1));
+  const __m512 slope = _mm512_permutexvar_ps(run, _mm512_loadu_ps(tables->slope));
+  const __m512 offset = _mm512_permutexvar_ps(run, _mm512_loadu_ps(tables->offset));
+  const __m512 high = _mm512_permutexvar_ps(run, _mm512_loadu_ps(tables->high));
+  __m512 place = _mm512_min_ps(_mm512_fmadd_ps(a, slope, offset), high);
+  if (Type::SIGNED) {  // so far counted from zero: put the sign of x on it, and count from the lowest code
+    const __m512 sign = _mm512_and_ps(x, _mm512_set1_ps(-0.0f));
+    place = _mm512_add_ps(_mm512_xor_ps(place, sign), _mm512_set1_ps(BIAS + Type::ZERO_CODE));
+    place = _mm512_max_ps(place, _mm512_set1_ps(BIAS));
+  }
+  const __m512i bits = _mm512_castps_si512(place);
+  __mmask16 unsure = _mm512_testn_epi32_mask(bits, _mm512_set1_epi32(NEAR_TIE));
+  if (Type::SIGNED) unsure |= _mm512_cmp_ps_mask(a, cut, _CMP_EQ_OQ);  // there, ties go away from zero
+  if (__builtin_expect(unsure != 0, 0)) return find_ranks_near_tie<Type>(x, tables);
+  return _mm512_srli_epi32(bits, FRACTION);  // the lowest byte of it is the rank
+}
+
+template <class Type>
+static inline void encode_block(const float* x, float inverse, const Tables* tables, u8* codes) {
+  if (Type::BITS <= 4) return encode_narrow_block<Type>(x, inverse, tables, codes);
+  if (Type::SHIFT == 0 || !Type::ORDERED) return encode_block_plain<Type>(x, inverse, tables, codes);
+  const __m512 scale = _mm512_set1_ps(inverse);
+  for (int i = 0; i < Type::BLOCK; i += 16) {
+    const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + i), scale);
+    const __m512i rank = Type::SEGMENTS ? find_ranks_in_segments<Type>(scaled, tables) : find_ranks<Type>(scaled, tables);
+    _mm_storeu_si128((__m128i*)(codes + i), _mm512_cvtepi32_epi8(rank));
+  }
+}
+
+#elif defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+
+// A look-up of 8 indices in a table of 16: the last four bits of an index count.
+static inline __m256 look_up(const float* table, __m256i index) {
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+
+// As the function of this name above, for 8 values.
+template <class Type>
+static inline void find_ranks_in_segments(const float* values, float inverse, const Tables* tables, u32* ranks) {
+  const __m256 x = _mm256_mul_ps(_mm256_loadu_ps(values), _mm256_set1_ps(inverse));
+  const __m256 sign = _mm256_and_ps(x, _mm256_set1_ps(-0.0f));
+  const __m256 magnitude = Type::SIGNED ? _mm256_xor_ps(x, sign) : x;
+  const __m256 a = _mm256_max_ps(magnitude, _mm256_set1_ps(SMALLEST_BINADE));
+  const __m256i binade = _mm256_srli_epi32(_mm256_castps_si256(a), 24);
+  const __m256 cut = look_up(tables->cut, binade);
+  const __m256i below = _mm256_castps_si256(look_up((const float*)tables->index, binade));
+  const __m256i run = _mm256_sub_epi32(below, _mm256_castps_si256(_mm256_cmp_ps(a, cut, _CMP_GT_OQ)));
+  __m256 place = _mm256_fmadd_ps(a, look_up(tables->slope, run), look_up(tables->offset, run));
+  place = _mm256_min_ps(place, look_up(tables->high, run));
+  if (Type::SIGNED) {
+    place = _mm256_add_ps(_mm256_xor_ps(place, sign), _mm256_set1_ps(BIAS + Type::ZERO_CODE));
+    place = _mm256_max_ps(place, _mm256_set1_ps(BIAS));
+  }
+  const __m256i bits = _mm256_castps_si256(place);
+  const __m256i fraction = _mm256_and_si256(bits, _mm256_set1_epi32(NEAR_TIE));
+  __m256i unsure = _mm256_cmpeq_epi32(fraction, _mm256_setzero_si256());
+  if (Type::SIGNED) unsure = _mm256_or_si256(unsure, _mm256_castps_si256(_mm256_cmp_ps(a, cut, _CMP_EQ_OQ)));
+  _mm256_storeu_si256((__m256i*)ranks, _mm256_srli_epi32(bits, FRACTION));
+  if (__builtin_expect(_mm256_movemask_epi8(unsure) != 0, 0))
+    for (int i = 0; i < 8; ++i) ranks[i] = find_rank<Type>(values[i] * inverse, tables->entries, tables->thresholds);
+}
+
+template <class Type>
+static inline void decode_block(const u8* codes, float absmax, const Tables* tables, float* x) {
+  decode_block_plain<Type>(codes, absmax, tables, x);  // a gather is no faster: 8 loads are 8 loads
+}
+
+template <class Type>
+static inline void encode_block(const float* x, float inverse, const Tables* tables, u8* codes) {
+  if (!Type::SEGMENTS) return encode_block_plain<Type>(x, inverse, tables, codes);
+  u32 ranks[Type::BLOCK];
+  for (int i = 0; i < Type::BLOCK; i += 8) find_ranks_in_segments<Type>(x + i, inverse, tables, ranks + i);
+  for (int i = 0; i < Type::BLOCK; ++i) codes[i] = (u8)ranks[i];
+}
+
+#else
+
+template <class Type>
+static inline void decode_block(const u8* codes, float absmax, const Tables* tables, float* x) {
+  decode_block_plain<Type>(codes, absmax, tables, x);
+}
+
+template <class Type>
+static inline void encode_block(const float* x, float inverse, const Tables* tables, u8* codes) {
+  encode_block_plain<Type>(x, inverse, tables, codes);
+}
+
+#endif
+
+// Scales of blocks, as C++ and CUDA kernels share them: how they are found, kept and read.
+// bnbx/kernels/coding_reference.py says the same with torch operations; the bits are equal.
+// `Code` is the encoding's traits: those of its codebook, and of its scales (scale_traits.j2).
+
+enum ScaleKind { FLOAT32, BFLOAT16, E4M3, E8M0, SECOND };
+
+// The parts of a tensor; see bnbx/kernels/encoding.py. Those that an encoding lacks are null.
+struct Parts {
+  u8* codes;
+  void* scale;
+  float* center;
+  float* tensor_scale;
+  float* second_scale;
+  float* mean;
+  const Tables* tables;         // of the codes
+  const Tables* second_tables;  // of quantized scales
+};
+
+// ---- e4m3 without its sign: 4 bits of exponent (bias 7), 3 of fraction, 0x7f is NaN
+
+DEVICE float from_e4m3(u8 code) {
+  const float finite = float_of((u32)(code & 0x7fu) << 20) * float_of(0x7b800000u);  // times 2**120
+  return (code & 0x7fu) == 0x7fu ? float_of(0x7fc00000u) : finite;
+}
+
+// Nearest, ties to even, of 0 <= x <= 448, or NaN.
+DEVICE u8 to_e4m3(float x) {
+  const u32 bits = bits_of(x);
+  const u32 small = bits_of(x + 16384.0f) - bits_of(16384.0f);  // the sum rounds to multiples of 2**-9
+  const u32 normal = ((bits + 0x7ffffu + ((bits >> 20) & 1u)) >> 20) - (120u << 3);
+  return bits > 0x7f800000u ? (u8)0x7fu : (u8)(bits < 0x3c800000u ? small : normal);
+}
+
+// ---- reading
+
+// What the levels of a block are multiplied by; `second_levels` are those of quantized scales.
+template <class Code>
+DEVICE float factor_at(const Parts& parts, i64 block, const float* second_levels) {
+  if (Code::SCALE == BFLOAT16) return to_float(((const bfloat16*)parts.scale)[block]);
+  if (Code::SCALE == SECOND)
+    return second_levels[((const u8*)parts.scale)[block]] * parts.second_scale[block / Code::SECOND_BLOCK] + *parts.mean;
+  if (Code::SCALE == E8M0) {
+    const u32 byte = ((const u8*)parts.scale)[block];
+    return float_of(byte == 255u ? 0x7fc00000u : byte ? byte << 23 : 1u << 22);
+  }
+  if (Code::SCALE == E4M3) {
+    const float step = from_e4m3(((const u8*)parts.scale)[block]);
+    return Code::TENSOR_SCALE ? step * *parts.tensor_scale : step;
+  }
+  return ((const float*)parts.scale)[block];
+}
+
+template <class Code>
+DEVICE float factor_at(const Parts& parts, i64 block) {
+  return factor_at<Code>(parts, block, Code::SCALE == SECOND ? parts.second_tables->levels : 0);
+}
+
+template <class Code>
+DEVICE float center_at(const Parts& parts, i64 block) {
+  return Code::CENTERED ? parts.center[block] : 0.0f;
+}
+
+// ---- finding
+
+// What is to be known of a block's numbers: the largest magnitude, as float bits, so that NaN is the
+// largest of all; and the ends of its range, where the encoding subtracts its mid-point.
+struct Range {
+  u32 largest;
+  float high, low;
+};
+
+DEVICE Range empty_range() {
+  const Range range = {0u, float_of(0xff800000u), float_of(0x7f800000u)};
+  return range;
+}
+
+DEVICE void add_to_range(float x, Range& range) {
+  const u32 magnitude = bits_of(x) & 0x7fffffffu;
+  range.largest = magnitude > range.largest ? magnitude : range.largest;
+  range.high = x > range.high ? x : range.high;
+  range.low = x < range.low ? x : range.low;
+}
+
+// What turns x into the number whose nearest table entry is its code: (x - center) * inverse.
+// inverse is 0 where a block has no numbers to keep: the codes are then that of zero.
+struct Scaling {
+  float center, inverse;
+};
+
+// Below this absmax a block is scaled as if it had this: the inverse stays finite. Not so on a grid.
+DEVICE float smallest_absmax() { return 1e-38f; }
+
+DEVICE float finite_or_most(float x) {
+  const float most = float_of(0x7f7fffffu);
+  return x < most ? x : most;
+}
+
+template <class Code>
+DEVICE float inverse_of(float absmax) {
+  if (Code::GRID) return 1.0f / absmax;
+  return absmax >= smallest_absmax() ? finite_or_most(Code::UNIT * (1.0f / absmax)) : 1e38f;
+}
+
+// The absmax that a block keeps: where a unit above 1 would make the inverse overflow, a larger one.
+template <class Code>
+DEVICE float kept_absmax(float absmax) {
+  const float least = Code::UNIT * smallest_absmax();
+  return Code::UNIT > 1.0f && absmax > 0.0f && absmax < least ? least : absmax;
+}
+
+// Where x falls in the table. On a grid, a block without an inverse keeps signs alone.
+template <class Code>
+DEVICE float scaled(float x, const Scaling& scaling) {
+  if (Code::GRID && scaling.inverse > float_of(0x7f7fffffu)) return x > 0.0f ? 2.0f : -2.0f;
+  return (Code::CENTERED ? x - scaling.center : x) * scaling.inverse;
+}
+
+// The scale of a whole tensor, by its largest finite magnitude: that block's e4m3 scale becomes 448.
+template <class Code>
+DEVICE float tensor_scale_of(u32 largest) {
+  const float scale = float_of(largest) / (448.0f * Code::UNIT);
+  return scale > 0.0f ? scale : 1.0f;
+}
+
+// Finds a block's scale, and keeps it if `keep`: where several threads find the same, one writes it.
+template <class Code>
+DEVICE Scaling keep_scale(const Parts& parts, i64 block, const Range& range, float tensor_scale, bool keep) {
+  Scaling scaling = {0.0f, 0.0f};
+  u32 largest = range.largest;
+  if (Code::CENTERED) {
+    scaling.center = 0.5f * range.high + 0.5f * range.low;
+    const u32 above = bits_of(range.high - scaling.center) & 0x7fffffffu;
+    const u32 below = bits_of(range.low - scaling.center) & 0x7fffffffu;
+    if (largest >= 0x7f800000u) scaling.center = float_of(0x7fc00000u);
+    else largest = above > below ? above : below;
+    if (keep) parts.center[block] = scaling.center;
+  }
+  const bool finite = largest < 0x7f800000u;
+  const float absmax = float_of(finite ? largest : 0x7fc00000u);
+  if (Code::SCALE == E8M0) {
+    const i32 exponent = (i32)(largest >> 23) - (i32)(bits_of(Code::UNIT) >> 23) + 127;
+    const u32 byte = finite ? (u32)(exponent < 0 ? 0 : exponent > 254 ? 254 : exponent) : 255u;
+    if (keep) ((u8*)parts.scale)[block] = (u8)byte;
+    if (finite) scaling.inverse = float_of(byte < 254u ? (254u - byte) << 23 : 1u << 22);
+  } else if (Code::SCALE == E4M3) {
+    const float step = Code::TENSOR_SCALE ? absmax / Code::UNIT / tensor_scale : absmax / Code::UNIT;
+    const u8 kept = to_e4m3(step > 448.0f ? 448.0f : step);
+    if (keep) ((u8*)parts.scale)[block] = kept;
+    const float factor = Code::TENSOR_SCALE ? from_e4m3(kept) * tensor_scale : from_e4m3(kept);
+    if (finite && factor > 0.0f) scaling.inverse = finite_or_most(1.0f / factor);
+  } else if (Code::SCALE == BFLOAT16) {
+    bfloat16 kept;
+    const float most = float_of(0x7f7f0000u);
+    from_float(absmax > most ? most : kept_absmax<Code>(absmax), kept);
+    if (keep) ((bfloat16*)parts.scale)[block] = kept;
+    const float factor = to_float(kept);
+    if ((bits_of(factor) & 0x7fffffffu) < 0x7f800000u) scaling.inverse = inverse_of<Code>(factor);
+  } else {
+    const float kept = kept_absmax<Code>(absmax);
+    if (keep) ((float*)parts.scale)[block] = kept;
+    if (finite) scaling.inverse = inverse_of<Code>(kept);
+  }
+  return scaling;
+}
+
+// ---- stochastic rounding: to one of the two neighbors of x, in proportion to nearness
+
+// `numbers` are the table's, ascending, `written` of them; `uniform` lies in [0, 1).
+template <class Code>
+DEVICE u8 encode_stochastically(float x, float uniform, const u32* entries, const float* thresholds, const u8* order, const float* numbers, int written) {
+  const int rank = (int)find_rank<Code>(x, entries, thresholds);
+  int low = rank - (numbers[rank] > x ? 1 : 0);
+  low = low < 0 ? 0 : low > written - 2 ? written - 2 : low;
+  const float span = numbers[low + 1] - numbers[low];
+  const float part = (x - numbers[low]) / (span > 0.0f ? span : 1.0f);
+  return order[low + (uniform < part ? 1 : 0)];
+}
+
+// float16 on a CPU: spans of it are converted on the way in and out of the update loop, by the
+// processor's own instructions where it has them; compilers do not vectorize those by themselves.
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+static inline void load_floats(const float16* from, int count, float* to) {
+  int i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= count; i += 16)
+    _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(from + i))));
+#endif
+  for (; i < count; ++i) to[i] = to_float(from[i]);
+}
+
+static inline void store_floats(const float* from, int count, float16* to) {
+  int i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= count; i += 16)
+    _mm256_storeu_si256((__m256i*)(to + i), _mm512_cvtps_ph(_mm512_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  for (; i < count; ++i) from_float(from[i], to[i]);
+}
+
+#define CODE_BITS 8
+struct Codebook {
+  static constexpr int BITS = CODE_BITS, BLOCK = 256;
+};
+struct Code : Codebook {
+  static constexpr ScaleKind SCALE = FLOAT32;
+  static constexpr bool CENTERED = false, TENSOR_SCALE = false, GRID = false;
+  static constexpr int SECOND_BLOCK = 256;
+};
+
+typedef float Number;  // what x and y are made of
+enum { BLOCK, ROW, TENSOR };
+enum { PER = BLOCK };  // what shares a scale
+
+// Vectors of LANES floats. Arithmetic on these types is the compiler's own, for any processor; what
+// needs an instruction of its own is here, once for each instruction set that has it.
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#include <immintrin.h>
+enum { LANES = 16 };
+#elif defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+enum { LANES = 8 };
+#else
+enum { LANES = 4 };
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef i32 Ints __attribute__((vector_size(4 * LANES)));
+
+static inline Floats load(const float* from) {
+  Floats x;
+  __builtin_memcpy(&x, from, sizeof x);
+  return x;
+}
+
+static inline void store(Floats x, float* to) { __builtin_memcpy(to, &x, sizeof x); }
+
+static inline Floats fill(float x) {
+  Floats all;
+  for (int l = 0; l < LANES; ++l) all[l] = x;
+  return all;
+}
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+
+static inline Floats multiply_add(Floats a, Floats b, Floats c) {
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+
+// x[index] for each lane; the last four bits of an index count.
+static inline Floats permute(Floats x, Ints index) {
+  return (Floats)_mm512_permutexvar_ps((__m512i)index, (__m512)x);
+}
+
+// The sum of all lanes; here and below, always in the same order.
+static inline float sum_of(Floats x) { return _mm512_reduce_add_ps((__m512)x); }
+
+// 16 floats in registers.
+struct Table16 { Floats values; };
+static inline Table16 load_table(const float* from) { return {load(from)}; }
+static inline Floats look_up(const Table16& table, Ints index) { return permute(table.values, index); }
+
+#elif defined(__AVX2__) && defined(__FMA__)
+
+static inline Floats multiply_add(Floats a, Floats b, Floats c) {
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+
+// x[index] for each lane; the last three bits of an index count.
+static inline Floats permute(Floats x, Ints index) {
+  return (Floats)_mm256_permutevar8x32_ps((__m256)x, (__m256i)index);
+}
+
+static inline float sum_of(Floats x) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+// 16 floats in registers.
+struct Table16 { Floats low, high; };
+static inline Table16 load_table(const float* from) { return {load(from), load(from + 8)}; }
+static inline Floats look_up(const Table16& table, Ints index) {
+  const __m256 low = (__m256)permute(table.low, index), high = (__m256)permute(table.high, index);
+  return (Floats)_mm256_blendv_ps(low, high, (__m256)(index << 28));
+}
+
+#else
+
+static inline Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
+
+static inline float sum_of(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+
+static inline Floats permute(Floats x, Ints index) {
+  Floats found;
+  for (int l = 0; l < LANES; ++l) found[l] = x[index[l] % LANES];
+  return found;
+}
+
+#endif
+
+// Codes as products read them: a group of them at a time, from bytes to levels in registers.
+//
+// Where the table of levels fits into registers, those of a group come out in the order that takes
+// the fewest instructions: vector v holds in its lane l the element first_element(l) + v * STEP. The
+// numbers that they are multiplied with are laid out in that order beforehand.
+
+#if CODE_BITS <= 4 && defined(__AVX2__) && defined(__FMA__)
+#define TABLE_IN_REGISTERS  // a lane holds 8 codes, and shifts bring them down one by one
+enum { GROUP = 8 * LANES, STEP = 1 };
+static inline int first_element(int lane) { return 8 * lane; }
+#elif CODE_BITS > 4 && defined(__AVX512BW__) && defined(__AVX512VBMI__)
+#define BYTE_PLANES  // see look_up_bytes in cpu_codebook.h
+enum { GROUP = 64, STEP = 4 };
+static inline int first_element(int lane) { return lane / 4 * 16 + lane % 4; }
+#else
+enum { GROUP = 64, STEP = LANES };
+static inline int first_element(int lane) { return lane; }
+#endif
+
+enum { VECTORS = GROUP / LANES, GROUP_BYTES = GROUP / 8 * CODE_BITS };
+
+static inline int element_at(int place) { return first_element(place % LANES) + place / LANES * STEP; }
+
+// The codes of a group in bytes of their own, for any processor: eight of them are CODE_BITS bytes.
+static inline void unpack_plain(const u8* from, u8* codes) {
+  for (int lane = 0; lane < GROUP / 8; ++lane) {
+    unsigned long long word = 0;
+    for (int byte = 0; byte < CODE_BITS; ++byte) word = word << 8 | from[lane * CODE_BITS + byte];
+    for (int i = 0; i < 8; ++i) codes[lane * 8 + i] = (u8)(word >> CODE_BITS * (7 - i) & ((1u << CODE_BITS) - 1u));
+  }
+}
+
+#if defined(__AVX512BW__) && defined(__AVX512VBMI__)
+
+// 64 codes in bytes of their own, in order. Eight of them are CODE_BITS bytes: a permute brings these
+// into a word of 64 bits, the first one on top, from which a multishift takes 8 bits at 8 places.
+static inline __m512i unpack64(const u8* from) {
+  const __m512i packed = _mm512_maskz_loadu_epi8(~0ull >> (64 - 8 * CODE_BITS), from);
+#if CODE_BITS == 8
+  return packed;
+#else
+  alignas(64) u8 source[64], shift[64];
+  for (int i = 0; i < 64; ++i) {
+    source[i] = (u8)(i / 8 * CODE_BITS + (i % 8 < CODE_BITS ? CODE_BITS - 1 - i % 8 : 0));
+    shift[i] = (u8)(CODE_BITS * (7 - i % 8));
+  }
+  const __m512i words = _mm512_permutexvar_epi8(_mm512_load_si512(source), packed);
+  const __m512i shifted = _mm512_multishift_epi64_epi8(_mm512_load_si512(shift), words);
+  return _mm512_and_si512(shifted, _mm512_set1_epi8((1 << CODE_BITS) - 1));
+#endif
+}
+
+#endif
+
+#ifdef TABLE_IN_REGISTERS
+
+// The levels, as often as they fit into 16: then whatever stands above a code in its index is harmless.
+typedef Table16 Levels;
+
+static inline Levels load_levels(const Tables* tables) {
+  float repeated[16];
+  for (int i = 0; i < 16; ++i) repeated[i] = tables->levels[i % (1 << CODE_BITS)];
+  return load_table(repeated);
+}
+
+// How far down code v of a lane is to be shifted.
+static constexpr int shift_of(int v) {
+  return CODE_BITS == 4 ? v / 2 * 8 + 4 - v % 2 * 4 : CODE_BITS == 2 ? v / 4 * 8 + 6 - v % 4 * 2 : 3 * (7 - v);
+}
+
+// 8 codes for each lane, as they lie in memory, or where codes cross bytes, the first one on top.
+static inline Ints load_words(const u8* from) {
+#if defined(__AVX512BW__)
+#if CODE_BITS == 4
+  return (Ints)_mm512_loadu_si512(from);
+#elif CODE_BITS == 2
+  return (Ints)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+#else
+  const __m512i packed = _mm512_maskz_loadu_epi32(0x0fff, from);
+  const __m512i pieces = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11), packed);
+  const __m128i order = _mm_setr_epi8(2, 1, 0, -1, 5, 4, 3, -1, 8, 7, 6, -1, 11, 10, 9, -1);
+  return (Ints)_mm512_shuffle_epi8(pieces, _mm512_broadcast_i32x4(order));
+#endif
+#else
+#if CODE_BITS == 4
+  return (Ints)_mm256_loadu_si256((const __m256i*)from);
+#elif CODE_BITS == 2
+  return (Ints)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
+#else
+  const __m128i low = _mm_loadu_si128((const __m128i*)from), high = _mm_loadu_si128((const __m128i*)(from + 8));
+  const __m256i order = _mm256_setr_epi8(2, 1, 0, -1, 5, 4, 3, -1, 8, 7, 6, -1, 11, 10, 9, -1,
+                                         6, 5, 4, -1, 9, 8, 7, -1, 12, 11, 10, -1, 15, 14, 13, -1);
+  return (Ints)_mm256_shuffle_epi8(_mm256_set_m128i(high, low), order);
+#endif
+#endif
+}
+
+static inline Ints load_bytes(const u8* from) {
+#if defined(__AVX512BW__)
+  return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+#else
+  return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#endif
+}
+
+static inline void decode_group(const u8* from, const Levels& levels, Floats (&w)[VECTORS]) {
+  const Ints words = load_words(from);
+#pragma GCC unroll 8
+  for (int v = 0; v < VECTORS; ++v) w[v] = look_up(levels, words >> shift_of(v));
+}
+
+static inline void decode_in_order(const u8* from, const Levels& levels, float* to) {
+  alignas(64) u8 codes[GROUP];
+#if defined(__AVX512BW__) && defined(__AVX512VBMI__)
+  for (int i = 0; i < GROUP / 64; ++i) _mm512_store_si512(codes + 64 * i, unpack64(from + 8 * CODE_BITS * i));
+#else
+  unpack_plain(from, codes);
+#endif
+  for (int i = 0; i < GROUP; i += LANES) store(look_up(levels, load_bytes(codes + i)), to + i);
+}
+
+#elif defined(BYTE_PLANES)
+
+typedef const Tables* Levels;
+
+static inline Levels load_levels(const Tables* tables) { return tables; }
+
+static inline __m512i look_up_plane(const u8* plane, __m512i index, __mmask64 upper) {
+#if CODE_BITS == 8
+  return look_up_bytes(plane, index, upper);
+#elif CODE_BITS == 7
+  return _mm512_permutex2var_epi8(_mm512_loadu_si512(plane), index, _mm512_loadu_si512(plane + 64));
+#else
+  return _mm512_permutexvar_epi8(index, _mm512_loadu_si512(plane));
+#endif
+}
+
+// Floats from the four bytes of each, which stand in 16-byte pieces of their own.
+static inline void look_up_codes(__m512i index, Levels levels, Floats (&w)[4]) {
+  const __mmask64 upper = _mm512_movepi8_mask(index);
+  const __m512i b0 = look_up_plane(levels->planes[0], index, upper), b1 = look_up_plane(levels->planes[1], index, upper);
+  const __m512i b2 = look_up_plane(levels->planes[2], index, upper), b3 = look_up_plane(levels->planes[3], index, upper);
+  const __m512i low01 = _mm512_unpacklo_epi8(b0, b1), high01 = _mm512_unpackhi_epi8(b0, b1);
+  const __m512i low23 = _mm512_unpacklo_epi8(b2, b3), high23 = _mm512_unpackhi_epi8(b2, b3);
+  w[0] = (Floats)_mm512_unpacklo_epi16(low01, low23);
+  w[1] = (Floats)_mm512_unpackhi_epi16(low01, low23);
+  w[2] = (Floats)_mm512_unpacklo_epi16(high01, high23);
+  w[3] = (Floats)_mm512_unpackhi_epi16(high01, high23);
+}
+
+static inline void decode_group(const u8* from, const Levels& levels, Floats (&w)[VECTORS]) {
+  look_up_codes(unpack64(from), levels, w);
+}
+
+static inline void decode_in_order(const u8* from, const Levels& levels, float* to) {
+  Floats w[VECTORS];
+  look_up_codes(_mm512_permutexvar_epi8(_mm512_load_si512(interleave), unpack64(from)), levels, w);
+  for (int v = 0; v < VECTORS; ++v) store(w[v], to + v * LANES);
+}
+
+#else
+
+typedef const Tables* Levels;
+
+static inline Levels load_levels(const Tables* tables) { return tables; }
+
+static inline void decode_in_order(const u8* from, const Levels& levels, float* to) {
+  u8 codes[GROUP];
+  unpack_plain(from, codes);
+  for (int i = 0; i < GROUP; ++i) to[i] = levels->levels[codes[i]];
+}
+
+static inline void decode_group(const u8* from, const Levels& levels, Floats (&w)[VECTORS]) {
+  float x[GROUP];
+  decode_in_order(from, levels, x);
+  for (int v = 0; v < VECTORS; ++v) w[v] = load(x + v * LANES);
+}
+
+#endif
+
+// Products of a few rows of x with a quantized weight on a CPU. Each row of the weight is decoded
+// group by group, in registers, and multiplied with up to MOST_INPUTS rows of x on the way.
+//
+// Groups are counted from a multiple of ALIGNMENT in the flattened weight, at or before the row's first
+// element: so a group begins in a byte, and blocks in it at multiples of ALIGNMENT. How far before,
+// the phase, may differ between rows; x is laid out once for each phase that there is.
+
+enum { MOST_INPUTS = 4, ALIGNMENT = 16, TILE = 8192, ROWS_AT_ONCE = 32 };
+// Elements that have one factor; blocks are multiples of it.
+enum { SPAN = PER == BLOCK && (int)Code::BLOCK < (int)GROUP ? (int)Code::BLOCK : (int)GROUP, SPANS = GROUP / SPAN };
+enum { MOST_FACTORS = TILE / SPAN + SPANS + LANES };
+
+struct Job {
+  Parts parts;
+  i64 rows, columns;   // of the weight
+  i64 inputs;          // rows of x
+  const Number* x;     // inputs * columns
+  const Number* bias;  // rows of them, or null
+  Number* y;           // inputs * rows; or the columns that are decoded
+  i64 first, last;     // which those are, [first, last)
+  float* room;         // for MOST_INPUTS rows of x, laid out for each phase: see bnbx_room_for
+};
+
+// A row of the weight from its aligned beginning on; its elements are [phase, end).
+struct Row {
+  const u8* codes;
+  i64 start;   // where the aligned beginning lies in the flattened weight
+  i64 factor;  // which factor is that of the whole row, where scales are not per block
+  int phase;
+  i64 end;
+};
+
+static inline Row find_row(const Job* job, i64 number) {
+  const i64 columns = job->columns;
+  if (PER == ROW) {
+    const i64 bytes = (columns * CODE_BITS + 7) / 8;
+    return {job->parts.codes + number * bytes, 0, number, 0, columns};
+  }
+  const i64 first = number * columns, phase = first % ALIGNMENT, start = first - phase;
+  return {job->parts.codes + start / 8 * CODE_BITS, start, 0, (int)phase, phase + columns};
+}
+
+// Every phase is a multiple of this.
+static inline i64 phase_step(i64 columns) {
+  const i64 power = columns & -columns;
+  return PER == ROW || power > ALIGNMENT ? (i64)ALIGNMENT : power;
+}
+
+static inline i64 stride_of(i64 columns) { return (columns + ALIGNMENT + GROUP - 1) / GROUP * GROUP; }
+
+extern "C" i64 bnbx_room_for(i64 columns) {
+  return ALIGNMENT / phase_step(columns) * MOST_INPUTS * stride_of(columns);
+}
+
+static inline float* laid_out(const Job* job, i64 phase) {
+  return job->room + (phase >> __builtin_ctzll(phase_step(job->columns))) * MOST_INPUTS * stride_of(job->columns);
+}
+
+// M rows of x as those of a phase read them: group by group, and in it vector by vector, of each row in
+// turn. Zero outside of the row, and for rows that there are not.
+template <int M>
+static void lay_out(const Job* job, i64 input, i64 phase, float* to) {
+  const i64 columns = job->columns;
+  for (i64 group = 0; group < stride_of(columns); group += GROUP, to += GROUP * M)
+    for (int m = 0; m < M; ++m) {
+      const Number* x = job->x + (input + m) * columns;
+      for (int i = 0; i < GROUP; ++i) {
+        const i64 column = group + element_at(i) - phase;
+        const bool there = column >= 0 && column < columns && input + m < job->inputs;
+        to[(i / LANES * M + m) * LANES + i % LANES] = there ? to_float(x[column]) : 0.0f;
+      }
+    }
+}
+
+// What the levels of a row's elements [from, to) are multiplied by, and what is added then.
+struct Factors {
+  float factor[MOST_FACTORS], center[Code::CENTERED ? MOST_FACTORS : 1];
+};
+
+static inline void find_factors(const Parts& parts, const Row& row, i64 from, i64 to, Factors& factors) {
+  if (PER != BLOCK) return;
+  const i64 per_block = Code::BLOCK / SPAN;
+  const i64 first = (row.start + from) / SPAN, count = (row.start + to - 1) / SPAN + 1 - first;
+  for (i64 i = 0; i < count; ++i) factors.factor[i] = factor_at<Code>(parts, (first + i) / per_block);
+  if (Code::CENTERED)
+    for (i64 i = 0; i < count; ++i) factors.center[i] = center_at<Code>(parts, (first + i) / per_block);
+}
+
+// What all groups of a row have in common.
+struct Lanes {
+  Ints first, span;  // the element of each lane in vector 0, and its span
+  int offset;        // where the row's aligned beginning lies in its span
+};
+
+static inline Lanes find_lanes(const Row& row) {
+  Lanes lanes;
+  lanes.offset = (int)(row.start % SPAN);
+  for (int l = 0; l < LANES; ++l) lanes.first[l] = first_element(l);
+  lanes.span = (lanes.first + lanes.offset) / (int)SPAN;
+  return lanes;
+}
+
+// Numbers of a group's spans for the lanes of its vector v. Where elements are in order, a vector lies in
+// one span; else lane l is in the same one in every vector.
+static inline Floats for_lanes(const float* of_spans, const Lanes& lanes, int v) {
+  return STEP == LANES ? fill(of_spans[(lanes.offset + v * LANES) / SPAN]) : permute(load(of_spans), lanes.span);
+}
+
+// Zero where the elements of vector v are outside of [low, high).
+static inline Floats cut(Floats w, const Lanes& lanes, int v, int low, int high) {
+  const Ints element = lanes.first + v * (int)STEP;
+  return (Floats)((Ints)w & (element >= low & element < high));
+}
+
+// The codes of a group that may end beyond the row: nothing is read from there.
+struct Part {
+  u8 codes[GROUP_BYTES];
+};
+
+static inline Part load_part(const u8* codes, i64 count) {
+  Part part = {};
+  __builtin_memcpy(part.codes, codes, (count * CODE_BITS + 7) / 8);
+  return part;
+}
+
+// What is added to while a row is gone through, group by group.
+template <int M>
+struct Totals {
+  enum { CHAINS = M < 4 ? 4 : 2 };  // of additions that need not wait for each other
+  Floats factor, center;            // of all blocks, where scales are not per block
+  Floats sum[M][CHAINS];
+};
+
+// Where a group lies: its codes, the rows of x, the factors and centers of its spans.
+struct Cursor {
+  const u8* codes;
+  const float *x, *factors, *centers;
+};
+
+template <int M>
+static inline void step(Cursor& at) {
+  at.codes += GROUP_BYTES;
+  at.x += GROUP * M;
+  at.factors += SPANS;
+  at.centers += Code::CENTERED ? SPANS : 0;
+}
+
+// Adds the products of a group with M rows of x. Of a group that is not WHOLE, only elements [low, high) are the
+// row's, and their codes have been copied to `codes`.
+template <int M, bool WHOLE>
+static inline __attribute__((always_inline)) void add_group(const u8* codes, const Cursor& at, const Lanes& lanes, const Levels& levels,
+                                                            int low, int high, Totals<M>& totals) {
+  Floats w[VECTORS], factor = totals.factor, center = totals.center;
+  decode_group(codes, levels, w);
+  if (M == 1 && WHOLE && STEP != LANES && !Code::CENTERED) {  // a lane has one factor: it is for the sum
+    Floats part[2] = {w[0] * load(at.x), w[1] * load(at.x + LANES)};
+#pragma GCC unroll 8
+    for (int v = 2; v < VECTORS; ++v) part[v % 2] = multiply_add(w[v], load(at.x + v * LANES), part[v % 2]);
+    if (PER == BLOCK) factor = for_lanes(at.factors, lanes, 0);
+    totals.sum[0][0] = multiply_add(part[0] + part[1], factor, totals.sum[0][0]);
+    return;
+  }
+#pragma GCC unroll 16
+  for (int v = 0; v < VECTORS; ++v) {
+    if (PER == BLOCK) factor = for_lanes(at.factors, lanes, v);
+    if (PER == BLOCK && Code::CENTERED) center = for_lanes(at.centers, lanes, v);
+    w[v] = Code::CENTERED ? multiply_add(w[v], factor, center) : w[v] * factor;
+    if (!WHOLE) w[v] = cut(w[v], lanes, v, low, high);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      Floats& sum = totals.sum[m][v % Totals<M>::CHAINS];
+      sum = multiply_add(w[v], load(at.x + (v * M + m) * LANES), sum);
+    }
+  }
+}
+
+// The same for a group at either end of a row.
+template <int M>
+static inline void add_end(const Cursor& at, const Lanes& lanes, const Levels& levels, i64 low, i64 high, Totals<M>& totals) {
+  const int begin = low > 0 ? (int)low : 0, end = high < GROUP ? (int)high : (int)GROUP;
+  const Part part = load_part(at.codes, end);
+  add_group<M, false>(part.codes, at, lanes, levels, begin, end, totals);
+}
+
+// Adds the products of M rows of x with a row's elements [from, to) to sums. `from` is a multiple of GROUP, and so
+// is `to`, or it is the end; x is laid out for the row's phase, and begins there.
+template <int M>
+static inline void add_products(const Parts& parts, const Row& row, i64 from, i64 to, const float* x, const Levels& levels, float* sums) {
+  Factors factors;
+  find_factors(parts, row, from, to, factors);
+  const Lanes lanes = find_lanes(row);
+  Totals<M> totals = {};
+  if (PER != BLOCK) {
+    totals.factor = fill(factor_at<Code>(parts, row.factor));
+    totals.center = fill(center_at<Code>(parts, row.factor));
+  }
+  Cursor at = {row.codes + from / 8 * CODE_BITS, x, factors.factor, factors.center};
+  if (from < row.phase) {
+    add_end<M>(at, lanes, levels, row.phase - from, row.end - from, totals);
+    step<M>(at);
+    from += GROUP;
+  }
+  for (i64 whole = (to - from) / GROUP; whole > 0; --whole, step<M>(at))
+    add_group<M, true>(at.codes, at, lanes, levels, 0, GROUP, totals);
+  if (from < to && (to - from) % GROUP) add_end<M>(at, lanes, levels, 0, (to - from) % GROUP, totals);
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) {
+    Floats sum = totals.sum[m][0];
+#pragma GCC unroll 4
+    for (int c = 1; c < Totals<M>::CHAINS; ++c) sum += totals.sum[m][c];
+    sums[m] += sum_of(sum);
+  }
+}
+
+// Rows [first, last) of the weight times M rows of x, those from `input` on.
+template <int M>
+static void multiply(const Job* job, i64 input, i64 first, i64 last) {
+  const Levels levels = load_levels(job->parts.tables);
+  const i64 stride = stride_of(job->columns);
+  for (; first < last; first += ROWS_AT_ONCE) {
+    const int count = (int)(last - first < ROWS_AT_ONCE ? last - first : ROWS_AT_ONCE);
+    float sums[ROWS_AT_ONCE][M] = {};
+    for (i64 tile = 0; tile < stride; tile += TILE / M)  // what is used of x by all rows stays in the cache
+      for (int r = 0; r < count; ++r) {
+        const Row row = find_row(job, first + r);
+        const i64 end = tile + TILE / M < row.end ? tile + TILE / M : row.end;
+        if (tile < end) add_products<M>(job->parts, row, tile, end, laid_out(job, row.phase) + tile * M, levels, sums[r]);
+      }
+    for (int r = 0; r < count; ++r)
+      for (int m = 0; m < M && input + m < job->inputs; ++m) {
+        const i64 number = first + r;
+        const float sum = job->bias ? sums[r][m] + to_float(job->bias[number]) : sums[r][m];
+        from_float(sum, job->y[(input + m) * job->rows + number]);
+      }
+  }
+}
+
+// Some columns of the weight as numbers: what many rows of a gradient are multiplied with.
+
+static inline void store_numbers(const float* from, i64 count, float* to) { __builtin_memcpy(to, from, count * sizeof(float)); }
+
+static inline void store_numbers(const float* from, i64 count, bfloat16* to) {
+  for (i64 i = 0; i < count; ++i) from_float(from[i], to[i]);
+}
+
+static inline void store_numbers(const float* from, i64 count, float16* to) { store_floats(from, (int)count, to); }
+
+// The numbers of a row's elements [from, to), with the bits that dequantizing gives.
+static void decode_elements(const Parts& parts, const Row& row, const Levels& levels, i64 from, i64 to, Number* numbers) {
+  for (i64 tile = from / GROUP * GROUP; tile < to; tile += TILE) {
+    const i64 end = tile + TILE < to ? tile + TILE : to;
+    Factors factors;
+    find_factors(parts, row, tile, end, factors);
+    const i64 offset = (row.start + tile) % SPAN;
+    for (i64 group = tile; group < end; group += GROUP) {
+      alignas(64) float x[GROUP];
+      const u8* codes = row.codes + group / 8 * CODE_BITS;
+      if (group + GROUP <= row.end) decode_in_order(codes, levels, x);
+      else decode_in_order(load_part(codes, row.end - group).codes, levels, x);
+      for (int i = 0; i < GROUP; i += ALIGNMENT) {
+        const i64 span = (offset + group - tile + i) / SPAN;
+        const float factor = PER == BLOCK ? factors.factor[span] : factor_at<Code>(parts, row.factor);
+        for (int j = i; j < i + ALIGNMENT; ++j) x[j] *= factor;
+        if (!Code::CENTERED) continue;
+        const float center = PER == BLOCK ? factors.center[span] : center_at<Code>(parts, row.factor);
+        for (int j = i; j < i + ALIGNMENT; ++j) x[j] += center;
+      }
+      const i64 low = from > group ? from - group : 0, high = end - group < GROUP ? end - group : GROUP;
+      store_numbers(x + low, high - low, numbers + (group + low - from));
+    }
+  }
+}
+
+// Of rows [first, last), the columns that the job asks for.
+static void decode_columns(const Job* job, i64, i64 first, i64 last) {
+  const Levels levels = load_levels(job->parts.tables);
+  for (i64 number = first; number < last; ++number) {
+    const Row row = find_row(job, number);
+    Number* to = job->y + number * (job->last - job->first);
+    decode_elements(job->parts, row, levels, row.phase + job->first, row.phase + job->last, to);
+  }
+}
+
+// ---- the entries of the library, on the threads of the host process
+
+struct Work {
+  const Job* job;
+  void (*run)(const Job*, i64, i64, i64);
+  i64 what, slices, next;
+};
+
+static void work_on(void* data) {
+  Work* work = (Work*)data;
+  for (;;) {
+    const i64 slice = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED);
+    if (slice >= work->slices) return;
+    const i64 first = work->job->rows * slice / work->slices, last = work->job->rows * (slice + 1) / work->slices;
+    if (first < last) work->run(work->job, work->what, first, last);
+  }
+}
+
+// `parallel` is the host's GOMP_parallel, so that kernels and torch share one pool of threads. More slices
+// than threads: one that is interrupted holds up the others less.
+typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
+
+static void run(Work work, i64 threads, Parallel parallel) {
+  if (threads > 1 && parallel) {
+    work.slices = threads * 4;
+    parallel(work_on, &work, (unsigned)threads, 0);
+  } else {
+    work_on(&work);
+  }
+}
+
+template <int M>
+static void multiply_inputs(const Job* job, i64 input, i64 threads, Parallel parallel) {
+  for (i64 phase = 0; phase < ALIGNMENT; phase += phase_step(job->columns)) lay_out<M>(job, input, phase, laid_out(job, phase));
+  run({job, multiply<M>, input, 1, 0}, threads, parallel);
+}
+
+// y = x times the weight, transposed, plus bias.
+extern "C" void bnbx_multiply(const Job* job, i64 threads, Parallel parallel) {
+  for (i64 input = 0; input < job->inputs; input += MOST_INPUTS) {
+    const i64 left = job->inputs - input;
+    if (left == 1) multiply_inputs<1>(job, input, threads, parallel);
+    else if (left == 2) multiply_inputs<2>(job, input, threads, parallel);
+    else multiply_inputs<MOST_INPUTS>(job, input, threads, parallel);
+  }
+}
+
+// y = columns [first, last) of the weight.
+extern "C" void bnbx_decode_columns(const Job* job, i64 threads, Parallel parallel) {
+  run({job, decode_columns, 0, 1, 0}, threads, parallel);
+}
+
