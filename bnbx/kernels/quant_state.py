@@ -20,6 +20,7 @@ from bnbx.kernels.encoding import Encoding, check_parts, intern, make_encoding, 
 from bnbx.kernels.state_dict import (
     DTYPES,
     PACKED,
+    alone,
     checked_fields,
     dtype_name,
     pack_json,
@@ -80,7 +81,7 @@ class QuantState:
         cls, encoding: Encoding, parts: list[Tensor], shape: torch.Size, dtype: torch.dtype
     ) -> tuple[Tensor, QuantState]:
         """The codes, and the state of what `bnbx.kernels.coding.encode` gave for a tensor."""
-        named = dict(zip(encoding.parts, parts, strict=True))
+        named = dict(zip(encoding.parts, map(alone, parts), strict=True))
         device = parts[0].device
         second = None
         if encoding.second is not None:

@@ -46,6 +46,11 @@ def dtype_name(dtype: torch.dtype | None) -> str | None:
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
+def alone(part: Tensor) -> Tensor:
+    """In memory of its own: files hold the whole memory that a tensor is a view of."""
+    return part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
+
+
 def pack_json(fields: Mapping[str, Any]) -> Tensor:
     """JSON as uint8 (bytes,)."""
     return torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)

@@ -104,6 +104,7 @@ def replace_parameter(
 
 def keep_in_codes(module: nn.Module, name: str, param: QuantParameter) -> None:
     """Let a parameter in codes, or to be in codes, stand for a module's parameter."""
+    _own_class(module)
     module._parameters[name] = param
     parametrize.register_parametrization(module, name, Dequantized(param.quant_state), unsafe=True)
     for hooks, hook in (
@@ -140,9 +141,22 @@ def restore_parameter(
         raise UnknownNameError(f"{type(module).__name__} has no parameter {name!r} in codes")
     if dense is None:
         dense = nn.Parameter(param.dequantize(dtype), requires_grad=False)
+    _own_class(module)
     parametrize.remove_parametrizations(module, name, leave_parametrized=False)
     setattr(module, name, dense)
     return dense
+
+
+def _own_class(module: nn.Module) -> None:
+    """Give a parametrized module a class that no other module has.
+
+    torch makes one when it parametrizes, but a deepcopy shares it, and what is registered in one or
+    removed from it then would be so in both.
+    """
+    if parametrize.is_parametrized(module):
+        kind = type(module)
+        body = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+        module.__class__ = type(kind.__name__, kind.__bases__, body)
 
 
 def coded_parameter(module: nn.Module, name: str) -> QuantParameter | None:

@@ -185,3 +185,13 @@ def test_nonsense_is_an_error() -> None:
     with pytest.raises(QuantizedDataError, match="holds"):
         QuantState.from_dict({**entries, key: torch.tensor([91, 93], dtype=torch.uint8)}, "cpu")
     assert len(state.as_dict(packed=True)[key]) == len(entries[key])
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_tensors_are_no_views_of_more_memory(double: bool) -> None:
+    """Safetensors refuses such, and torch.save writes the whole memory."""
+    encoding = make_encoding("nf4", double=double)
+    whole = [torch.stack([part, part]) for part in encode(encoding, torch.randn(SHAPE))]
+    codes, state = QuantState.from_parts(encoding, [w[1] for w in whole], SHAPE, torch.float32)
+    for tensor in (codes, *state.parts(codes)):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes

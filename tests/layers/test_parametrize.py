@@ -222,3 +222,25 @@ def test_errors_name_the_parameter() -> None:
     with pytest.raises(UnknownNameError, match="no parameter 'upp'; did you mean 'up'"):
         replace_parameter(Experts(), "upp")
     assert isinstance(replace_parameter(Experts(), "up"), QuantParameter)
+
+
+def test_a_copy_is_changed_alone() -> None:
+    """Torch's copies share the class that it made for a parametrized module."""
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = (nn.Parameter(torch.randn(2, 64, 64)) for _ in range(2))
+
+    module = Pair()
+    replace_parameter(module, "up")
+    up, down = module.up + 0, module.down
+    restored, further = copy.deepcopy(module), copy.deepcopy(module)
+    restore_parameter(restored, "up")
+    replace_parameter(further, "down")
+    assert type(restored) is Pair
+    assert torch.equal(restored.up, up)
+    assert torch.equal(module.up + 0, up)
+    assert module.down is down
+    assert isinstance(further.down, Stacked)
+    assert torch.equal(further.up + 0, up)
