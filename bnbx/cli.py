@@ -114,6 +114,13 @@ def demo(
         int | None,
         typer.Option(min=1, help="CPU threads; by default, torch's own choice."),
     ] = None,
+    qlora: Annotated[
+        bool,
+        typer.Option(
+            "--qlora",
+            help="Instead, compare adapters on 4-bit and on 16-bit weights, in half the steps.",
+        ),
+    ] = False,
     output: Annotated[
         Path, typer.Option(callback=_writable_png, help="Where to write the curves.")
     ] = Path("bnbx-demo.png"),
@@ -127,12 +134,20 @@ def demo(
     Three runs of a byte-level transformer on the source of Python's standard library, from the
     same parameters and on the same batches: torch's AdamW, bnbx's AdamW in 8 bits, and bnbx's with
     linear8 states, a type that suits optimizer states badly. Takes a few minutes on two CPU cores.
+
+    With --qlora: the model learns that text, then low-rank adapters teach it another, Python's
+    language reference, on its weights frozen in NF4 (QLoRA) and on the same weights in bfloat16.
     """
     from bnbx.demo.compare import DemoInterruptedError, compare
 
     settings = Settings(size, steps, batch_size, seed, threads)
     try:
-        compare(settings, output, json, Console())
+        if qlora:
+            from bnbx.demo.qlora import compare_bases
+
+            compare_bases(settings, output, json, Console())
+        else:
+            compare(settings, output, json, Console())
     except DemoInterruptedError as stop:
         typer.echo(str(stop), err=True)
         raise typer.Exit(INTERRUPTED) from None

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 import bnbx
 from bnbx.cli import INTERRUPTED, app
-from bnbx.demo import compare
+from bnbx.demo import compare, qlora
+from bnbx.demo.qlora import BASES
 from bnbx.demo.runs import RUNS
 from bnbx.registry import QuantType, hookimpl, plugins, quant_types
 
@@ -128,6 +129,33 @@ def test_demo_without_matplotlib_still_prints_the_table(monkeypatch: pytest.Monk
     assert status == 0
     assert "pip install 'bnbx[demo]'" in " ".join(output.split())
     assert RUNS[-1].label in output
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_qlora_end_to_end(tmp_path: Path) -> None:
+    picture, results = tmp_path / "curves.png", tmp_path / "results.json"
+    status, output = invoke(*QUICK, "--qlora", "--output", str(picture), "--json", str(results))
+    assert status == 0
+    rows = [line for line in output.splitlines() if line.startswith("│")]
+    assert [base.label in row for base, row in zip(BASES, rows, strict=True)] == [True, True]
+    paths = (f"Curves: {picture}", f"Results: {results}")
+    assert all(len(line) <= WIDTH for line in output.splitlines() if line not in paths)
+    assert "fewer bytes of frozen weights" in " ".join(output.split())
+    assert_picture(picture)
+    report = json.loads(results.read_text(encoding="utf-8"))
+    assert [run["key"] for run in report["runs"]] == [base.key for base in BASES]
+    assert report["settings"]["steps"] == 5
+    assert report["gap"] is not None
+
+
+def test_ctrl_c_in_an_adapter_run_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(qlora, "adapt_on", interrupt)
+    status, output = invoke(*QUICK, "--qlora")
+    assert status == INTERRUPTED
+    assert f"Interrupted during {BASES[0].label}: no file written." in output
     assert list(Path.cwd().iterdir()) == []
 
 

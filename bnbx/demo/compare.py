@@ -30,21 +30,34 @@ class DemoInterruptedError(Exception):
 def compare(settings: Settings, picture: Path, json_path: Path | None, console: Console) -> None:
     """Train all runs, then print the table and write the picture and, if asked, the JSON."""
     corpus = load_corpus(window=settings.shape.context)
-    drawing = importlib.util.find_spec("matplotlib") is not None
-    if not drawing:
-        console.print(NO_MATPLOTLIB, markup=False)
-    with _threads(settings.threads):
+    drawing = can_draw(console)
+    with cpu_threads(settings.threads):
         console.print(_introduction(corpus, settings), highlight=False)
         results = _train_all(corpus, settings, console)
+        text = report.as_json(results, settings)
     console.print(report.table(results))
     console.print(report.verdict(results), highlight=False)
     if drawing:
         from bnbx.demo.plot import draw
 
         draw(results, picture, _title(results, settings))
+    say_where(console, picture if drawing else None, json_path, text)
+
+
+def can_draw(console: Console) -> bool:
+    """Whether there will be a picture; says how to get one before minutes of training."""
+    found = importlib.util.find_spec("matplotlib") is not None
+    if not found:
+        console.print(NO_MATPLOTLIB, markup=False)
+    return found
+
+
+def say_where(console: Console, picture: Path | None, json_path: Path | None, text: str) -> None:
+    """Write the JSON, if a path is given, and say where everything is."""
+    if picture is not None:
         console.print(f"Curves: {picture}", soft_wrap=True, markup=False)
     if json_path is not None:
-        report.write_json(json_path, results, settings)
+        json_path.write_text(text, encoding="utf-8")
         console.print(f"Results: {json_path}", soft_wrap=True, markup=False)
 
 
@@ -86,7 +99,7 @@ def _title(results: list[Result], settings: Settings) -> str:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def cpu_threads(count: int | None) -> Iterator[None]:
     """Set torch's CPU threads and put them back."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)

@@ -7,6 +7,7 @@ a file's side does not depend on which other files exist.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import sysconfig
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ GENERATED_PREFIX = "_sysconfigdata"
 """Build settings of one machine: its paths would be learned, and differ on the next machine."""
 
 VALIDATION_SHARE = 0.1
+
+DOCUMENTATION = Path("pydoc_data", "topics.py")
+"""The other text, which `load_corpus` skips: the language reference, by topic."""
 
 
 class CorpusError(BnbxError, FileNotFoundError):
@@ -93,6 +97,42 @@ def load_corpus(root: Path | None = None, *, window: int) -> Corpus:
             f"{len(corpus.validation)} to validate on, but the demo needs more than {window} of "
             "each. It reads the .py files of Python's standard library; run it with a Python that "
             "has them (some embedded and zipped builds do not)."
+        )
+    return corpus
+
+
+def load_documentation(path: Path | None = None, *, window: int) -> Corpus:
+    """Read the language reference that comes with Python for `help("if")`: English, not programs.
+
+    Topics are dealt out to training and validation as files are. The file is one assignment of a
+    dictionary of strings; it is parsed, not run.
+
+    Raises:
+        CorpusError: it is missing, has another form, or is too short.
+    """
+    path = path or Path(sysconfig.get_path("stdlib")) / DOCUMENTATION
+    try:
+        (statement,) = ast.parse(path.read_bytes()).body
+        topics = ast.literal_eval(statement.value) if isinstance(statement, ast.Assign) else {}
+    except (OSError, SyntaxError, ValueError) as error:
+        raise CorpusError(
+            f"{path}: {error}. The demo adapts its model to the language reference that comes with "
+            "Python; run it with a Python that has it (some minimal builds do not)."
+        ) from None
+    sides: dict[bool, list[str]] = {False: [], True: []}
+    for name in sorted(topics):
+        sides[is_validation(name)].append(name)
+    texts = {side: [topics[name].encode() for name in names] for side, names in sides.items()}
+    corpus = Corpus(
+        train=_as_tensor(texts[False]),
+        validation=_as_tensor(texts[True]),
+        train_files=tuple(sides[False]),
+        validation_files=tuple(sides[True]),
+    )
+    if min(len(corpus.train), len(corpus.validation)) <= window:
+        raise CorpusError(
+            f"{path}: {len(topics)} topics, {len(corpus.train)} bytes to train on and "
+            f"{len(corpus.validation)} to validate on; the demo needs more than {window} of each"
         )
     return corpus
 

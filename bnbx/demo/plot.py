@@ -7,6 +7,7 @@ where the runs start, and a run that leaves it is marked where it goes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,10 @@ FOOTROOM = 0.85
 
 
 TICKS = (0.5, 1, 1.5, 2, 2.5, 3, 4, 5, 6)
+FINE_TICKS = tuple(0.2 * i for i in range(1, 40))
+"""Where the scale spans less than an octave or so."""
+
+WIDE = 2.5
 
 
 @dataclass(frozen=True)
@@ -50,20 +55,29 @@ STYLES = (
 
 
 def draw(results: list[Result], path: Path, title: str) -> None:
-    """Write the PNG. The figure is made without pyplot, which would keep global state."""
+    """Write the PNG of runs with different optimizers."""
+    notes = [f"{r.state_bytes_per_parameter:.2f} bytes of state per parameter" for r in results]
+    draw_runs(results, notes, path, title)
+
+
+def draw_runs(results: Sequence[Result], notes: Sequence[str], path: Path, title: str) -> None:
+    """Write the PNG, with a note on each run in the legend.
+
+    The figure is made without pyplot, which would keep global state.
+    """
     figure = Figure(figsize=(9, 5.4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     bottom = FOOTROOM * min(min(result.validation_losses) for result in results)
     top = HEADROOM * max(result.validation_losses[0] for result in results)
-    for result, style in zip(results, STYLES, strict=True):
-        _draw_run(axes, result, style, top)
-    for result, style in zip(results, STYLES, strict=True):
+    for result, style, note in zip(results, STYLES, notes, strict=False):
+        _draw_run(axes, result, style, top, note)
+    for result, style in zip(results, STYLES, strict=False):
         _mark_exit(axes, result, style, top)
     axes.set_yscale("log")
     axes.set_ylim(bottom, top)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_locator(FixedLocator(TICKS))
+    axes.yaxis.set_major_locator(FixedLocator(TICKS if top / bottom > WIDE else FINE_TICKS))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlim(left=0)
@@ -95,7 +109,7 @@ def smoothed(losses: list[float]) -> list[float]:
     return means
 
 
-def _draw_run(axes: Axes, result: Result, style: Style, top: float) -> None:
+def _draw_run(axes: Axes, result: Result, style: Style, top: float, note: str) -> None:
     pairs = zip(result.validation_steps, result.validation_losses, strict=True)
     # A line to a point far above the scale would show a rise between validations as if measured.
     steps, losses = zip(*(pair for pair in pairs if pair[1] <= top), strict=True)
@@ -114,10 +128,7 @@ def _draw_run(axes: Axes, result: Result, style: Style, top: float) -> None:
         linewidth=style.width,
         linestyle=style.dash,
         marker=style.marker,
-        label=(
-            f"{result.label}: {short_loss(result.validation_loss)}, "
-            f"{result.state_bytes_per_parameter:.2f} bytes of state per parameter"
-        ),
+        label=f"{result.label}: {short_loss(result.validation_loss)}, {note}",
     )
 
 

@@ -6,7 +6,6 @@ import json
 import math
 import platform
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,6 +72,11 @@ def verdict(results: list[Result]) -> str:
 
 def as_json(results: list[Result], settings: Settings) -> str:
     """Settings, versions and every measurement; null stands for a number that is not finite."""
+    return json_text(settings, {"runs": [_run_json(result) for result in results]})
+
+
+def json_text(settings: Settings, measured: dict[str, Any]) -> str:
+    """JSON of measurements, with what they were made with."""
     report = {
         "settings": asdict(settings),
         "versions": {
@@ -81,14 +85,9 @@ def as_json(results: list[Result], settings: Settings) -> str:
             "python": platform.python_version(),
         },
         "threads": torch.get_num_threads(),
-        "runs": [_run_json(result) for result in results],
+        **measured,
     }
     return json.dumps(_finite(report), indent=2, allow_nan=False) + "\n"
-
-
-def write_json(path: Path, results: list[Result], settings: Settings) -> None:
-    """Save `as_json`."""
-    path.write_text(as_json(results, settings), encoding="utf-8")
 
 
 def _run_json(result: Result) -> dict[str, Any]:

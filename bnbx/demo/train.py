@@ -76,34 +76,47 @@ class Result:
 
 def train(run: Run, corpus: Corpus, settings: Settings, on_step: OnStep) -> Result:
     """Train one model from the seed's parameters on the seed's batches."""
+    model = build_model(settings.shape, settings.seed)
+    optimizer = run.make(model.parameters(), settings.shape.lr)
+    result = Result(run.key, run.label, sum(p.numel() for p in model.parameters()))
+    train_model(model, optimizer, settings.shape.lr, corpus, settings, result, on_step)
+    return result
+
+
+def train_model(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    peak: float,
+    corpus: Corpus,
+    settings: Settings,
+    result: Result,
+    on_step: OnStep,
+) -> None:
+    """Train a model on the seed's batches, up to a `peak` rate, and note what is measured."""
     shape = settings.shape
-    model = build_model(shape, settings.seed)
-    optimizer = run.make(model.parameters(), shape.lr)
     starts = training_starts(
         corpus.train, shape.context, settings.steps, settings.batch_size, settings.seed
     )
     validated = validation_steps(settings.steps)
-    result = Result(run.key, run.label, sum(p.numel() for p in model.parameters()))
     began = perf_counter()
     for step in range(settings.steps):
         if step in validated:
             _validate(model, corpus.validation, shape.context, step, result)
         text, targets = windows(corpus.train, starts[step], shape.context)
-        loss = F.cross_entropy(model(text).flatten(0, 1), targets.flatten())
+        loss = F.cross_entropy(model(text).float().flatten(0, 1), targets.flatten())
         result.train_losses.append(loss.item())
         if not math.isfinite(result.train_losses[-1]):
             result.diverged_at = step
             break
         optimizer.zero_grad()
         torch.autograd.backward(loss)
-        set_rate(optimizer, shape.lr * rate_share(step, settings.steps))
+        set_rate(optimizer, peak * rate_share(step, settings.steps))
         result.step_seconds.append(_timed_step(optimizer))
         on_step(step + 1, result.train_losses[-1])
     else:
         _validate(model, corpus.validation, shape.context, settings.steps, result)
     result.seconds = perf_counter() - began
     result.state_bytes = state_bytes(optimizer)
-    return result
 
 
 def validation_steps(steps: int) -> frozenset[int]:
@@ -149,14 +162,19 @@ def _timed_step(optimizer: torch.optim.Optimizer) -> float:
     return perf_counter() - began
 
 
-@torch.no_grad()
 def _validate(model: nn.Module, text: Tensor, context: int, step: int, result: Result) -> None:
     """Note the mean loss over the validation windows."""
+    result.validation_steps.append(step)
+    result.validation_losses.append(validation_loss(model, text, context))
+
+
+@torch.no_grad()
+def validation_loss(model: nn.Module, text: Tensor, context: int) -> float:
+    """The mean loss over evenly spaced windows."""
     losses = []
     all_starts = validation_starts(text, context, VALIDATION_BYTES)
     for starts in torch.split(all_starts, VALIDATION_BATCH):
         inputs, targets = windows(text, starts, context)
-        logits = model(inputs).flatten(0, 1)
+        logits = model(inputs).float().flatten(0, 1)
         losses.append(F.cross_entropy(logits, targets.flatten(), reduction="none"))
-    result.validation_steps.append(step)
-    result.validation_losses.append(torch.cat(losses).mean().item())
+    return torch.cat(losses).mean().item()
