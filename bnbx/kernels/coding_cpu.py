@@ -147,7 +147,7 @@ def encode(
 def decode(
     encoding: Encoding, parts: Sequence[Tensor], shape: Sequence[int], out: Tensor, start: int
 ) -> None:
-    """Decode the elements from number `start` on to `out`; see `bnbx.kernels.coding.decode_rows`."""
+    """Decode the elements from number `start` on to `out`; see `coding.decode_rows`."""
     if out.numel() == 0:
         return
     plan = CodingPlan(encoding, NUMBERS[out.dtype])

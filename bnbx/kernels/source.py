@@ -41,9 +41,9 @@ def render(plan: Plan, template: str) -> str:
     return _templates().get_template(template).render(_names(plan))
 
 
-def fill(template: str) -> str:
-    """Source text of a kernel that depends on no spec."""
-    return _templates().get_template(template).render()
+def fill(template: str, **names: Any) -> str:
+    """Source text of a kernel from a template and what it asks for."""
+    return _templates().get_template(template).render(names)
 
 
 def _names(plan: Plan) -> dict[str, Any]:
