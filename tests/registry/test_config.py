@@ -322,7 +322,7 @@ def test_bits_that_there_are_none_of(bits: Any) -> None:
         ("dynamic", "there is no quant type 'dynamic'; did you mean 'dynamic8'?; available: "),
         ({"m": "liner8"}, "there is no quant type 'liner8'; did you mean 'linear8'?; available: "),
         ({"m": None}, "there is no quant type None; available: "),
-        ({"m": 8}, "there is no quant type 8; available: "),
+        ({"m": 8}, "there is no quant type 8; "),
         ({"m": ["dynamic8"]}, "there is no quant type ['dynamic8']"),
         ({"n": "linear8"}, "r has no state 'n' to quantize; it has: m, v"),
         ({"vv": FLOAT32}, "r has no state 'vv' to quantize; did you mean 'v'?; it has: m, v"),

@@ -85,7 +85,6 @@ def test_a_value_of_the_table_is_kept(found: QuantType, signed: bool) -> None:
         pytest.skip("a grid comes between")
     written = [codebook.values[code] for code in codebook.codes]
     assert [codebook.values[code_of(codebook, value or 0.0)] for value in written] == written
-    assert len(written) == len({*written})
 
 
 @pytest.mark.parametrize("found", list(quant_types()), ids=lambda t: t.name)
