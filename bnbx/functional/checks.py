@@ -76,25 +76,6 @@ def of_shape(what: str, tensor: Tensor, shape: Sequence[int]) -> None:
         raise InputError(f"{what} has shape {tuple(tensor.shape)}; expected {tuple(shape)}")
 
 
-def memory(tensors: Iterable[Any]) -> None:
-    """Raise InputError for a tensor whose storage was freed or shrunk: kernels read behind it.
-
-    Lists are looked into; what is no tensor is passed over.
-    """
-    for tensor in tensors:
-        if isinstance(tensor, (list, tuple)):
-            memory(tensor)
-        elif isinstance(tensor, Tensor) and tensor.numel():
-            steps = zip(tensor.shape, tensor.stride(), strict=True)
-            last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps)
-            held = tensor.untyped_storage().nbytes()
-            if (last + 1) * tensor.element_size() > held:
-                raise InputError(
-                    f"a tensor of shape {tuple(tensor.shape)}, {tensor.dtype}, has a storage of "
-                    f"{held} bytes: it was freed or made smaller"
-                )
-
-
 def number(what: str, value: Any) -> float:
     """A number as Python's own.
 

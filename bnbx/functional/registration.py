@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bnbx.functional import checks
+from bnbx.kernels.memory import check_memory
 
 NAMESPACE = "bnbx"
 Function = Callable[..., Any]
@@ -35,8 +35,8 @@ def operation(schema: str, fake: Function) -> Callable[[Function], Any]:
     def register(function: Function) -> Any:
         @functools.wraps(function)
         def checked(*arguments: Any, **named: Any) -> Any:
-            checks.memory(arguments)
-            checks.memory(named.values())
+            check_memory(arguments)
+            check_memory(named.values())
             return function(*arguments, **named)
 
         torch.library.impl(name, "default", checked)

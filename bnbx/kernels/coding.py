@@ -13,6 +13,7 @@ from bnbx.errors import QuantizedDataError, UnsupportedTensorError
 from bnbx.kernels import coding_cpu, coding_cuda, coding_reference, targets
 from bnbx.kernels.coding_source import CodingPlan
 from bnbx.kernels.encoding import Encoding, check_parts
+from bnbx.kernels.memory import check_memory
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -44,6 +45,7 @@ def encode(
         UnsupportedTensorError: x has another dtype or layout.
     """
     check_numbers("x", x)
+    check_memory((x, rand))
     if rand is not None and (
         rand.dtype != torch.float32 or rand.device != x.device or not rand.numel()
     ):
@@ -103,6 +105,7 @@ def decode(
         QuantizedDataError: the parts do not fit the encoding and the shape.
     """
     check_parts(encoding, shape, parts)
+    check_memory((*parts, out))
     if dtype not in FLOATS:
         raise UnsupportedTensorError(f"dequantized to {dtype}; expected one of {FLOATS}")
     if out is not None and (

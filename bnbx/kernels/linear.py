@@ -18,6 +18,7 @@ from bnbx.errors import UnsupportedTensorError
 from bnbx.kernels import linear_cpu, linear_cuda, linear_panels, targets
 from bnbx.kernels.coding import check_numbers
 from bnbx.kernels.encoding import Encoding, check_parts
+from bnbx.kernels.memory import check_memory
 
 Shape = tuple[int, int]
 Multiply = Callable[[Encoding, Sequence[Tensor], Shape, Tensor, Tensor | None], Tensor]
@@ -151,6 +152,8 @@ def _check_weight(
     found = tuple((p.dtype, p.numel()) for p in parts if p.is_contiguous() and p.device == device)
     if min(out, inner) < 0 or found != _expected(encoding, out, inner):
         check_parts(encoding, shape, parts)
+    if not all(part.data_ptr() for part in parts):
+        check_memory(parts)  # some may be empty, and have no memory for that
     return out, inner
 
 
@@ -162,6 +165,8 @@ def _expected(encoding: Encoding, out: int, inner: int) -> tuple[tuple[torch.dty
 
 def _check_input(what: str, x: Tensor, size: int, device: torch.device) -> None:
     check_numbers(what, x)
+    if not x.data_ptr():
+        check_memory((x,))
     if x.dim() == 0 or x.shape[-1] != size:
         raise UnsupportedTensorError(
             f"{what} has shape {tuple(x.shape)}; expected (..., {size}) for this weight"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import emulated_coding
 import nvrtc
-from bnbx.errors import OptionError, QuantizedDataError, UnsupportedTensorError
+from bnbx.errors import InputError, OptionError, QuantizedDataError, UnsupportedTensorError
 from bnbx.kernels import coding, coding_cpu, coding_cuda, coding_reference
 from bnbx.kernels.coding_source import CodingPlan
 from bnbx.kernels.encoding import Encoding, from_label, make_encoding
@@ -344,3 +344,17 @@ def test_more_elements_than_32_bits_count() -> None:
     coding._decode(encoding, parts, x.shape, out, 2**31)
     assert torch.equal(out[0], coding_reference.decode(encoding, tail, (200,), torch.bfloat16))
     assert prod(out.shape) == 200
+
+
+def test_tensors_without_memory_are_refused() -> None:
+    encoding = make_encoding("nf4")
+    x = numbers((6, 70))
+    parts = coding.encode(encoding, x)
+    for lost in (x, *parts):
+        size = lost.untyped_storage().nbytes()
+        for left in (0, size // 2):
+            lost.untyped_storage().resize_(left)
+            with pytest.raises(InputError, match="freed or made smaller"):
+                coding.encode(encoding, x)
+                coding.decode(encoding, parts, (6, 70))
+        lost.untyped_storage().resize_(size)
