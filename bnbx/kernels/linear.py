@@ -6,7 +6,7 @@ codes as they are read, and for many rows the weight is decoded in panels that s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from math import inf, prod
@@ -32,7 +32,7 @@ class Native:
     ready: Callable[[Encoding], object]
     multiply: Multiply
     decode_columns: DecodeColumns
-    few_rows: Mapping[torch.dtype, float]
+    few_rows: Callable[[Encoding, torch.dtype], float]
     """Fewer rows than these are multiplied as codes are read, more by panels."""
 
 
@@ -41,13 +41,13 @@ NATIVE = {
         linear_cpu.ready,
         linear_cpu.multiply,
         linear_cpu.decode_columns,
-        {torch.float32: 64, torch.bfloat16: 12, torch.float16: inf},
+        linear_cpu.few_rows,
     ),
     "cuda": Native(
         linear_cuda.ready,
         linear_cuda.multiply,
         linear_cuda.decode_columns,
-        {torch.float32: 9, torch.bfloat16: 9, torch.float16: 9},
+        linear_cuda.few_rows,
     ),
 }
 
@@ -118,7 +118,7 @@ def _multiply(
         y = x.new_zeros((len(x), shape[0]))
         return y if bias is None else y + bias
     native = NATIVE.get(choose(encoding, x.device.type))
-    if native is not None and len(x) < native.few_rows[x.dtype]:
+    if native is not None and len(x) < native.few_rows(encoding, x.dtype):
         return native.multiply(encoding, parts, shape, x, bias)
     return linear_panels.multiply(encoding, parts, shape, x, bias)
 
@@ -127,7 +127,7 @@ def _grad_input(encoding: Encoding, parts: Sequence[Tensor], shape: Shape, grad:
     if grad.numel() == 0 or shape[1] == 0:
         return grad.new_zeros((len(grad), shape[1]))
     native = NATIVE.get(choose(encoding, grad.device.type))
-    if native is None or native.few_rows[grad.dtype] == inf:
+    if native is None or native.few_rows(encoding, grad.dtype) == inf:
         return linear_panels.multiply_rows(encoding, parts, shape, grad)
     decode = partial(native.decode_columns, encoding, parts, shape)
     return linear_panels.multiply_columns(decode, shape, grad)

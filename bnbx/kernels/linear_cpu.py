@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
+from math import inf
 from pathlib import Path
 
 import torch
@@ -21,6 +22,28 @@ from bnbx.kernels.encoding import Encoding
 from bnbx.kernels.linear_source import LinearPlan, plan_for, render_linear
 
 TEMPLATE = "linear.cpp.j2"
+NARROW = 4  # widths up to this have tables that fit into registers
+# How many rows of x it takes until panels are faster: (narrow codes, wide codes). Measured with
+# `python benchmarks/linear.py --crossover`, 4096 x 4096, one thread of a Zen 5; milliseconds of CPU
+# time by codes and by panels:
+#
+#     rows      1          4          8          12          16          64            512
+#   float32
+#     nf4       0.36 1.90  1.0 3.6    2.4 4.9    3.2 6.0     4.3  7.2    18 22         173 177
+#     dynamic8  0.97 2.31  2.9 4.3    5.8 5.4    8.9 6.6     12   7.9    46 23         389 178
+#   bfloat16
+#     nf4       0.37 2.62  1.1 2.7    2.2 2.9    3.2 3.2     4.2  3.4    17  6.4       168 38
+#     dynamic8  0.97 2.94  1.9 2.9    4.1 3.2    5.3 3.4     7.5  3.6    30  6.8       275 37
+#   float16
+#     nf4       0.37 2.27                                    4.3  18     17 70
+#     dynamic8  0.95 2.55                                    7.5  18     34 69
+#
+# torch's float32 product leaves half of that processor unused; 64 is for those where it does not.
+FEW_ROWS: dict[torch.dtype, tuple[float, float]] = {
+    torch.float32: (64, 8),
+    torch.bfloat16: (12, 6),
+    torch.float16: (inf, inf),
+}
 WORK = 16  # a product takes about so much less time than an element of what threads count by
 
 
@@ -56,6 +79,12 @@ def ready(encoding: Encoding) -> None:
         CompileError: there is no compiler, or it refuses the source.
     """
     kernel(plan_for(encoding, "float32"))
+
+
+def few_rows(encoding: Encoding, dtype: torch.dtype) -> float:
+    """Fewer rows than these are multiplied faster as codes are read than by panels."""
+    narrow, wide = FEW_ROWS[dtype]
+    return narrow if encoding.bits <= NARROW else wide
 
 
 def _open(path: Path) -> ctypes.CDLL:

@@ -22,6 +22,7 @@ INPUTS = (1, 2, 4)  # rows of x that there are kernels for, as in the template
 ROWS = 2  # of the weight, that a warp takes at once
 NAMES = (*(f"multiply_{count}" for count in INPUTS), "decode_columns")
 WARPS = THREADS // 32
+FEW_ROWS = 9  # fewer are multiplied as codes are read; chosen without a GPU to measure it on
 
 
 def source(plan: LinearPlan) -> str:
@@ -79,6 +80,12 @@ def ready(encoding: Encoding) -> None:
         TargetError: CuPy is missing, or NVRTC refuses the source.
     """
     _kernel(plan_for(encoding, "float32"), torch.cuda.current_device())
+
+
+def few_rows(encoding: Encoding, dtype: torch.dtype) -> float:
+    """Fewer rows than these are multiplied as codes are read, more by panels."""
+    del encoding, dtype  # the same for all of them
+    return FEW_ROWS
 
 
 def multiply(

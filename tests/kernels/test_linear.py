@@ -279,7 +279,7 @@ def test_without_a_compiler_torch_does_it_and_says_so(monkeypatch: pytest.Monkey
     monkeypatch.setitem(
         linear.NATIVE,
         "cpu",
-        linear.Native(missing, linear_cpu.multiply, linear_cpu.decode_columns, {}),
+        linear.Native(missing, linear_cpu.multiply, linear_cpu.decode_columns, linear_cpu.few_rows),
     )
     linear.choose.cache_clear()
     try:
