@@ -13,7 +13,7 @@ from torch import Tensor
 from bnbx.kernels import coding
 from bnbx.kernels.encoding import Encoding
 
-SHARE = 1 / 24  # of the dense weight's bytes, what a panel takes
+SHARE = 1 / 32  # of the dense weight's bytes, what a panel takes
 LEAST_BYTES, MOST_BYTES = 256 * 1024, 4 * 1024 * 1024  # of a panel: between the caches' sizes
 MULTIPLE = 16  # of a panel's rows or columns: what matrix products are fast with
 Decode = Callable[[int, Tensor], None]  # the columns from a number on, to a buffer
