@@ -99,7 +99,7 @@ def _by_storage(plan: Plan, tensors: Sequence[Tensor]) -> Iterator[tuple[Storage
 
 def _load(storage: Storage, parts: list[Tensor], numel: int) -> Tensor:
     if storage.quant_type is None:
-        return parts[0].reshape(-1)
+        return parts[0].reshape(-1).clone()  # a rule may hand one state's old values to another
     return decode(storage, parts[0].reshape(-1), parts[1], numel)
 
 
