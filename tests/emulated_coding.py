@@ -25,7 +25,7 @@ def module(plan: CodingPlan, mode: Mode, arch: int) -> Module:
     return compile_source(coding_cuda.source(plan), mode, cuda_arch=arch)
 
 
-def _parts(encoding: Encoding, parts: Sequence[Tensor]) -> dict[str, object]:
+def held_parts(encoding: Encoding, parts: Sequence[Tensor]) -> dict[str, object]:
     second = encoding.second_tables
     found: dict[str, object] = dict(zip(encoding.parts, parts, strict=True))
     found["tables"] = encoding.tables.pack()
@@ -51,7 +51,9 @@ def encode(
     numbers = ascending_numbers(encoding)
     whole = np.array(coding_cuda.NOTHING, np.int32)
     noise = (rand, 0 if rand is None else rand.numel(), numbers, len(numbers), seed or 0)
-    launches = coding_cuda.encode_launches(plan, x.shape, x, whole, _parts(encoding, parts), noise)
+    launches = coding_cuda.encode_launches(
+        plan, x.shape, x, whole, held_parts(encoding, parts), noise
+    )
     for launch in launches:
         module(plan, mode, arch).kernel(f"bnbx_{launch.name}")(
             grid, THREADS, list(launch.arguments), schedule=schedule
@@ -75,7 +77,7 @@ def decode(
     count = int(np.prod(shape)) - start if count is None else count
     out = torch.full((count,), -7.0, dtype=dtype)
     plan = CodingPlan(encoding, NUMBERS[dtype])
-    launch = coding_cuda.decode_launch(plan, shape, out, start, count, _parts(encoding, parts))
+    launch = coding_cuda.decode_launch(plan, shape, out, start, count, held_parts(encoding, parts))
     module(plan, mode, 800).kernel("bnbx_decode")(
         grid, THREADS, list(launch.arguments), schedule=schedule
     )

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from bnbx.kernels import linear_cuda
 from bnbx.kernels.coding_cpu import NUMBERS
-from bnbx.kernels.cuda_module import THREADS
+from bnbx.kernels.cuda_module import THREADS, Launch
 from bnbx.kernels.encoding import Encoding
 from bnbx.kernels.linear_source import LinearPlan, plan_for
 from cuda_on_cpu import compile_source
 from cuda_on_cpu.build import Mode
 from cuda_on_cpu.launch import Module
-from emulated_coding import _parts as held_parts
+from emulated_coding import held_parts
 
 
 @lru_cache(maxsize=64)
@@ -25,7 +25,7 @@ def module(plan: LinearPlan, mode: Mode) -> Module:
     return compile_source(linear_cuda.source(plan), mode)
 
 
-def _run(plan: LinearPlan, each: linear_cuda.Launch, mode: Mode, schedule: int, grid: int) -> None:
+def _run(plan: LinearPlan, each: Launch, mode: Mode, schedule: int, grid: int) -> None:
     kernel = module(plan, mode).kernel(f"bnbx_{each.name}")
     kernel(max(min(each.blocks, grid), 1), THREADS, list(each.arguments), schedule=schedule)
 

@@ -23,7 +23,7 @@ def choose(encoding: Encoding, device: str) -> str:
     """The target that runs an encoding on a type of device; makes its kernel ready."""
     plan = CodingPlan(encoding, "float32")
     ready = {"cpu": lambda: coding_cpu.kernel(plan), "cuda": lambda: coding_cuda.ready(encoding)}
-    return targets.choose(device, ready, "quantization")
+    return targets.choose(device, ready, "Quantizing runs").name
 
 
 def encode(

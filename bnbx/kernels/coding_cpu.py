@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +12,10 @@ import torch
 from torch import Tensor
 
 from bnbx.kernels import threads
-from bnbx.kernels.cache import key_of, load_or_build
 from bnbx.kernels.coding_source import CodingPlan, render_coding
-from bnbx.kernels.compiler import find_compiler
 from bnbx.kernels.cpu import aligned
 from bnbx.kernels.encoding import Encoding
+from bnbx.kernels.library import RUN, address, compiled
 
 TEMPLATE = "coding.cpp.j2"
 U8 = npt.NDArray[np.uint8]
@@ -54,31 +52,15 @@ class Kernel:
     """A compiled plan."""
 
     def __init__(self, plan: CodingPlan) -> None:
-        source = render_coding(plan, TEMPLATE)
-        compiler = find_compiler()
-        key = key_of(source, *compiler.key())
-        self.library = load_or_build(key, source, ".cpp", compiler.compile, _open)
+        self.library = compiled(render_coding(plan, TEMPLATE), RUN)
         names = ("encode", "decode", "measure")
-        self.entries = {name: _address(self.library, name) for name in names}
+        self.entries = {name: address(self.library, name) for name in names}
 
     def run(self, job: Job, work: str, elements: int) -> None:
         """Run a phase of the kernel on as many threads as `elements` are worth."""
         job.update = self.entries[work]
         count, parallel = threads.threads_for(elements)
         self.library.bnbx_run(ctypes.byref(job), 1, count, parallel)
-
-
-def _open(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    library.bnbx_run.argtypes = [pointer, integer, integer, pointer]
-    library.bnbx_run.restype = None
-    _ = library.bnbx_encode  # a library without it is refused here
-    return library
-
-
-def _address(library: ctypes.CDLL, name: str) -> int:
-    return ctypes.cast(getattr(library, f"bnbx_{name}"), ctypes.c_void_p).value or 0
 
 
 @lru_cache(maxsize=512)

@@ -7,7 +7,6 @@ by a launch of its own, and read by the next one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from bnbx.kernels.coding_cpu import NUMBERS, PARTS, ascending_numbers
 from bnbx.kernels.coding_source import CodingPlan, render_coding
-from bnbx.kernels.cuda_module import THREADS, CudaModule
+from bnbx.kernels.cuda_module import THREADS, CudaModule, Launch
 from bnbx.kernels.encoding import Encoding
 
 TEMPLATE = "coding.cu.j2"
@@ -30,15 +29,6 @@ NAMES = ("measure", "encode", "decode")
 def source(plan: CodingPlan) -> str:
     """CUDA source of `plan`."""
     return render_coding(plan, TEMPLATE)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel: its name, how many blocks it has work for, and its arguments."""
-
-    name: str
-    blocks: int
-    arguments: tuple[Any, ...]
 
 
 def _blocks(pieces: int) -> int:
@@ -155,6 +145,4 @@ def decode(
 
 
 def _run(plan: CodingPlan, near: Tensor, launches: Sequence[Launch]) -> None:
-    compiled = _kernel(plan, near.device.index)
-    for each in launches:
-        compiled.launch(each.name, each.blocks, each.arguments)
+    _kernel(plan, near.device.index).launch(launches)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +11,8 @@ import numpy.typing as npt
 
 from bnbx.kernels import threads
 from bnbx.kernels.batch import Batch
-from bnbx.kernels.cache import key_of, load_or_build
 from bnbx.kernels.codebook import tables
-from bnbx.kernels.compiler import find_compiler
+from bnbx.kernels.library import RUN, address, compiled
 from bnbx.kernels.plan import Plan
 from bnbx.kernels.signature import make_signature
 from bnbx.kernels.source import render
@@ -28,30 +25,14 @@ class Kernel:
     """A compiled plan, with the codebook tables it reads."""
 
     def __init__(self, plan: Plan) -> None:
-        source = render(plan, TEMPLATE)
-        compiler = find_compiler()
-        key = key_of(source, *compiler.key())
-        library = load_or_build(key, source, ".cpp", compiler.compile, _open)
-        self.library = library
+        # A library that updates nothing is refused.
+        self.library = compiled(render(plan, TEMPLATE), {**RUN, "bnbx_update": ((), None)})
         passes = ("measure", "reduce") if plan.measured else ()
-        self.entries = {name: _address(library, name) for name in ("update", *passes)}
+        self.entries = {name: address(self.library, name) for name in ("update", *passes)}
         signature = make_signature(plan)
         self.part_bytes, self.values_bytes = signature.part_bytes, signature.values_bytes
         self.tables = [aligned(tables(s.codebook).pack()) for s in plan.codebooks]
         self.table_pointers = np.array([t.ctypes.data for t in self.tables], np.int64)
-
-
-def _open(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    library.bnbx_run.argtypes = [pointer, integer, integer, pointer]
-    library.bnbx_run.restype = None
-    _ = library.bnbx_update  # a library without it is refused here
-    return library
-
-
-def _address(library: ctypes.CDLL, name: str) -> int:
-    return ctypes.cast(getattr(library, f"bnbx_{name}"), ctypes.c_void_p).value or 0
 
 
 @lru_cache(maxsize=256)
@@ -75,9 +56,9 @@ def run(batches: Sequence[Batch]) -> None:
         alive.append(array)
         return int(array.ctypes.data)
 
-    for batch, compiled in zip(batches, kernels, strict=True):
+    for batch, native in zip(batches, kernels, strict=True):
         rows, chunks = batch.rows()
-        room = (compiled.part_bytes * chunks, compiled.values_bytes * (len(rows) - 1))
+        room = (native.part_bytes * chunks, native.values_bytes * (len(rows) - 1))
         jobs.append(
             [
                 address(rows),
@@ -85,9 +66,9 @@ def run(batches: Sequence[Batch]) -> None:
                 chunks,
                 address(batch.scalars),
                 address(batch.packed_inputs()),
-                compiled.table_pointers.ctypes.data,
+                native.table_pointers.ctypes.data,
                 *(address(np.empty(-(-size // 8), np.float64)) for size in room),
-                *(compiled.entries.get(name, 0) for name in ("update", "measure", "reduce")),
+                *(native.entries.get(name, 0) for name in ("update", "measure", "reduce")),
             ]
         )
     if jobs:

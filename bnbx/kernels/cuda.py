@@ -8,7 +8,6 @@ the scalars travel from pinned memory on the same stream as the kernel.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -16,20 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnbx.errors import TargetError
 from bnbx.kernels.batch import Batch
 from bnbx.kernels.codebook import tables
+from bnbx.kernels.cuda_module import CudaModule, Launch
 from bnbx.kernels.plan import Plan
 from bnbx.kernels.signature import make_signature
 from bnbx.kernels.source import render
 
 TEMPLATE = "optimizer.cu.j2"
-# No multiply-add contraction: a step has the same bits on every target.
-OPTIONS = ("--std=c++17", "--fmad=false")
 LEAST_THREADS = 256  # of a launched block
 PIECE = 256  # elements that a warp takes at a time; a longer block of a state has several
-BLOCKS_PER_MULTIPROCESSOR = 8
-HOW_TO = "pip install 'bnbx[cuda13]' (or 'bnbx[cuda12]', for the CUDA version of your driver)"
 
 
 def source(plan: Plan) -> str:
@@ -46,32 +41,12 @@ class Kernel:
     """A compiled plan on one device, with its codebook tables there."""
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
-        cupy = _cupy()
         names = ("measure", "reduce", "update") if plan.measured else ("update",)
-        with torch.cuda.device(device):
-            module = cupy.RawModule(code=source(plan), options=OPTIONS)
-            try:
-                self.functions = {name: module.get_function(f"bnbx_{name}") for name in names}
-            except cupy.cuda.compiler.CompileException as error:
-                raise TargetError(
-                    f"NVRTC refused the kernel of {plan.describe()}: {error}"
-                ) from error
+        self.module = CudaModule(source(plan), names, device, plan.describe())
         self.tables = [
             torch.from_numpy(tables(s.codebook).pack()).to(device) for s in plan.codebooks
         ]
         self.zero = torch.zeros(1, dtype=torch.float32, device=device)
-        self.most_blocks = (
-            torch.cuda.get_device_properties(device).multi_processor_count
-            * BLOCKS_PER_MULTIPROCESSOR
-        )
-
-
-def _cupy() -> Any:
-    try:
-        import cupy
-    except ImportError as error:
-        raise TargetError(f"CuPy is not installed ({error})") from None
-    return cupy
 
 
 def kernel(plan: Plan) -> Kernel:
@@ -86,15 +61,6 @@ def kernel(plan: Plan) -> Kernel:
 @lru_cache(maxsize=256)
 def _kernel(plan: Plan, index: int) -> Kernel:
     return Kernel(plan, torch.device("cuda", index))
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel of a batch: its name, how many blocks it has work for, and its arguments."""
-
-    name: str
-    blocks: int
-    arguments: tuple[Any, ...]
 
 
 def launches(
@@ -133,7 +99,6 @@ def measured_bytes(plan: Plan, row_count: int, chunk_count: int) -> tuple[int, i
 
 def run(batches: Sequence[Batch]) -> None:
     """Update all batches, on the current stream of their device."""
-    cupy = _cupy()
     for batch in batches:
         device = batch.tensors[0][0].device
         compiled = _kernel(batch.plan, device.index)
@@ -145,15 +110,12 @@ def run(batches: Sequence[Batch]) -> None:
         kept.append(compiled.zero if batch.found_inf is None else batch.found_inf.float())
         sizes = measured_bytes(batch.plan, *counts)
         kept += [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
-        rows, scalars, inputs, found_inf, parts, values = (np.uint64(t.data_ptr()) for t in kept)
-        codebooks = [np.uint64(t.data_ptr()) for t in compiled.tables]
-        stream = torch.cuda.current_stream(device)
-        with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream.cuda_stream):
-            for each in launches(
-                batch.plan, rows, counts, scalars, inputs, found_inf, (parts, values), codebooks
-            ):
-                grid = min(each.blocks, compiled.most_blocks)
-                compiled.functions[each.name]((grid,), (threads(batch.plan),), each.arguments)
+        rows, scalars, inputs, found_inf, parts, values = kept
+        room = (parts, values)
+        queue = launches(
+            batch.plan, rows, counts, scalars, inputs, found_inf, room, compiled.tables
+        )
+        compiled.module.launch(queue, threads(batch.plan))
 
 
 def _send(array: Any, device: torch.device) -> Tensor:

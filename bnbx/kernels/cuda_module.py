@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,19 @@ from bnbx.errors import TargetError
 OPTIONS = ("--std=c++17", "--fmad=false")
 THREADS = 256
 BLOCKS_PER_MULTIPROCESSOR = 8
+HOW_TO = "pip install 'bnbx[cuda13]' (or 'bnbx[cuda12]', for the CUDA version of your driver)"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel: its name, how many blocks it has work for, and its arguments.
+
+    Tensors among the arguments are passed as their addresses, None as a null pointer.
+    """
+
+    name: str
+    blocks: int
+    arguments: tuple[Any, ...]
 
 
 def import_cupy() -> Any:
@@ -35,10 +49,9 @@ class CudaModule:
 
     Args:
         source: CUDA C++.
-        names: of the kernels.
+        names: of the kernels; they are looked up at once, which compiles the source.
         device: where they are to run.
         what: what the source is of, for messages.
-        options: of NVRTC.
 
     Raises:
         TargetError: CuPy is missing, or NVRTC refuses the source.
@@ -50,11 +63,10 @@ class CudaModule:
         names: Sequence[str],
         device: torch.device,
         what: str,
-        options: tuple[str, ...] = OPTIONS,
     ) -> None:
         self.cupy, self.device = import_cupy(), device
         with torch.cuda.device(device):
-            module = self.cupy.RawModule(code=source, options=options)
+            module = self.cupy.RawModule(code=source, options=OPTIONS)
             try:
                 self.functions = {name: module.get_function(f"bnbx_{name}") for name in names}
             except self.cupy.cuda.compiler.CompileException as error:
@@ -62,17 +74,14 @@ class CudaModule:
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         self.most_blocks = processors * BLOCKS_PER_MULTIPROCESSOR
 
-    def launch(
-        self, name: str, blocks: int, arguments: Sequence[Any], threads: int = THREADS
-    ) -> None:
-        """Queue a kernel on torch's current stream: at most as many blocks as the device holds.
-
-        Tensors among the arguments are passed as their addresses, None as a null pointer.
-        """
+    def launch(self, launches: Sequence[Launch], threads: int = THREADS) -> None:
+        """Queue kernels on torch's current stream: at most as many blocks as the device holds."""
         stream = torch.cuda.current_stream(self.device).cuda_stream
-        plain = tuple(_plain(argument) for argument in arguments)
         with self.cupy.cuda.Device(self.device.index), self.cupy.cuda.ExternalStream(stream):
-            self.functions[name]((min(blocks, self.most_blocks),), (threads,), plain)
+            for each in launches:
+                grid = max(min(each.blocks, self.most_blocks), 1)
+                arguments = tuple(_plain(argument) for argument in each.arguments)
+                self.functions[each.name]((grid,), (threads,), arguments)
 
 
 def _plain(argument: Any) -> Any:

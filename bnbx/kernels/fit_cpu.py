@@ -5,18 +5,16 @@ from __future__ import annotations
 import ctypes
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bnbx.kernels import threads
 from bnbx.kernels.c_code import comment
-from bnbx.kernels.cache import key_of, load_or_build
 from bnbx.kernels.coding_cpu import packed_tables
 from bnbx.kernels.coding_source import code_traits
-from bnbx.kernels.compiler import find_compiler
 from bnbx.kernels.encoding import Encoding
+from bnbx.kernels.library import RUN, compiled
 from bnbx.kernels.source import fill
 
 TEMPLATE = "fit.cpp.j2"
@@ -52,15 +50,6 @@ def render_fit(encoding: Encoding) -> str:
     )
 
 
-def _open(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    library.bnbx_run.argtypes = [pointer, integer, integer, pointer]
-    library.bnbx_run.restype = None
-    _ = library.bnbx_sums, library.bnbx_write  # a library without them is refused here
-    return library
-
-
 @lru_cache(maxsize=512)
 def library(encoding: Encoding) -> ctypes.CDLL:
     """The compiled source for an encoding; how scales are quantized does not matter to it.
@@ -70,9 +59,7 @@ def library(encoding: Encoding) -> ctypes.CDLL:
     """
     if encoding.second is not None:
         return library(replace(encoding, second=None))
-    source, compiler = render_fit(encoding), find_compiler()
-    key = key_of(source, *compiler.key())
-    return load_or_build(key, source, ".cpp", compiler.compile, _open)
+    return compiled(render_fit(encoding), RUN)
 
 
 def sums(

@@ -11,18 +11,16 @@ a threshold: then infinity is an outlier like any other, and gives what a dense 
 from __future__ import annotations
 
 import math
-import warnings
+from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from bnbx.errors import BnbxWarning, OptionError, TargetError, UnsupportedTensorError
-from bnbx.kernels import int8_cpu, int8_cuda, int8_reference
+from bnbx.errors import OptionError, UnsupportedTensorError
+from bnbx.kernels import int8_cpu, int8_cuda, int8_reference, targets
 from bnbx.kernels.coding import FLOATS, check_numbers
-from bnbx.kernels.compiler import HOW_TO
-from bnbx.kernels.cuda import HOW_TO as CUDA_HOW_TO
 
 MOST_COLUMNS = 131_071  # so many products of two codes add up to less than 2**31
 PANEL_SHARE = 0.05  # of a dense weight is decoded at a time
@@ -50,7 +48,7 @@ def quantize_rows(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Te
         OptionError: the threshold is negative or NaN.
     """
     check_threshold(threshold)
-    codes, absmax, outliers = _target(x.device.type).quantize_rows(_rows("x", x), threshold)
+    codes, absmax, outliers = choose(x.device.type).quantize_rows(_rows("x", x), threshold)
     return codes.view(x.shape), absmax, outliers
 
 
@@ -74,7 +72,7 @@ def dequantize_rows(codes: Tensor, absmax: Tensor, dtype: torch.dtype = torch.fl
     rows = codes.reshape(count, columns)
     rows = rows if rows.stride(1) == 1 or columns < 2 else rows.contiguous()
     check_weight(rows, absmax)
-    target, scales = _target(codes.device.type), absmax.reshape(-1).contiguous()
+    target, scales = choose(codes.device.type), absmax.reshape(-1).contiguous()
     found: Tensor = target.dequantize_rows(rows, scales, dtype)
     return found.view(codes.shape)
 
@@ -131,7 +129,7 @@ def linear(
             raise UnsupportedTensorError(
                 f"x is on {x.device}, {what} on {tensor.device}: move one to the other"
             )
-    target = _target(x.device.type)
+    target = choose(x.device.type)
     weight = codes.contiguous(), absmax.reshape(-1).contiguous()
     y, outliers = target.linear(rows, *weight, bias, threshold)
     return y.view(*x.shape[:-1], outs), outliers
@@ -208,24 +206,12 @@ def _rows(what: str, x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _target(device: str) -> ModuleType:
+def choose(device: str) -> ModuleType:
     """What runs on a type of device: the native kernels, or torch operations, with a warning."""
-    reason = f"there are no native kernels for device {device!r}"
-    hint = "move the layer to the CPU or a CUDA device"
-    try:
-        if device == "cpu":
-            int8_cpu.library()
-            return int8_cpu
-        if device == "cuda":
-            int8_cuda.kernels(torch.cuda.current_device())
-            return int8_cuda
-    except TargetError as error:
-        reason = str(error).splitlines()[0]
-        hint = HOW_TO if device == "cpu" else CUDA_HOW_TO
-    warnings.warn(
-        f"{reason}\nint8 products run on plain torch operations, with the same results but slowly. "
-        f"For the fast path: {hint}.",
-        BnbxWarning,
-        stacklevel=3,
-    )
-    return int8_reference
+    ready: dict[str, Callable[[], object]] = {
+        "cpu": int8_cpu.library,
+        "cuda": lambda: int8_cuda.kernels(torch.cuda.current_device()),
+    }
+    native = {"cpu": int8_cpu, "cuda": int8_cuda}
+    target = targets.choose(device, ready, "Products of int8 codes run").name
+    return native.get(target, int8_reference)

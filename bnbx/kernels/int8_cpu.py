@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bnbx.kernels import threads
-from bnbx.kernels.cache import key_of, load_or_build
-from bnbx.kernels.compiler import find_compiler
+from bnbx.kernels.library import INTEGER, POINTER, Functions, compiled
 from bnbx.kernels.source import fill
 
 TEMPLATE = "int8.cpp.j2"
@@ -26,13 +24,18 @@ BLOCK_SHARE = 0.04
 LEAST_ROWS = 64
 SLICES_PER_THREAD = 4
 
-_pointer, _integer = ctypes.c_void_p, ctypes.c_int64
+FUNCTIONS: Functions = {
+    "bnbx_int8_rows": ((POINTER, INTEGER, POINTER), None),
+    "bnbx_int8_decode": ((POINTER, INTEGER, POINTER), None),
+    "bnbx_int8_columns": ((POINTER, INTEGER, POINTER), INTEGER),
+    "bnbx_int8_product": ((POINTER, INTEGER, INTEGER, POINTER), None),
+}
 
 
 def _structure(name: str, fields: str) -> type[ctypes.Structure]:
     """A struct of the source: pointers (`*x`), 64-bit integers, and doubles (`.x`)."""
-    kinds = {"*": _pointer, ".": ctypes.c_double}
-    found = [(f.lstrip("*."), kinds.get(f[0], _integer)) for f in fields.split()]
+    kinds = {"*": POINTER, ".": ctypes.c_double}
+    found = [(f.lstrip("*."), kinds.get(f[0], INTEGER)) for f in fields.split()]
     return type(name, (ctypes.Structure,), {"_fields_": found})
 
 
@@ -54,22 +57,7 @@ def library() -> ctypes.CDLL:
     Raises:
         CompileError: there is no compiler, or it refuses the source.
     """
-    source = fill(TEMPLATE)
-    compiler = find_compiler()
-    key = key_of(source, *compiler.key())
-    return load_or_build(key, source, ".cpp", compiler.compile, _open)
-
-
-def _open(path: Path) -> ctypes.CDLL:
-    found = ctypes.CDLL(str(path))
-    for name in ("rows", "decode"):
-        getattr(found, f"bnbx_int8_{name}").argtypes = [_pointer, _integer, _pointer]
-        getattr(found, f"bnbx_int8_{name}").restype = None
-    found.bnbx_int8_columns.argtypes = [_pointer, _integer, _pointer]
-    found.bnbx_int8_columns.restype = _integer
-    found.bnbx_int8_product.argtypes = [_pointer, _integer, _integer, _pointer]
-    found.bnbx_int8_product.restype = None
-    return found
+    return compiled(fill(TEMPLATE), FUNCTIONS)
 
 
 def quantize_rows(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,52 +14,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnbx.errors import TargetError
-from bnbx.kernels import int8_reference
-from bnbx.kernels.cuda import BLOCKS_PER_MULTIPROCESSOR, OPTIONS
+from bnbx.kernels import cuda_module, int8_reference
+from bnbx.kernels.cuda_module import CudaModule
 from bnbx.kernels.source import fill
 
 TEMPLATE = "int8.cu.j2"
-THREADS = 256
 ROWS, OUTS = 32, 64  # a tile of results, as in the source
 LEAST_ROWS = 32  # of codes in a product: cuBLAS takes more than 16
 MULTIPLE = 8  # of codes in a row, and of outputs
+NAMES = (
+    "int8_columns",
+    "int8_clear",
+    *(
+        f"int8_{name}_{dtype}"
+        for name in ("rows", "decode", "finish")
+        for dtype in ("float32", "bfloat16", "float16")
+    ),
+)
 
 # Name of a kernel, how many blocks it has work for, and its arguments: tensors and numbers.
 Launch = Callable[[str, int, tuple[Any, ...]], None]
 
 
 @lru_cache(maxsize=16)
-def kernels(device: int) -> Any:
-    """The module of compiled kernels on a device.
+def kernels(device: int) -> CudaModule:
+    """The compiled kernels on a device.
 
     Raises:
         TargetError: CuPy is missing, or NVRTC refuses the source.
     """
-    try:
-        import cupy
-    except ImportError as error:
-        raise TargetError(f"CuPy is not installed ({error})") from None
-    with torch.cuda.device(device):
-        module = cupy.RawModule(code=fill(TEMPLATE), options=OPTIONS)
-        try:
-            module.get_function("bnbx_int8_columns")
-        except cupy.cuda.compiler.CompileException as error:
-            raise TargetError(f"NVRTC refused the int8 kernels: {error}") from error
-    return module
+    return CudaModule(fill(TEMPLATE), NAMES, torch.device("cuda", device), "LLM.int8()")
 
 
 def launch(name: str, blocks: int, arguments: tuple[Any, ...]) -> None:
     """Run a kernel on torch's current stream of the device that the tensors are on."""
-    import cupy
-
     device = next(a.device for a in arguments if isinstance(a, Tensor))
-    most = torch.cuda.get_device_properties(device).multi_processor_count
-    grid = max(1, min(blocks, most * BLOCKS_PER_MULTIPROCESSOR))
-    given = tuple(np.uint64(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments)
-    stream = torch.cuda.current_stream(device)
-    with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream.cuda_stream):
-        kernels(device.index).get_function(f"bnbx_int8_{name}")((grid,), (THREADS,), given)
+    kernels(device.index).launch([cuda_module.Launch(f"int8_{name}", blocks, arguments)])
 
 
 def quantize_rows(

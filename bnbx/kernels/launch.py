@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,10 +9,8 @@ from functools import lru_cache
 
 import torch
 
-from bnbx.errors import BnbxWarning, TargetError
-from bnbx.kernels import cpu, cuda, reference
+from bnbx.kernels import cpu, cuda, reference, targets
 from bnbx.kernels.batch import Batch
-from bnbx.kernels.compiler import HOW_TO
 from bnbx.kernels.plan import Plan
 
 Run = Callable[[Sequence[Batch]], None]
@@ -34,28 +31,12 @@ def choose(plan: Plan, device: str) -> Choice:
 
     Warns once per reason where that is the reference.
     """
-    reason = f"there are no native kernels for device {device!r}"
-    hint = "move the parameters to the CPU or a CUDA device"
-    try:
-        if device == "cpu":
-            cpu.kernel(plan)
-            return Choice("cpu", cpu.run)
-        if device == "cuda":
-            cuda.kernel(plan)
-            return Choice("cuda", cuda.run)
-    except TargetError as error:
-        reason = str(error)
-        hint = HOW_TO if device == "cpu" else cuda.HOW_TO
-    _warn_once(
-        f"{reason.splitlines()[0]}\nThe optimizer runs on plain torch operations, "
-        f"with the same results but slowly. For the fast path: {hint}."
-    )
-    return Choice("reference", reference.run, (f"{device}: {reason}",))
-
-
-@lru_cache(maxsize=64)
-def _warn_once(message: str) -> None:
-    warnings.warn(message, BnbxWarning, stacklevel=2)
+    ready = {"cpu": lambda: cpu.kernel(plan), "cuda": lambda: cuda.kernel(plan)}
+    native = {"cpu": cpu.run, "cuda": cuda.run}
+    found = targets.choose(device, ready, "The optimizer runs")
+    if found.name in native:
+        return Choice(found.name, native[found.name])
+    return Choice(found.name, reference.run, (f"{device}: {found.reason}",))
 
 
 def launch(batches: Sequence[Batch]) -> None:

@@ -137,7 +137,7 @@ def _grad_input(encoding: Encoding, parts: Sequence[Tensor], shape: Shape, grad:
 def choose(encoding: Encoding, device: str) -> str:
     """The target that runs products with a weight in an encoding on a type of device."""
     ready = {name: partial(native.ready, encoding) for name, native in NATIVE.items()}
-    return targets.choose(device, ready, "a product with a quantized weight")
+    return targets.choose(device, ready, "Products with a quantized weight run").name
 
 
 def _check_weight(

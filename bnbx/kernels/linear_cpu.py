@@ -9,19 +9,22 @@ import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
 from math import inf
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bnbx.kernels import threads
-from bnbx.kernels.cache import key_of, load_or_build
 from bnbx.kernels.coding_cpu import NUMBERS, PARTS, packed_tables
-from bnbx.kernels.compiler import find_compiler
 from bnbx.kernels.encoding import Encoding
+from bnbx.kernels.library import INTEGER, POINTER, Functions, compiled
 from bnbx.kernels.linear_source import LinearPlan, plan_for, render_linear
 
 TEMPLATE = "linear.cpp.j2"
+FUNCTIONS: Functions = {
+    "bnbx_room_for": ((INTEGER,), INTEGER),
+    "bnbx_multiply": ((POINTER, INTEGER, POINTER), None),
+    "bnbx_decode_columns": ((POINTER, INTEGER, POINTER), None),
+}
 NARROW = 4  # widths up to this have tables that fit into registers
 # How many rows of x it takes until panels are faster: (narrow codes, wide codes). Measured with
 # `python benchmarks/linear.py --crossover`, 4096 x 4096, one thread of a Zen 5; milliseconds of CPU
@@ -66,10 +69,7 @@ def kernel(plan: LinearPlan) -> ctypes.CDLL:
     Raises:
         CompileError: there is no compiler, or it refuses the source.
     """
-    source = render_linear(plan, TEMPLATE)
-    compiler = find_compiler()
-    key = key_of(source, *compiler.key())
-    return load_or_build(key, source, ".cpp", compiler.compile, _open)
+    return compiled(render_linear(plan, TEMPLATE), FUNCTIONS)
 
 
 def ready(encoding: Encoding) -> None:
@@ -85,17 +85,6 @@ def few_rows(encoding: Encoding, dtype: torch.dtype) -> float:
     """Fewer rows than these are multiplied faster as codes are read than by panels."""
     narrow, wide = FEW_ROWS[dtype]
     return narrow if encoding.bits <= NARROW else wide
-
-
-def _open(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    library.bnbx_room_for.argtypes = [integer]
-    library.bnbx_room_for.restype = integer
-    for entry in (library.bnbx_multiply, library.bnbx_decode_columns):
-        entry.argtypes = [pointer, integer, pointer]
-        entry.restype = None
-    return library
 
 
 @lru_cache(maxsize=1024)

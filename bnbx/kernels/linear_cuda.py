@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from bnbx.kernels.coding_cpu import NUMBERS, PARTS
 from bnbx.kernels.coding_cuda import held_parts
-from bnbx.kernels.cuda_module import THREADS, CudaModule
+from bnbx.kernels.cuda_module import THREADS, CudaModule, Launch
 from bnbx.kernels.encoding import Encoding
 from bnbx.kernels.linear_source import LinearPlan, plan_for, render_linear
 
@@ -28,15 +27,6 @@ FEW_ROWS = 9  # fewer are multiplied as codes are read; chosen without a GPU to 
 def source(plan: LinearPlan) -> str:
     """CUDA source of `plan`."""
     return render_linear(plan, TEMPLATE)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel: its name, how many blocks it has work for, and its arguments."""
-
-    name: str
-    blocks: int
-    arguments: tuple[Any, ...]
 
 
 def multiply_launches(
@@ -102,8 +92,7 @@ def multiply(
     y = x.new_empty((len(x), shape[0]))
     held = held_parts(encoding, parts, index)
     compiled = _kernel(plan_for(encoding, NUMBERS[x.dtype]), index)
-    for each in multiply_launches(shape, x, bias, y, held):
-        compiled.launch(each.name, each.blocks, each.arguments)
+    compiled.launch(multiply_launches(shape, x, bias, y, held))
     return y
 
 
@@ -114,4 +103,4 @@ def decode_columns(
     index = out.device.index
     each = decode_launch(shape, first, out, held_parts(encoding, parts, index))
     plan = plan_for(encoding, NUMBERS[out.dtype])
-    _kernel(plan, index).launch(each.name, each.blocks, each.arguments)
+    _kernel(plan, index).launch([each])

@@ -1,28 +1,37 @@
-"""Which target runs a kernel of functions and layers: the native one, or torch operations."""
+"""Which target runs a kernel: the native one of its device, or torch operations; and why."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 
 from bnbx.errors import BnbxWarning, TargetError
-from bnbx.kernels import cuda
-from bnbx.kernels.compiler import HOW_TO
+from bnbx.kernels import compiler, cuda_module
 
 REFERENCE = "reference"
-HINTS = {"cpu": HOW_TO, "cuda": cuda.HOW_TO}
+HINTS = {"cpu": compiler.HOW_TO, "cuda": cuda_module.HOW_TO}
 
 
-def choose(device: str, ready: Mapping[str, Callable[[], object]], what: str) -> str:
-    """The target for a type of device: its own name if that is native, else "reference".
+@dataclass(frozen=True)
+class Target:
+    """What runs something: the name of its device type where that is native, or "reference".
 
-    Warns once per reason where it is the reference.
+    `reason` says why nothing faster does.
+    """
+
+    name: str
+    reason: str = ""
+
+
+def choose(device: str, ready: Mapping[str, Callable[[], object]], what: str) -> Target:
+    """The target for a type of device; warns once per reason where it is the reference.
 
     Args:
         device: "cpu", "cuda", or another that torch has.
         ready: by device, what makes its kernel; raises TargetError where that cannot be.
-        what: what runs, for the warning ("quantization").
+        what: what runs, for the warning: "quantizing runs".
     """
     reason = f"there are no native kernels for device {device!r}"
     make = ready.get(device)
@@ -30,15 +39,15 @@ def choose(device: str, ready: Mapping[str, Callable[[], object]], what: str) ->
         try:
             make()
         except TargetError as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error)
         else:
-            return device
+            return Target(device)
     hint = HINTS.get(device, "move the tensors to the CPU or a CUDA device")
     _warn_once(
-        f"{reason}\nSo {what} runs on plain torch operations, with the same results but slowly. "
-        f"For the fast path: {hint}."
+        f"{reason.splitlines()[0]}\n{what} on plain torch operations, with the same results but "
+        f"slowly. For the fast path: {hint}."
     )
-    return REFERENCE
+    return Target(REFERENCE, reason)
 
 
 @lru_cache(maxsize=64)

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from bnbx.errors import PagingError, TargetError
-from bnbx.kernels.cuda import HOW_TO
+from bnbx.kernels.cuda_module import HOW_TO
 
 DIRECTORY_VARIABLE = "BNBX_PAGE_DIR"
 SMALLEST = 64 << 10  # bytes; tensors below stay in ordinary memory

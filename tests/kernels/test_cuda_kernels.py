@@ -8,6 +8,7 @@ import torch
 import emulated
 import nvrtc
 from bnbx.kernels import cuda, reference
+from bnbx.kernels.cuda_module import OPTIONS
 from cuda_on_cpu import SCHEDULES
 from plans import (
     SIZES,
@@ -46,7 +47,7 @@ def ids(case: Case) -> str:
 def test_compiles_to_machine_code_without_spills(case: Case, arch: int) -> None:
     if reason := nvrtc.available():
         pytest.skip(reason)
-    cubin = nvrtc.compile_cubin(cuda.source(case.plan), arch, options=cuda.OPTIONS)
+    cubin = nvrtc.compile_cubin(cuda.source(case.plan), arch, options=OPTIONS)
     assert (cubin.spill_stores, cubin.spill_loads, cubin.stack_bytes) == (0, 0, 0), cubin.log
     assert cubin.registers <= MOST_REGISTERS, cubin.log
     assert cubin.shared_bytes <= MOST_SHARED_BYTES, cubin.log

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from bnbx.errors import BnbxWarning, OptionError, UnsupportedTensorError
 from bnbx.kernels import int8, int8_cpu, int8_reference
-from bnbx.kernels.cache import key_of, load_or_build
 from bnbx.kernels.compiler import find_compiler
+from bnbx.kernels.library import compiled
 from bnbx.kernels.source import fill
 from compiled import shared_cache
 from oracles import bitsandbytes_functional
@@ -48,10 +48,7 @@ def library(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
     command = f"{find_compiler().command[0]} {request.param}".strip()
     with monkeypatch.context() as patch:
         patch.setenv("BNBX_CXX", command)
-        compiler = find_compiler()
-        source = fill(int8_cpu.TEMPLATE)
-        key = key_of(source, *compiler.key())
-        found = load_or_build(key, source, ".cpp", compiler.compile, int8_cpu._open)
+        found = compiled(fill(int8_cpu.TEMPLATE), int8_cpu.FUNCTIONS)
     monkeypatch.setattr(int8_cpu, "library", lambda: found)
     return found
 
@@ -414,7 +411,7 @@ def test_without_a_compiler_torch_operations_do_the_same(monkeypatch: pytest.Mon
     expected = int8.linear(x, *made)[0]
     monkeypatch.setenv("BNBX_CXX", "")
     int8_cpu.library.cache_clear()
-    int8._target.cache_clear()
+    int8.choose.cache_clear()
     try:
         with pytest.warns(BnbxWarning, match="plain torch operations, with the same results"):
             y = int8.linear(x, *made)[0]
@@ -422,4 +419,4 @@ def test_without_a_compiler_torch_operations_do_the_same(monkeypatch: pytest.Mon
         int8.linear(x, *made)  # and says so once
     finally:
         int8_cpu.library.cache_clear()
-        int8._target.cache_clear()
+        int8.choose.cache_clear()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import nvrtc
 from bnbx.kernels import int8, int8_cuda, int8_reference
-from bnbx.kernels.cuda import OPTIONS
+from bnbx.kernels.cuda_module import OPTIONS, THREADS
 from bnbx.kernels.source import fill
 from cuda_on_cpu import SCHEDULES, compile_source
 from cuda_on_cpu.build import Mode
@@ -39,7 +39,7 @@ def emulated(mode: Mode = "plain", schedule: int = 0, grid: int = 2) -> int8_cud
     def launch(name: str, blocks: int, arguments: Sequence[Any]) -> None:
         size = max(1, min(blocks, grid))
         kernel = module(mode).kernel(f"bnbx_int8_{name}")
-        kernel(size, int8_cuda.THREADS, list(arguments), schedule=schedule)
+        kernel(size, THREADS, list(arguments), schedule=schedule)
 
     return launch
 

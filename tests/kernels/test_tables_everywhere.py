@@ -18,6 +18,7 @@ import torch
 import emulated
 import nvrtc
 from bnbx.kernels import cpu, cuda, reference
+from bnbx.kernels.cuda_module import OPTIONS
 from bnbx.kernels.plan import Storage
 from bnbx.registry import QuantType
 from bnbx.registry.grid import float32
@@ -174,7 +175,7 @@ ARCHITECTURES = [
 def test_machine_code_spills_nothing(pair: tuple[QuantType, QuantType], arch: int) -> None:
     if reason := nvrtc.available():
         pytest.skip(reason)
-    cubin = nvrtc.compile_cubin(cuda.source(made(pair).plan), arch, options=cuda.OPTIONS)
+    cubin = nvrtc.compile_cubin(cuda.source(made(pair).plan), arch, options=OPTIONS)
     assert (cubin.spill_stores, cubin.spill_loads, cubin.stack_bytes) == (0, 0, 0), cubin.log
     assert cubin.registers <= 65536 // 512, cubin.log
 
