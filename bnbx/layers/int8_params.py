@@ -14,9 +14,10 @@ from torch import Tensor
 from typing_extensions import Self
 
 from bnbx.kernels.int8 import dequantize_rows, quantize_rows
+from bnbx.layers.moving import Moving
 
 
-class Int8Params(torch.nn.Parameter):
+class Int8Params(Moving, torch.nn.Parameter):
     """A weight that is quantized, row by row, when it moves to a device, `.to("cpu")` included.
 
     Attributes:
@@ -108,30 +109,6 @@ class Int8Params(torch.nn.Parameter):
         kept = None if self.quantized else dtype
         data = self.detach().to(device=device, dtype=kept, non_blocking=non_blocking)
         return self._like(data, _moved(self.SCB, data.device))
-
-    def cpu(self, memory_format: torch.memory_format = torch.preserve_format) -> Any:
-        """As `to("cpu")`."""
-        return self.to("cpu", memory_format=memory_format)
-
-    def cuda(
-        self,
-        device: torch.device | str | int | None = None,
-        non_blocking: bool = False,
-        memory_format: torch.memory_format = torch.preserve_format,
-    ) -> Any:
-        """As `to("cuda")`."""
-        where = "cuda" if device is None else device
-        return self.to(where, non_blocking=non_blocking, memory_format=memory_format)
-
-    def xpu(
-        self,
-        device: torch.device | str | int | None = None,
-        non_blocking: bool = False,
-        memory_format: torch.memory_format = torch.preserve_format,
-    ) -> Any:
-        """As `to("xpu")`."""
-        where = "xpu" if device is None else device
-        return self.to(where, non_blocking=non_blocking, memory_format=memory_format)
 
     # ---- copies
 

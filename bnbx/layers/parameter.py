@@ -21,6 +21,7 @@ from bnbx.kernels.coding import FLOATS, decode, encode
 from bnbx.kernels.encoding import Encoding, intern, make_encoding, type_named
 from bnbx.kernels.fit import fit_scales
 from bnbx.kernels.quant_state import QuantState
+from bnbx.layers.moving import Moving
 from bnbx.layers.products import in_place_of
 from bnbx.layers.state_names import StateNames
 from bnbx.registry import QuantType
@@ -42,7 +43,7 @@ SETTINGS = (
 _CHUNKS = (torch.chunk, torch.split, Tensor.chunk, Tensor.split)
 
 
-class QuantParameter(StateNames, torch.nn.Parameter):
+class QuantParameter(StateNames, Moving, torch.nn.Parameter):
     """A parameter that is quantized when it moves to a device, and frozen.
 
     Attributes:
@@ -244,30 +245,6 @@ class QuantParameter(StateNames, torch.nn.Parameter):
             if dtype in FLOATS:
                 state.dtype = dtype
         return self._like(self.detach().to(device=device, non_blocking=non_blocking))
-
-    def cpu(self, memory_format: torch.memory_format = torch.preserve_format) -> Any:
-        """As `to("cpu")`."""
-        return self.to("cpu", memory_format=memory_format)
-
-    def cuda(
-        self,
-        device: torch.device | str | int | None = None,
-        non_blocking: bool = False,
-        memory_format: torch.memory_format = torch.preserve_format,
-    ) -> Any:
-        """As `to("cuda")`."""
-        where = "cuda" if device is None else device
-        return self.to(where, non_blocking=non_blocking, memory_format=memory_format)
-
-    def xpu(
-        self,
-        device: torch.device | str | int | None = None,
-        non_blocking: bool = False,
-        memory_format: torch.memory_format = torch.preserve_format,
-    ) -> Any:
-        """As `to("xpu")`."""
-        where = "xpu" if device is None else device
-        return self.to(where, non_blocking=non_blocking, memory_format=memory_format)
 
     def half(self, memory_format: torch.memory_format = torch.preserve_format) -> Any:
         """As `to(torch.float16)`."""

@@ -10,17 +10,13 @@ A pattern that matches nothing is an error: a run whose exception silently was n
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from bnbx.errors import OptionError
-
-REGEX = "regex:"
-_SHOWN = 5  # names in a message
+from bnbx.registry.patterns import REGEX, expression_of, is_pattern, near
 
 
 @dataclass(frozen=True)
@@ -30,8 +26,8 @@ class Pattern:
     Attributes:
         origin: where it was given: "skip['lm_head']".
         text: as it was given.
-        expression: matches a whole name, or is searched in it.
-        searched: whether it is searched.
+        expression: is searched in a name; one of a glob only finds a whole name.
+        searched: whether it is a regular expression.
     """
 
     origin: str
@@ -41,14 +37,12 @@ class Pattern:
 
     def matches(self, name: str) -> bool:
         """Whether a name, or a run of the names that it is made of, matches."""
-        if self.searched:
+        if self.searched or self.expression.search(name):
             return self.expression.search(name) is not None
-        if self.expression.match(name):
-            return True
         parts = name.split(".")
         runs = range(1, len(parts))
         return any(
-            self.expression.match(".".join(parts[start : start + length]))
+            self.expression.search(".".join(parts[start : start + length]))
             for length in runs
             for start in range(len(parts) - length + 1)
         )
@@ -61,7 +55,7 @@ class Pattern:
         names = list(dict.fromkeys(names))
         if not any(map(self.matches, [*names, *others])):
             raise OptionError(
-                f"{self.origin} matches none of the {len(names)} {what}; {_near(self.text, names)}"
+                f"{self.origin} matches none of the {len(names)} {what}; {near(self.text, names)}"
             )
 
 
@@ -72,15 +66,9 @@ def compile_pattern(argument: str, text: Any) -> Pattern:
         OptionError: it is none.
     """
     origin = f"{argument}[{text!r}]"
-    if not isinstance(text, str) or not text.removeprefix(REGEX):
+    if not is_pattern(text):
         raise OptionError(f"{origin}: expected a glob over names such as '*mlp*', or '{REGEX}...'")
-    if not text.startswith(REGEX):
-        return Pattern(origin, text, re.compile(fnmatch.translate(text)), searched=False)
-    source = text.removeprefix(REGEX)
-    try:
-        return Pattern(origin, text, re.compile(source), searched=True)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise OptionError(f"{origin} is no regular expression: {error}") from None
+    return Pattern(origin, text, expression_of(text, origin), text.startswith(REGEX))
 
 
 def compile_patterns(argument: str, texts: Any) -> list[Pattern]:
@@ -92,32 +80,3 @@ def compile_patterns(argument: str, texts: Any) -> list[Pattern]:
     if isinstance(texts, str) or not isinstance(texts, Iterable):
         raise OptionError(f"{argument}={texts!r}; expected a list of patterns, ['lm_head']")
     return [compile_pattern(argument, text) for text in texts]
-
-
-def _near(text: str, names: list[str]) -> str:
-    """The names that a pattern was probably meant for, in words."""
-    if not names:
-        return "there are none"
-    parts = re.findall(r"[A-Za-z0-9_]{2,}", re.sub(r"\\[A-Za-z]", "", text.removeprefix(REGEX)))
-    scores = {name: _likeness(parts, name) for name in names}
-    best = max(scores.values())
-    near = [name for name, score in scores.items() if best >= 0.6 and score >= best - 0.05]
-    return f"the nearest: {some(near)}" if near else f"there are: {some(names)}"
-
-
-def _likeness(parts: list[str], name: str) -> float:
-    """How well the words of a pattern are found among those of a name, 0 to 1."""
-    words = re.findall(r"[A-Za-z0-9_]+", name.lower())
-    if not parts or not words:
-        return 0.0
-    best = [
-        max(difflib.SequenceMatcher(None, part.lower(), word).ratio() for word in words)
-        for part in parts
-    ]
-    return sum(best) / len(best)
-
-
-def some(names: list[str]) -> str:
-    """A few names, and how many more there are."""
-    more = f", ... ({len(names) - _SHOWN} more)" if len(names) > _SHOWN else ""
-    return ", ".join(map(repr, names[:_SHOWN])) + more

@@ -21,9 +21,10 @@ from bnbx.kernels.encoding import Encoding, make_encoding
 from bnbx.layers.fit import METHODS
 from bnbx.layers.int8_params import Int8Params
 from bnbx.layers.parameter import QuantParameter
-from bnbx.nn.patterns import Pattern, compile_pattern, compile_patterns, some
+from bnbx.nn.patterns import Pattern, compile_pattern, compile_patterns
 from bnbx.registry import QuantType, quant_types
 from bnbx.registry.names import nearest
+from bnbx.registry.patterns import some
 
 ARGUMENTS = ("quant_type", "block_size", "double", "fit", "compute_dtype")
 LAYERS = (nn.Linear, nn.Embedding)

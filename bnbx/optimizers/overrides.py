@@ -10,8 +10,6 @@ too, since torch takes them apart itself only since 2.6.
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,13 +20,12 @@ from torch import Tensor
 from bnbx.errors import OptionError
 from bnbx.registry.config import Layer
 from bnbx.registry.options import unaliased
+from bnbx.registry.patterns import REGEX, expression_of, is_pattern, near
 
-REGEX = "regex:"
 NAMES = "param_names"
 """Key of a group's names, as in torch 2.6 and later."""
 
 _HOW = "pass model.named_parameters() instead of model.parameters()"
-_SHOWN = 5  # names in a message
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ class NamePatterns:
             if not any(map(pattern.matches, names)):
                 raise OptionError(
                     f"{pattern.layer[0]} matches none of the {len(names)} parameters; "
-                    f"{_near(pattern.text, names)}"
+                    f"{near(pattern.text, names)}"
                 )
 
     def check_named(self, groups: Iterable[Mapping[str, Any]]) -> None:
@@ -102,7 +99,7 @@ def compile_overrides(overrides: Mapping[str, Mapping[str, Any]] | None) -> Name
 
 
 def _compile(text: Any, given: Any) -> _Pattern:
-    if not isinstance(text, str) or not text.removeprefix(REGEX):
+    if not is_pattern(text):
         raise OptionError(
             f"overrides: the key {text!r} is no pattern; expected a glob over names such as "
             f"'*embed*', or '{REGEX}' and an expression"
@@ -114,51 +111,7 @@ def _compile(text: Any, given: Any) -> _Pattern:
         if not isinstance(key, str):
             raise OptionError(f"{origin}: the key {key!r} is no argument's name; expected a string")
     values = {k: dict(v) if isinstance(v, Mapping) else v for k, v in unaliased(given).items()}
-    return _Pattern(text, _expression(text, origin), (origin, values))
-
-
-def _expression(text: str, origin: str) -> re.Pattern[str]:
-    if not text.startswith(REGEX):
-        return re.compile(r"\A" + fnmatch.translate(text))  # which anchors only the end
-    source = text.removeprefix(REGEX)
-    try:
-        return re.compile(source)
-    except re.error as error:
-        position = "" if error.pos is None else f"\n  {source}\n  {' ' * error.pos}^"
-        raise OptionError(
-            f"{origin} is no regular expression: {error.msg}{position}\n"
-            "a plain glob needs no prefix: '*.bias'"
-        ) from None
-    except (RecursionError, OverflowError) as error:
-        raise OptionError(f"{origin} is too large a regular expression: {error}") from None
-
-
-def _near(text: str, names: list[str]) -> str:
-    """The names that a pattern was probably meant for, in words."""
-    parts = re.findall(r"[A-Za-z0-9_]{2,}", re.sub(r"\\[A-Za-z]", "", text.removeprefix(REGEX)))
-    scores = {name: _likeness(parts, name) for name in dict.fromkeys(names)}
-    best = max(scores.values(), default=0.0)
-    if best >= 0.6:
-        near = [name for name, score in scores.items() if score >= best - 0.05]
-        return f"the nearest: {_some(near)}"
-    return f"there are: {_some(list(scores)) or '(none)'}"
-
-
-def _likeness(parts: list[str], name: str) -> float:
-    """How well the words of a pattern are found among those of a name, 0 to 1."""
-    words = re.findall(r"[A-Za-z0-9_]+", name.lower())
-    if not parts or not words:
-        return 0.0
-    best = [
-        max(difflib.SequenceMatcher(None, part.lower(), word).ratio() for word in words)
-        for part in parts
-    ]
-    return sum(best) / len(best)
-
-
-def _some(names: list[str]) -> str:
-    more = f", ... ({len(names) - _SHOWN} more)" if len(names) > _SHOWN else ""
-    return ", ".join(map(repr, names[:_SHOWN])) + more
+    return _Pattern(text, expression_of(text, origin), (origin, values))
 
 
 def names_of(group: Mapping[str, Any]) -> list[str] | None:
