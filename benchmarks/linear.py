@@ -6,28 +6,27 @@ timing is done, and why so.
 
 from __future__ import annotations
 
-import json as jsons
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import machine
-from benchmarks.command import INTERRUPTED, introduce, part, progress, words, writable
-from benchmarks.linear_worker import CODES, DENSE, OURS, PANELS, PEER, Job, Row
-from benchmarks.process import ProcessError, call
+from benchmarks.command import words, writable
+from benchmarks.linear_worker import CODES, DENSE, OURS, PANELS, PEER, PEER_TRAINING, Job
+from benchmarks.side_by_side import Row, milliseconds, run
 from bnbx.registry import quant_types
 
 CORES = os.cpu_count() or 1
 DTYPES = ("float32", "bfloat16", "float16")
-LEGEND = "dense is torch.nn.functional.linear in the dtype of the input."
+LEGEND = (
+    "dense is torch.nn.functional.linear in the dtype of the input. bitsandbytes decodes its "
+    "weight in training mode; in evaluation mode it multiplies in bfloat16, whatever the input."
+)
 CROSSOVER = "codes: multiplied as they are read, for few rows; panels: decoded first, for many."
 ROWS, CROSSOVER_ROWS = "1,4,16,512", "1,2,4,8,12,16,32,64,128,512"
 
@@ -74,33 +73,12 @@ def main(
         for kind in words(dtype, DTYPES, "--dtype")
         for count in counts
     ]
-    console, about = Console(), machine.describe()
-    introduce(console, about)
-    found: list[dict[str, object]] = []
-    try:
-        with progress(console, len(jobs)) as advance:
-            for number, job in enumerate(jobs):
-                with tempfile.TemporaryDirectory(prefix="bnbx-benchmark-") as caches:
-                    settings = {"OMP_NUM_THREADS": str(job.threads), "BNBX_CACHE_DIR": caches}
-                    tell = part(advance, job.title(), number)
-                    made = call("benchmarks.linear_worker", "measure", job, settings, tell)
-                about_job = {"type": job.quant_type, "dtype": job.dtype, "threads": job.threads}
-                found += [{**about_job, "backward": backward, **row.data()} for row in made]
-                console.print(table(job, made))
-                if json is not None:
-                    json.write_text(jsons.dumps({"machine": about, "rows": found}, indent=1))
-    except ProcessError as error:
-        console.print(str(error), style="red", markup=False, highlight=False)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        console.print("Interrupted.")
-        raise typer.Exit(INTERRUPTED) from None
-    console.print(CROSSOVER if crossover else LEGEND, highlight=False, markup=False)
+    run(jobs, "benchmarks.linear_worker", table, json, [CROSSOVER if crossover else LEGEND])
 
 
 def table(job: Job, rows: list[Row]) -> Table:
     """The medians of a job, and how many times faster its reference is than each other."""
-    names = (CODES, PANELS) if job.crossover else (OURS, DENSE, PEER)
+    names = (CODES, PANELS) if job.crossover else (OURS, DENSE, PEER, PEER_TRAINING)
     made = Table(title=job.title())
     made.add_column("rows", justify="right")
     for name in names:
@@ -109,11 +87,11 @@ def table(job: Job, rows: list[Row]) -> Table:
         made.add_column(f"x faster than {name}", justify="right")
     for row in rows:
         medians = [row.median(name) for name in names]
-        faster = [row.faster(name) for name in names[1:]]
+        ratios = [row.ratio(name) for name in names[1:]]
         made.add_row(
-            str(row.rows),
-            *("-" if found is None else f"{found * 1e3:.2f}" for found in medians),
-            *("-" if found is None else f"{found:.2f}" for found in faster),
+            row.label,
+            *map(milliseconds, medians),
+            *("-" if found is None else f"{1 / found:.2f}" for found in ratios),
         )
     return made
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from statistics import median
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.process import Report
-from benchmarks.timing import Times, cost, periods, ratios, run_rounds
+from benchmarks.side_by_side import Call, Contenders, Row, measure_rows, title_of
 
 OURS, DENSE, PEER = "bnbx", "dense", "bitsandbytes"
+PEER_TRAINING = "bitsandbytes, training"
 CODES, PANELS = "codes", "panels"
 PEER_TYPES = ("nf4", "fp4")
-BACKWARD = "backward"
-Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -36,11 +34,9 @@ class Job:
 
     def title(self) -> str:
         """One line."""
-        word = "thread" if self.threads == 1 else "threads"
         what = ", gradient to the input" if self.backward else ""
-        return (
-            f"{self.quant_type}, {self.side} x {self.side}, {self.dtype}, "
-            f"{self.threads} {word}{what}"
+        return title_of(
+            f"{self.quant_type}, {self.side} x {self.side}{what}", self.dtype, self.threads
         )
 
     @property
@@ -49,57 +45,17 @@ class Job:
         return CODES if self.crossover else OURS
 
 
-@dataclass
-class Row:
-    """The seconds of a product, by contender and round."""
-
-    rows: int
-    reference: str
-    times: dict[str, Times] = field(default_factory=dict)
-
-    def median(self, name: str) -> float | None:
-        """Seconds; None for a contender that is not there."""
-        return median(self.times[name].values()) if name in self.times else None
-
-    def faster(self, other: str) -> float | None:
-        """How many times the reference is faster than another, the median over rounds."""
-        if other not in self.times:
-            return None
-        return 1 / median(ratios(self.times[self.reference], self.times[other]))
-
-    def data(self) -> dict[str, object]:
-        """Everything, as plain data."""
-        medians = {name: self.median(name) for name in self.times}
-        every = {name: [*times.values()] for name, times in self.times.items()}
-        return {"rows": self.rows, "median_s": medians, "times_s": every}
-
-
 def measure(job: Job, report: Report) -> list[Row]:
     """Time all numbers of rows of the job."""
-    from bnbx.errors import BnbxWarning
-
-    torch.set_num_threads(job.threads)
-    torch.manual_seed(0)
-    warnings.simplefilter("error", BnbxWarning)
     weight = torch.randn(job.side, job.side) * 0.02
     make = _both_ways if job.crossover else _backward if job.backward else _layers
-    found = []
-    for number, rows in enumerate(job.rows):
-        x = torch.randn(rows, job.side).to(getattr(torch, job.dtype))
-        with torch.no_grad():
-            calls = make(job.quant_type, weight, x)
-            for function in calls.values():
-                function()
-            costs = {name: cost(function) for name, function in calls.items()}
-            rounds = periods(costs, 0.0, job.reference)
-            share = number / len(job.rows)
 
-            def tell(fraction: float, share: float = share, rows: int = rows) -> None:
-                report(f"{rows} rows", share + fraction / len(job.rows))
+    def contenders(rows: str) -> Contenders:
+        x = torch.randn(int(rows), job.side).to(getattr(torch, job.dtype))
+        return make(job.quant_type, weight, x)
 
-            times = run_rounds(calls, rounds, lambda: None, job.seconds, tell)
-        found.append(Row(rows, job.reference, times))
-    return found
+    labels = [str(rows) for rows in job.rows]
+    return measure_rows(labels, contenders, job.reference, job.threads, job.seconds, report)
 
 
 def _layers(quant_type: str, weight: Tensor, x: Tensor) -> Mapping[str, Call]:
@@ -122,7 +78,9 @@ def _layers(quant_type: str, weight: Tensor, x: Tensor) -> Mapping[str, Call]:
             inner, out, bias=False, compute_dtype=x.dtype, quant_type=quant_type
         )
         theirs = _filled(layer, weight)
+        training = copy.deepcopy(theirs).train()
         found[PEER] = lambda: theirs(x)
+        found[PEER_TRAINING] = lambda: training(x)
     return found
 
 

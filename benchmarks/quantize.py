@@ -6,23 +6,19 @@ timing is done, and why so.
 
 from __future__ import annotations
 
-import json as jsons
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import machine
-from benchmarks.coding_worker import OPERATIONS, Job, Row
-from benchmarks.command import INTERRUPTED, introduce, part, progress, words, writable
-from benchmarks.process import ProcessError, call
+from benchmarks.coding_worker import COPY, OPERATIONS, OURS, PEER, Job
+from benchmarks.command import words, writable
+from benchmarks.side_by_side import Row, milliseconds, run
 
 CORES = os.cpu_count() or 1
 DTYPES = ("float32", "bfloat16")
@@ -65,51 +61,26 @@ def main(
         for kind in words(dtype, DTYPES, "--dtype")
         for count in counts
     ]
-    console, about = Console(), machine.describe()
-    introduce(console, about)
-    found: list[dict[str, object]] = []
-    try:
-        with progress(console, len(jobs)) as advance:
-            for number, job in enumerate(jobs):
-                with tempfile.TemporaryDirectory(prefix="bnbx-benchmark-") as caches:
-                    settings = {"OMP_NUM_THREADS": str(job.threads), "BNBX_CACHE_DIR": caches}
-                    tell = part(advance, job.title(), number)
-                    rows = call("benchmarks.coding_worker", "measure", job, settings, tell)
-                found += [
-                    {"dtype": job.dtype, "threads": job.threads, **row.data()} for row in rows
-                ]
-                console.print(table(job, rows))
-                if json is not None:
-                    json.write_text(jsons.dumps({"machine": about, "rows": found}, indent=1))
-    except ProcessError as error:
-        console.print(str(error), style="red", markup=False, highlight=False)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        console.print("Interrupted.")
-        raise typer.Exit(INTERRUPTED) from None
-    for line in LEGEND:
-        console.print(line, highlight=False, markup=False)
+    run(jobs, "benchmarks.coding_worker", table, json, LEGEND)
 
 
 def table(job: Job, rows: list[Row]) -> Table:
     """The medians of a job."""
     made = Table(title=job.title())
     made.add_column("operation")
-    for name in ("bnbx ms", "bitsandbytes ms", "copy ms", "x faster", "x copy"):
+    for name in (OURS, PEER, COPY):
+        made.add_column(f"{name} ms", justify="right")
+    for name in ("x faster", "x copy"):
         made.add_column(name, justify="right")
     for row in rows:
-        peer, copy = row.ratio("bitsandbytes"), row.ratio("copy")
+        peer, copy = row.ratio(PEER), row.ratio(COPY)
         made.add_row(
-            row.operation,
-            *(_ms(row.median(name)) for name in ("bnbx", "bitsandbytes", "copy")),
+            row.label,
+            *(milliseconds(row.median(name)) for name in (OURS, PEER, COPY)),
             f"{1 / peer:.1f}" if peer else "-",
             f"{copy:.2f}" if copy else "-",
         )
     return made
-
-
-def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1e3:.2f}"
 
 
 if __name__ == "__main__":

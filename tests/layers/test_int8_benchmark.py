@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 
 from benchmarks import linear_int8
-from benchmarks.linear_int8 import Job, Row
+from benchmarks.linear_int8 import Job
+from benchmarks.side_by_side import Row
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,7 @@ def test_every_contender_is_timed(dtype: str, tmp_path_factory: pytest.TempPathF
         rows = linear_int8.measure(job, lambda what, fraction: told.append(fraction))
     expected = {"bnbx", "dense float32", "int_mm", "bitsandbytes", "bitsandbytes, training"}
     for count, row in zip(job.rows, rows, strict=True):
-        assert row.rows == count
+        assert row.label == str(count)
         assert set(row.times) == expected | ({"dense"} if dtype != "float32" else set())
         assert all(len(times) >= 3 for times in row.times.values())
     assert told[-1] == 1.0
@@ -50,7 +51,7 @@ def test_contenders_compute_the_same_product() -> None:
 
 
 def test_table_gives_medians_and_ratios() -> None:
-    row = Row(1, {"bnbx": {0: 0.001, 1: 0.002}, "slow": {0: 0.004, 1: 0.004}})
+    row = Row("1", "bnbx", {"bnbx": {0: 0.001, 1: 0.002}, "slow": {0: 0.004, 1: 0.004}})
     console = Console(width=100, record=True)
     console.print(linear_int8.table(Job("float32", 2, (1,), 64, 1.0), [row]))
     text = console.export_text()
