@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from benchmarks import quantize
 from benchmarks.coding_worker import OPERATIONS
+from benchmarks.coding_worker import Job as CodingJob
 from benchmarks.linear import app, table
 from benchmarks.linear_worker import Job, measure
 from benchmarks.side_by_side import Row
@@ -89,7 +90,7 @@ def test_quantizing_is_timed_beside_bitsandbytes_and_a_copy(tmp_path: Path) -> N
 
 def test_a_table_of_quantizing_says_how_many_times_faster() -> None:
     times: dict[str, Times] = {"bnbx": {0: 0.001}, "bitsandbytes": {0: 0.02}, "copy": {0: 0.004}}
-    job = quantize.Job("float32", 1, ("dequantize_4bit",), 64, 1.0)
+    job = CodingJob("float32", 1, ("dequantize_4bit",), 64, 1.0)
     console = Console(width=120)
     with console.capture() as captured:
         console.print(quantize.table(job, [Row("dequantize_4bit", "bnbx", times)]))
