@@ -1,0 +1,197 @@
+"""The int8 layer: quantization on moves, copies, errors, and what libraries do with it."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bnbx.errors import OptionError, QuantizedDataError, UnsupportedTensorError
+from bnbx.kernels import int8
+from bnbx.layers.int8 import Linear8bitLt
+from bnbx.layers.int8_matmul import MatmulLtState, matmul
+from bnbx.layers.int8_params import Int8Params
+from compiled import shared_cache
+from int8_layers import error, layer, numbers
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with shared_cache(tmp_path_factory):
+        yield
+
+
+# ---- moving and copying
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_moving_quantizes_the_numbers_as_they_are(dtype: torch.dtype) -> None:
+    made = Linear8bitLt(96, 40, has_fp16_weights=False).to(dtype)
+    assert made.weight.dtype == dtype
+    codes, absmax, _ = int8.quantize_rows(made.weight)
+    parameter = made.weight
+    for move in ("cpu", torch.device("cpu"), torch.empty(0, dtype=dtype)):
+        moved = copy.deepcopy(made).to(move)
+        assert torch.equal(moved.weight, codes)
+        assert torch.equal(moved.weight.SCB, absmax)
+        assert moved.weight.SCB.dtype == torch.float32
+    made.cpu()
+    assert torch.equal(made.weight, codes)
+    assert made.weight is parameter  # so that all who share it share the codes
+
+
+def test_codes_stay_as_they_are() -> None:
+    made = layer()
+    codes, absmax = made.weight.detach().clone(), made.weight.SCB.clone()
+    for change in (made.half, made.bfloat16, made.double, made.float, made.cpu):
+        change()
+        assert torch.equal(made.weight, codes)
+        assert torch.equal(made.weight.SCB, absmax)
+        assert made.weight.CB.data_ptr() == made.weight.data_ptr()
+        assert made.state.SCB is made.weight.SCB
+    assert torch.equal(made.weight.to(torch.bfloat16), codes)
+    assert not made.weight.requires_grad
+
+
+def test_tied_weights_stay_tied() -> None:
+    first: Any
+    second: Any
+    first, second = (Linear8bitLt(96, 40, has_fp16_weights=False) for _ in range(2))
+    second.weight = first.weight
+    nn.Sequential(first, second).to("cpu")
+    assert first.weight is second.weight
+    assert first.weight.dtype == torch.int8
+    assert second.state.SCB is first.weight.SCB
+
+
+def test_meta_device() -> None:
+    made: Any = Linear8bitLt(96, 40, has_fp16_weights=False, threshold=6.0, device="meta")
+    assert made(torch.empty(3, 96, device="meta")).shape == (3, 40)
+    made.load_state_dict(layer().state_dict(), assign=True)
+    x = numbers(3, 96)
+    assert torch.equal(made(x), layer()(x))
+    ghost = layer().to("meta")
+    assert ghost.weight.dtype == torch.int8
+    assert ghost.weight.SCB.is_meta
+    assert ghost(torch.empty(3, 96, device="meta")).shape == (3, 40)
+    empty = ghost.to_empty(device="cpu")
+    assert isinstance(empty.weight, Int8Params)
+    empty.load_state_dict(layer().state_dict())
+    assert torch.equal(empty(x), layer()(x))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_copies(frozen: bool) -> None:
+    made, x = layer(frozen=frozen), numbers(3, 96)
+    expected = made(x)
+    buffer = io.BytesIO()
+    torch.save(made, buffer)
+    buffer.seek(0)
+    others: list[Any] = [copy.deepcopy(made), torch.load(buffer, weights_only=False)]
+    for other in others:
+        assert type(other.weight).__name__ == "Int8Params"
+        assert other.weight.requires_grad is not frozen
+        assert other.weight.__dict__.keys() == made.weight.__dict__.keys()
+        assert other.weight.data_ptr() != made.weight.data_ptr()
+        assert torch.equal(other(x), expected)
+        if frozen:
+            assert other.weight.CB.data_ptr() == other.weight.data_ptr()
+            assert other.weight.SCB.data_ptr() != made.weight.SCB.data_ptr()
+    shared = copy.copy(made.weight)
+    assert shared.data_ptr() == made.weight.data_ptr()
+
+
+# ---- what libraries do
+
+
+def test_parameter_is_rebuilt_from_its_attributes() -> None:
+    """As peft does when it merges, and accelerate when it loads."""
+    made, x = layer(), numbers(3, 96)
+    assert set(made.weight.__dict__) == {"CB", "SCB", "has_fp16_weights"}
+    dense = made.dequantized_weight()
+    made.weight = Int8Params(
+        (dense * 2).to("cpu"), requires_grad=False, has_fp16_weights=made.weight.has_fp16_weights
+    ).to(dense.device)
+    made.state.reset_grads()
+    expected = nn.functional.linear(x, 2 * dense, made.bias)
+    assert error(made(x), expected) < 0.01
+    codes, absmax = made.weight.detach().clone(), made.weight.SCB.clone()
+    old = made.weight
+    new = Int8Params(codes, requires_grad=old.requires_grad, **old.__dict__).to("cpu")
+    assert new.CB.data_ptr() == new.data_ptr()
+    made._parameters["weight"] = new
+    made.weight.SCB = absmax
+    made.state.SCB = made.state.CxB = None
+    assert error(made(x), expected) < 0.01
+    made.weight.SCB.div_(2)  # as RWKV does
+    y = made(x)
+    torch.testing.assert_close(y - made.bias, (expected - made.bias) / 2, rtol=0.1, atol=0.1)
+
+
+def test_unknown_settings_are_kept() -> None:
+    made = Int8Params(torch.ones(2, 3), requires_grad=False, marked=True)
+    assert made.marked is True  # type: ignore[attr-defined]
+    assert made.to("cpu").marked is True
+
+
+def test_states_compare() -> None:
+    a, b = MatmulLtState(), MatmulLtState()
+    assert a == b
+    for name in ("CB", "SCB", "CxB", "idx"):
+        setattr(a, name, torch.ones(3))
+        assert a != b
+        setattr(b, name, torch.ones(3))
+        assert a == b
+    a.threshold = 6.0
+    assert a != b
+    a.reset_grads()
+    assert (a.CB, a.SCB, a.CxB) == (None, None, None)
+    assert a != 1
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(a)
+
+
+def test_class_names_and_signature() -> None:
+    """Libraries compare the names as strings, and pass arguments by place."""
+    assert Linear8bitLt.__name__ == "Linear8bitLt"
+    assert Int8Params.__name__ == "Int8Params"
+    made = Linear8bitLt(8, 4, False, False, 6.0, [1], "cpu")
+    assert made.bias is None
+    assert made.state.has_fp16_weights is False
+    assert made.state.threshold == 6.0
+    assert made.index == [1]
+    assert made(torch.ones(2, 8)).shape == (2, 4)
+    assert "threshold=6.0, weight in floats" in repr(made)
+    assert "weight in codes" in repr(made.to("cpu"))
+
+
+# ---- errors
+
+
+def test_errors_name_what_is_wrong() -> None:
+    made = layer()
+    with pytest.raises(OptionError, match=r"threshold is -1; expected a magnitude"):
+        Linear8bitLt(8, 4, threshold=-1)
+    with pytest.raises(UnsupportedTensorError, match=r"\(2, 95\); expected \(\.\.\., 96\)"):
+        made(torch.ones(2, 95))
+    with pytest.raises(UnsupportedTensorError, match=r"x is torch\.int64"):
+        made(torch.ones(2, 96, dtype=torch.int64))
+    with pytest.raises(UnsupportedTensorError, match="come without the absmax"):
+        matmul(torch.ones(2, 96), made.weight.detach())
+    with pytest.raises(OptionError, match="gradients do not flow through `out`"):
+        matmul(numbers(2, 96).requires_grad_(), made.weight, torch.empty(2, 40))
+    with (
+        pytest.raises(UnsupportedTensorError, match=r"out is .*expected torch\.float32 of shape"),
+        torch.no_grad(),
+    ):
+        matmul(numbers(2, 96), made.weight, torch.empty(2, 41))
+    made.weight.SCB = made.state.SCB = None
+    with pytest.raises(QuantizedDataError, match=r"has no absmax: set weight\.SCB"):
+        made.dequantized_weight()
