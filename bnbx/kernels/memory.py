@@ -19,11 +19,17 @@ def check_memory(tensors: Iterable[Any]) -> None:
         if isinstance(tensor, (list, tuple)):
             check_memory(tensor)
         elif isinstance(tensor, Tensor) and tensor.numel():
-            steps = zip(tensor.shape, tensor.stride(), strict=True)
-            last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps)
             held = tensor.untyped_storage().nbytes()
-            if (last + 1) * tensor.element_size() > held:
+            if (tensor.storage_offset() + _reach(tensor)) * tensor.itemsize > held:
                 raise InputError(
                     f"a tensor of shape {tuple(tensor.shape)}, {tensor.dtype}, has a storage of "
                     f"{held} bytes: it was freed or made smaller"
                 )
+
+
+def _reach(tensor: Tensor) -> int:
+    """How many elements a tensor's own reach over in memory."""
+    if tensor.is_contiguous():
+        return tensor.numel()
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in steps)
