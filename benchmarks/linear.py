@@ -24,6 +24,7 @@ from bnbx.registry import quant_types
 CORES = os.cpu_count() or 1
 DTYPES = ("float32", "bfloat16", "float16")
 LEGEND = (
+    "In parentheses: how many times faster bnbx is. "
     "dense is torch.nn.functional.linear in the dtype of the input. bitsandbytes decodes its "
     "weight in training mode; in evaluation mode it multiplies in bfloat16, whatever the input."
 )
@@ -77,23 +78,21 @@ def main(
 
 
 def table(job: Job, rows: list[Row]) -> Table:
-    """The medians of a job, and how many times faster its reference is than each other."""
+    """The medians of a job, and how many times the reference is faster than each other."""
     names = (CODES, PANELS) if job.crossover else (OURS, DENSE, PEER, PEER_TRAINING)
-    made = Table(title=job.title())
+    made = Table(title=f"{job.title()}; milliseconds")
     made.add_column("rows", justify="right")
     for name in names:
-        made.add_column(f"{name} ms", justify="right")
-    for name in names[1:]:
-        made.add_column(f"x faster than {name}", justify="right")
+        made.add_column(name, justify="right")
     for row in rows:
-        medians = [row.median(name) for name in names]
-        ratios = [row.ratio(name) for name in names[1:]]
-        made.add_row(
-            row.label,
-            *map(milliseconds, medians),
-            *("-" if found is None else f"{1 / found:.2f}" for found in ratios),
-        )
+        made.add_row(row.label, *(_cell(row, name) for name in names))
     return made
+
+
+def _cell(row: Row, name: str) -> str:
+    ratio = row.ratio(name)
+    more = "" if name == row.reference or ratio is None else f" ({1 / ratio:.2f} x)"
+    return milliseconds(row.median(name)) + more
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from benchmarks.process import Report
 from benchmarks.side_by_side import Call, Contenders, Row, measure_rows, title_of
 
 OURS, DENSE, PEER = "bnbx", "dense", "bitsandbytes"
-PEER_TRAINING = "bitsandbytes, training"
+PEER_TRAINING = "its training mode"
 CODES, PANELS = "codes", "panels"
 PEER_TYPES = ("nf4", "fp4")
 

@@ -44,7 +44,7 @@ def test_table_says_how_many_times_faster() -> None:
         console.print(table(job(), [row]))
     line = next(line for line in captured.get().splitlines() if "1.50" in line)
     assert [cell.strip() for cell in line.strip("│ ").split("│")] == [
-        *("1", "1.50", "6.00", "-", "-", "4.00", "-", "-")
+        *("1", "1.50", "6.00 (4.00 x)", "-", "-")
     ]
 
 
