@@ -13,7 +13,7 @@ from bnbx.errors import QuantizedDataError, UnsupportedTensorError
 from bnbx.kernels import coding_cpu, coding_cuda, coding_reference, targets
 from bnbx.kernels.coding_source import CodingPlan
 from bnbx.kernels.encoding import Encoding, check_parts
-from bnbx.kernels.memory import check_memory
+from bnbx.kernels.memory import check_memory, in_large_pages
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -120,6 +120,7 @@ def decode(
         )
     if out is None:
         out = torch.empty(tuple(shape), dtype=dtype, device=parts[0].device)
+        out = in_large_pages(out) if out.device.type == "cpu" else out
     _decode(encoding, parts, shape, out, 0)
     return out
 

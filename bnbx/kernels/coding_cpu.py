@@ -16,6 +16,7 @@ from bnbx.kernels.coding_source import CodingPlan, render_coding
 from bnbx.kernels.cpu import aligned
 from bnbx.kernels.encoding import Encoding
 from bnbx.kernels.library import RUN, address, compiled
+from bnbx.kernels.memory import in_large_pages
 
 TEMPLATE = "coding.cpp.j2"
 U8 = npt.NDArray[np.uint8]
@@ -103,7 +104,7 @@ def encode(
 ) -> list[Tensor]:
     """The parts of `x`, whose scales are not quantized yet; see `bnbx.kernels.coding.encode`."""
     assert encoding.second is None
-    parts = encoding.empty(x.shape, x.device)
+    parts = [*map(in_large_pages, encoding.empty(x.shape, x.device))]
     x = x.contiguous()
     plan = CodingPlan(encoding, NUMBERS[x.dtype], rand is not None or seed is not None)
     job = _job(encoding, parts, x.shape)

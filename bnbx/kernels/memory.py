@@ -1,13 +1,49 @@
-"""Tensors that have lost their memory: an error here, where a kernel would end the process."""
+"""Memory of tensors: an error where it is lost, large pages where it is new."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import ctypes
+import mmap
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
 
 from bnbx.errors import InputError
+
+# First touches of a page cost more than what is written to it: 16.8 M numbers to new memory take
+# 27 ms to dequantize with pages of 4 KiB, 5.4 ms with those of 2 MiB (Zen 5, one thread).
+LARGE_PAGE = 2 << 20
+
+
+def in_large_pages(tensor: Tensor) -> Tensor:
+    """The tensor, which has just been made on the CPU; where it is large, in large pages.
+
+    Only a wish: Linux grants it if /sys/kernel/mm/transparent_hugepage/enabled says so.
+    """
+    advise = _advise()
+    if advise is not None and tensor.nbytes >= 2 * LARGE_PAGE:
+        first = -(-tensor.data_ptr() // LARGE_PAGE) * LARGE_PAGE
+        last = (tensor.data_ptr() + tensor.nbytes) // LARGE_PAGE * LARGE_PAGE
+        if last > first:
+            advise(first, last - first, mmap.MADV_HUGEPAGE)  # type: ignore[attr-defined, unused-ignore]
+    return tensor
+
+
+@lru_cache(maxsize=1)
+def _advise() -> Callable[[int, int, int], int] | None:
+    """The system's madvise; None where there is no such thing."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    try:
+        found = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return None
+    found.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    found.restype = ctypes.c_int
+    advise: Callable[[int, int, int], int] = found
+    return advise
 
 
 def check_memory(tensors: Iterable[Any]) -> None:
