@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from importlib import import_module
 from time import perf_counter
 from typing import Any
 
@@ -25,8 +26,10 @@ def kernel_times(dtype: str, _report: Report) -> dict[str, float]:
     types = {state: quant_types().get(name) for state, name in resolved.state_types.items()}
     plan = make_plan(spec, resolved.switches, dtype, dtype, types)
     times = dict.fromkeys(KERNEL_PARTS.values(), 0.0)
-    for function, part in KERNEL_PARTS.items():
-        setattr(cpu, function, _counted(getattr(cpu, function), part, times))
+    for path, part in KERNEL_PARTS.items():
+        module_name, function = path.split(".")
+        module = import_module(f"bnbx.kernels.{module_name}")
+        setattr(module, function, _counted(getattr(module, function), part, times))
     began = perf_counter()
     cpu.kernel(plan)
     times[KERNEL_TOTAL] = perf_counter() - began

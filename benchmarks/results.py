@@ -8,11 +8,12 @@ from statistics import median, quantiles
 from benchmarks.timing import Times, ratios
 
 KERNEL_PARTS = {
-    "render": "derive the tables, render the source",
-    "find_compiler": "find the compiler",
-    "load_or_build": "compile, or find in the cache; load",
+    "cpu.render": "derive the tables, render the source",
+    "library.find_compiler": "find the compiler",
+    "library.load_or_build": "compile, or find in the cache; load",
 }
-"""The functions that `bnbx.kernels.cpu` calls to make a kernel, and what they do."""
+"""The functions by which a kernel is made, as its modules in `bnbx.kernels` call them, and what
+they do."""
 KERNEL_TOTAL = "in all"
 
 
