@@ -23,7 +23,7 @@ MAX_ENTRIES = 8192
 F32 = npt.NDArray[np.float32]
 U32 = npt.NDArray[np.uint32]
 ONE_BITS = 0x3F800000
-# Constants of find_ranks_in_segments in templates/cpu_codebook.h.
+# Constants of find_places in templates/cpu_codebook.h.
 FRACTION = 13
 NEAR_TIE = (1 << FRACTION) - 4
 BIAS = 1536.5 + 2 / (1 << FRACTION)

@@ -163,60 +163,6 @@ static inline void encode_block_plain(const float* x, float inverse, const Table
   for (int i = 0; i < Type::BLOCK; ++i) codes[i] = (u8)(Type::ORDERED ? rank[i] : tables->order[rank[i]]);
 }
 
-// Codes in bytes of their own to codes packed without gaps, the first in the highest bits, and back:
-// as many at a time as fill whole bytes.
-template <class Type>
-struct Group {
-  static constexpr int CODES = 8 % Type::BITS ? 8 : 8 / Type::BITS, BYTES = CODES * Type::BITS / 8;
-};
-
-template <class Type>
-static inline void unpack_group(const u8* packed, u8* codes) {
-  unsigned long long word = 0;
-  for (int i = 0; i < Group<Type>::BYTES; ++i) word = word << 8 | packed[i];
-  for (int i = 0; i < Group<Type>::CODES; ++i)
-    codes[i] = (u8)((word >> (Type::BITS * (Group<Type>::CODES - 1 - i))) & ((1 << Type::BITS) - 1));
-}
-
-template <class Type>
-static inline void pack_group(const u8* codes, u8* packed) {
-  unsigned long long word = 0;
-  for (int i = 0; i < Group<Type>::CODES; ++i) word = word << Type::BITS | codes[i];
-  for (int i = 0; i < Group<Type>::BYTES; ++i) packed[i] = (u8)(word >> (8 * (Group<Type>::BYTES - 1 - i)));
-}
-
-template <class Type>
-static inline void unpack_codes(const u8* packed, int count, u8* codes) {
-  if (Type::BITS == 8) {
-    __builtin_memcpy(codes, packed, count);
-    return;
-  }
-  const int whole = count / Group<Type>::CODES, rest = count % Group<Type>::CODES;
-  for (int i = 0; i < whole; ++i) unpack_group<Type>(packed + i * Group<Type>::BYTES, codes + i * Group<Type>::CODES);
-  if (rest) {  // its bytes may be fewer than those of a group
-    u8 bytes[Group<Type>::BYTES] = {}, last[Group<Type>::CODES];
-    __builtin_memcpy(bytes, packed + whole * Group<Type>::BYTES, (rest * Type::BITS + 7) / 8);
-    unpack_group<Type>(bytes, last);
-    __builtin_memcpy(codes + whole * Group<Type>::CODES, last, rest);
-  }
-}
-
-template <class Type>
-static inline void pack_codes(const u8* codes, int count, u8* packed) {
-  if (Type::BITS == 8) {
-    __builtin_memcpy(packed, codes, count);
-    return;
-  }
-  const int whole = count / Group<Type>::CODES, rest = count % Group<Type>::CODES;
-  for (int i = 0; i < whole; ++i) pack_group<Type>(codes + i * Group<Type>::CODES, packed + i * Group<Type>::BYTES);
-  if (rest) {
-    u8 bytes[Group<Type>::BYTES], last[Group<Type>::CODES] = {};
-    __builtin_memcpy(last, codes + whole * Group<Type>::CODES, rest);
-    pack_group<Type>(last, bytes);
-    __builtin_memcpy(packed + whole * Group<Type>::BYTES, bytes, (rest * Type::BITS + 7) / 8);
-  }
-}
-
 static inline i32 larger_magnitude(i32 largest, float x) {
   const i32 magnitude = (i32)(bits_of(x) & 0x7fffffffu);
   return magnitude > largest ? magnitude : largest;
@@ -233,7 +179,7 @@ enum { FRACTION = 13, NEAR_TIE = (1 << FRACTION) - 4 };
 static const float BIAS = 1536.5f + 2.0f / (1 << FRACTION);
 static const float SMALLEST_BINADE = 1.0f / (1 << 30) / 2.0f;
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VBMI__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VBMI__)
 #include <immintrin.h>
 
 // Byte permutes look up 64 codes in a 256-entry table at once, one table for each byte of a float.
@@ -324,15 +270,12 @@ static inline __m512i find_ranks(__m512 x, const Tables* tables) {
   return _mm512_srli_epi32(_mm512_add_epi32(found, low), Type::SHIFT);
 }
 
+// The places of 16 values, whose ranks are the 8 bits above FRACTION. `sure` loses those next to a tie.
 template <class Type>
-static __attribute__((noinline)) __m512i find_ranks_near_tie(__m512 x, const Tables* tables) {
-  return find_ranks<Type>(x, tables);
-}
-
-template <class Type>
-static inline __m512i find_ranks_in_segments(__m512 x, const Tables* tables) {
-  const __m512 magnitude = Type::SIGNED ? _mm512_abs_ps(x) : x;
-  const __m512 a = _mm512_max_ps(magnitude, _mm512_set1_ps(SMALLEST_BINADE));
+static inline __m512i find_places(__m512 x, const Tables* tables, __mmask16* sure) {
+  const __m512 smallest = _mm512_set1_ps(SMALLEST_BINADE);
+  const __m512 a = Type::SIGNED ? _mm512_range_ps(x, smallest, 0b1011)  // the larger magnitude of both
+                                : _mm512_max_ps(x, smallest);
   const __m512i binade = _mm512_srli_epi32(_mm512_castps_si512(a), 24);  // a permute reads 4 bits
   const __m512 cut = _mm512_permutexvar_ps(binade, _mm512_loadu_ps(tables->cut));
   __m512i run = _mm512_permutexvar_epi32(binade, _mm512_loadu_si512(tables->index));
@@ -345,24 +288,58 @@ static inline __m512i find_ranks_in_segments(__m512 x, const Tables* tables) {
     const __m512 sign = _mm512_and_ps(x, _mm512_set1_ps(-0.0f));
     place = _mm512_add_ps(_mm512_xor_ps(place, sign), _mm512_set1_ps(BIAS + Type::ZERO_CODE));
     place = _mm512_max_ps(place, _mm512_set1_ps(BIAS));
+    *sure = _mm512_mask_cmp_ps_mask(*sure, a, cut, _CMP_NEQ_UQ);  // there, ties go away from zero
   }
   const __m512i bits = _mm512_castps_si512(place);
-  __mmask16 unsure = _mm512_testn_epi32_mask(bits, _mm512_set1_epi32(NEAR_TIE));
-  if (Type::SIGNED) unsure |= _mm512_cmp_ps_mask(a, cut, _CMP_EQ_OQ);  // there, ties go away from zero
-  if (__builtin_expect(unsure != 0, 0)) return find_ranks_near_tie<Type>(x, tables);
-  return _mm512_srli_epi32(bits, FRACTION);  // the lowest byte of it is the rank
+  *sure = _mm512_mask_test_epi32_mask(*sure, bits, _mm512_set1_epi32(NEAR_TIE));
+  return bits;
+}
+
+// Where the code of value 16 j + 2 q + i is found, which the ranks of 64 places leave in byte 8 q + 2 j + i.
+alignas(64) static const u8 in_order[64] = {
+    0, 1, 8, 9, 16, 17, 24, 25, 32, 33, 40, 41, 48, 49, 56, 57,
+    2, 3, 10, 11, 18, 19, 26, 27, 34, 35, 42, 43, 50, 51, 58, 59,
+    4, 5, 12, 13, 20, 21, 28, 29, 36, 37, 44, 45, 52, 53, 60, 61,
+    6, 7, 14, 15, 22, 23, 30, 31, 38, 39, 46, 47, 54, 55, 62, 63};
+
+template <class Type>
+static inline void encode_by_entries(const float* x, float inverse, const Tables* tables, int count, u8* codes) {
+  const __m512 scale = _mm512_set1_ps(inverse);
+  for (int i = 0; i < count; i += 16) {
+    const __m512i rank = find_ranks<Type>(_mm512_mul_ps(_mm512_loadu_ps(x + i), scale), tables);
+    _mm_storeu_si128((__m128i*)(codes + i), _mm512_cvtepi32_epi8(rank));
+  }
+}
+
+template <class Type>
+static __attribute__((noinline)) void encode_near_tie(const float* x, float inverse, const Tables* tables, int count, u8* codes) {
+  encode_by_entries<Type>(x, inverse, tables, count, codes);
+}
+
+template <class Type>
+static inline void encode_in_segments(const float* x, float inverse, const Tables* tables, u8* codes) {
+  const int GROUP = Type::BLOCK < 64 ? Type::BLOCK : 64;
+  const __m512 scale = _mm512_set1_ps(inverse);
+  const __m512i order = _mm512_load_si512(in_order);
+  const __m512i shifts = _mm512_set1_epi16(FRACTION | (FRACTION + 32) << 8);  // of two places in 64 bits
+  for (int i = 0; i < Type::BLOCK; i += GROUP) {
+    __mmask16 sure = 0xffff;
+    __m512i ranks = _mm512_setzero_si512();
+    for (int j = 0; j < GROUP / 16; ++j) {
+      const __m512i places = find_places<Type>(_mm512_mul_ps(_mm512_loadu_ps(x + i + 16 * j), scale), tables, &sure);
+      ranks = _mm512_mask_multishift_epi64_epi8(ranks, 0x0303030303030303ull << (2 * j), shifts, places);
+    }
+    _mm512_mask_storeu_epi8(codes + i, ~0ull >> (64 - GROUP), _mm512_permutexvar_epi8(order, ranks));
+    if (__builtin_expect(sure != 0xffff, 0)) encode_near_tie<Type>(x + i, inverse, tables, GROUP, codes + i);
+  }
 }
 
 template <class Type>
 static inline void encode_block(const float* x, float inverse, const Tables* tables, u8* codes) {
-  if (Type::BITS <= 4) return encode_narrow_block<Type>(x, inverse, tables, codes);
-  if (Type::SHIFT == 0 || !Type::ORDERED) return encode_block_plain<Type>(x, inverse, tables, codes);
-  const __m512 scale = _mm512_set1_ps(inverse);
-  for (int i = 0; i < Type::BLOCK; i += 16) {
-    const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + i), scale);
-    const __m512i rank = Type::SEGMENTS ? find_ranks_in_segments<Type>(scaled, tables) : find_ranks<Type>(scaled, tables);
-    _mm_storeu_si128((__m128i*)(codes + i), _mm512_cvtepi32_epi8(rank));
-  }
+  if (Type::BITS <= 4) encode_narrow_block<Type>(x, inverse, tables, codes);
+  else if (Type::SHIFT == 0 || !Type::ORDERED) encode_block_plain<Type>(x, inverse, tables, codes);
+  else if (Type::SEGMENTS) encode_in_segments<Type>(x, inverse, tables, codes);
+  else encode_by_entries<Type>(x, inverse, tables, Type::BLOCK, codes);
 }
 
 #elif defined(__AVX2__) && defined(__FMA__)
@@ -375,7 +352,7 @@ static inline __m256 look_up(const float* table, __m256i index) {
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 }
 
-// As the function of this name above, for 8 values.
+// As `find_places` above, for 8 values; then their ranks.
 template <class Type>
 static inline void find_ranks_in_segments(const float* values, float inverse, const Tables* tables, u32* ranks) {
   const __m256 x = _mm256_mul_ps(_mm256_loadu_ps(values), _mm256_set1_ps(inverse));
@@ -427,6 +404,124 @@ static inline void encode_block(const float* x, float inverse, const Tables* tab
 }
 
 #endif
+
+// Codes in bytes of their own to codes packed without gaps, the first in the highest bits, and back.
+
+// As many at a time as fill whole bytes.
+template <int BITS>
+struct Group {
+  static constexpr int CODES = 8 % BITS ? 8 : 8 / BITS, BYTES = CODES * BITS / 8;
+};
+
+template <int BITS>
+static inline void unpack_group(const u8* packed, u8* codes) {
+  unsigned long long word = 0;
+  for (int i = 0; i < Group<BITS>::BYTES; ++i) word = word << 8 | packed[i];
+  for (int i = 0; i < Group<BITS>::CODES; ++i)
+    codes[i] = (u8)((word >> (BITS * (Group<BITS>::CODES - 1 - i))) & ((1 << BITS) - 1));
+}
+
+template <int BITS>
+static inline void pack_group(const u8* codes, u8* packed) {
+  unsigned long long word = 0;
+  for (int i = 0; i < Group<BITS>::CODES; ++i) word = word << BITS | codes[i];
+  for (int i = 0; i < Group<BITS>::BYTES; ++i) packed[i] = (u8)(word >> (8 * (Group<BITS>::BYTES - 1 - i)));
+}
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VBMI__)
+#include <immintrin.h>
+
+// 64 codes. Eight of them are BITS bytes: a permute brings these into a word of 64 bits, the first one on
+// top, from which a multishift takes 8 bits at 8 places.
+template <int BITS>
+static inline __m512i unpack64(const u8* packed) {
+  const __m512i bytes = _mm512_maskz_loadu_epi8(~0ull >> (64 - 8 * BITS), packed);
+  if (BITS == 8) return bytes;
+  alignas(64) u8 source[64], shift[64];
+  for (int i = 0; i < 64; ++i) {
+    source[i] = (u8)(i / 8 * BITS + (i % 8 < BITS ? BITS - 1 - i % 8 : 0));
+    shift[i] = (u8)(BITS * (7 - i % 8));
+  }
+  const __m512i words = _mm512_permutexvar_epi8(_mm512_load_si512(source), bytes);
+  const __m512i shifted = _mm512_multishift_epi64_epi8(_mm512_load_si512(shift), words);
+  return _mm512_and_si512(shifted, _mm512_set1_epi8((1 << BITS) - 1));
+}
+
+// Neighbors are joined, to 2, 4 and then 8 codes; what stands above the latter's BITS bytes is left out.
+template <int BITS>
+static inline void pack64(__m512i codes, u8* packed) {
+  alignas(64) u8 source[64];
+  for (int i = 0; i < 64; ++i) source[i] = (u8)(i / BITS * 8 + BITS - 1 - i % BITS);
+  const __m512i two = _mm512_maddubs_epi16(_mm512_set1_epi16(1 << 8 | 1 << BITS), codes);
+  const __m512i four = _mm512_madd_epi16(two, _mm512_set1_epi32(1 << 16 | 1 << 2 * BITS));
+  const __m512i eight = _mm512_or_si512(_mm512_slli_epi64(four, 4 * BITS), _mm512_srli_epi64(four, 32));
+  const __m512i bytes = _mm512_permutexvar_epi8(_mm512_load_si512(source), eight);
+  _mm512_mask_storeu_epi8(packed, ~0ull >> (64 - 8 * BITS), bytes);
+}
+
+#define PERMUTE_PACKED 1
+#else
+#define PERMUTE_PACKED 0
+#endif
+
+// As many codes as come in whole groups. Where no code crosses a byte, shifts alone are faster: a
+// compiler vectorizes them.
+template <int BITS>
+static inline int unpack_whole(const u8* packed, int count, u8* codes) {
+#if PERMUTE_PACKED
+  if (8 % BITS) {
+    for (int i = 0; i + 64 <= count; i += 64) _mm512_storeu_si512(codes + i, unpack64<BITS>(packed + i * BITS / 8));
+    return count / 64 * 64;
+  }
+#endif
+  const int groups = count / Group<BITS>::CODES;
+  for (int i = 0; i < groups; ++i) unpack_group<BITS>(packed + i * Group<BITS>::BYTES, codes + i * Group<BITS>::CODES);
+  return groups * Group<BITS>::CODES;
+}
+
+template <int BITS>
+static inline int pack_whole(const u8* codes, int count, u8* packed) {
+#if PERMUTE_PACKED
+  if (8 % BITS) {
+    for (int i = 0; i + 64 <= count; i += 64) pack64<BITS>(_mm512_loadu_si512(codes + i), packed + i * BITS / 8);
+    return count / 64 * 64;
+  }
+#endif
+  const int groups = count / Group<BITS>::CODES;
+  for (int i = 0; i < groups; ++i) pack_group<BITS>(codes + i * Group<BITS>::CODES, packed + i * Group<BITS>::BYTES);
+  return groups * Group<BITS>::CODES;
+}
+
+// The bytes of a last group may be fewer than a whole one's.
+template <int BITS>
+static inline void unpack_codes(const u8* packed, int count, u8* codes) {
+  if (BITS == 8) {
+    __builtin_memcpy(codes, packed, count);
+    return;
+  }
+  for (int i = unpack_whole<BITS>(packed, count, codes); i < count; i += Group<BITS>::CODES) {
+    u8 bytes[Group<BITS>::BYTES] = {}, group[Group<BITS>::CODES];
+    const int left = count - i < Group<BITS>::CODES ? count - i : Group<BITS>::CODES;
+    __builtin_memcpy(bytes, packed + i * BITS / 8, (left * BITS + 7) / 8);
+    unpack_group<BITS>(bytes, group);
+    __builtin_memcpy(codes + i, group, left);
+  }
+}
+
+template <int BITS>
+static inline void pack_codes(const u8* codes, int count, u8* packed) {
+  if (BITS == 8) {
+    __builtin_memcpy(packed, codes, count);
+    return;
+  }
+  for (int i = pack_whole<BITS>(codes, count, packed); i < count; i += Group<BITS>::CODES) {
+    u8 bytes[Group<BITS>::BYTES], group[Group<BITS>::CODES] = {};
+    const int left = count - i < Group<BITS>::CODES ? count - i : Group<BITS>::CODES;
+    __builtin_memcpy(group, codes + i, left);
+    pack_group<BITS>(group, bytes);
+    __builtin_memcpy(packed + i * BITS / 8, bytes, (left * BITS + 7) / 8);
+  }
+}
 
 // What this plan works on: its dtypes, the traits of its codebooks, and a row of the launch's table.
 typedef float Parameter;
@@ -537,7 +632,7 @@ static inline void load_state(const u8* codes, const float* absmax, int count, c
   alignas(64) u8 padded[CHUNK];
   if (Type::BITS < 8 || count < CHUNK) {
     if (count < CHUNK) __builtin_memset(padded, Type::ZERO_CODE, CHUNK);
-    unpack_codes<Type>(codes, count, padded);
+    unpack_codes<Type::BITS>(codes, count, padded);
     codes = padded;
   }
   for (int i = 0; i < CHUNK; i += Type::BLOCK)
@@ -561,7 +656,7 @@ static inline void store_state(const float* x, const i32* largest, int count, co
     absmax[i / Type::BLOCK] = scale.absmax;
     store_codes<Type>(x + i, scale, tables, to + i);
   }
-  if (to == padded) pack_codes<Type>(padded, count, codes);
+  if (to == padded) pack_codes<Type::BITS>(padded, count, codes);
 }
 
 // Chunks [first, last) of a job.

@@ -21,37 +21,6 @@ enum { VECTORS = GROUP / LANES, GROUP_BYTES = GROUP / 8 * CODE_BITS };
 
 static inline int element_at(int place) { return first_element(place % LANES) + place / LANES * STEP; }
 
-// The codes of a group in bytes of their own, for any processor: eight of them are CODE_BITS bytes.
-static inline void unpack_plain(const u8* from, u8* codes) {
-  for (int lane = 0; lane < GROUP / 8; ++lane) {
-    unsigned long long word = 0;
-    for (int byte = 0; byte < CODE_BITS; ++byte) word = word << 8 | from[lane * CODE_BITS + byte];
-    for (int i = 0; i < 8; ++i) codes[lane * 8 + i] = (u8)(word >> CODE_BITS * (7 - i) & ((1u << CODE_BITS) - 1u));
-  }
-}
-
-#if defined(__AVX512BW__) && defined(__AVX512VBMI__)
-
-// 64 codes in bytes of their own, in order. Eight of them are CODE_BITS bytes: a permute brings these
-// into a word of 64 bits, the first one on top, from which a multishift takes 8 bits at 8 places.
-static inline __m512i unpack64(const u8* from) {
-  const __m512i packed = _mm512_maskz_loadu_epi8(~0ull >> (64 - 8 * CODE_BITS), from);
-#if CODE_BITS == 8
-  return packed;
-#else
-  alignas(64) u8 source[64], shift[64];
-  for (int i = 0; i < 64; ++i) {
-    source[i] = (u8)(i / 8 * CODE_BITS + (i % 8 < CODE_BITS ? CODE_BITS - 1 - i % 8 : 0));
-    shift[i] = (u8)(CODE_BITS * (7 - i % 8));
-  }
-  const __m512i words = _mm512_permutexvar_epi8(_mm512_load_si512(source), packed);
-  const __m512i shifted = _mm512_multishift_epi64_epi8(_mm512_load_si512(shift), words);
-  return _mm512_and_si512(shifted, _mm512_set1_epi8((1 << CODE_BITS) - 1));
-#endif
-}
-
-#endif
-
 #ifdef TABLE_IN_REGISTERS
 
 // The levels, as often as they fit into 16: then whatever stands above a code in its index is harmless.
@@ -111,11 +80,7 @@ static inline void decode_group(const u8* from, const Levels& levels, Floats (&w
 
 static inline void decode_in_order(const u8* from, const Levels& levels, float* to) {
   alignas(64) u8 codes[GROUP];
-#if defined(__AVX512BW__) && defined(__AVX512VBMI__)
-  for (int i = 0; i < GROUP / 64; ++i) _mm512_store_si512(codes + 64 * i, unpack64(from + 8 * CODE_BITS * i));
-#else
-  unpack_plain(from, codes);
-#endif
+  unpack_codes<CODE_BITS>(from, GROUP, codes);
   for (int i = 0; i < GROUP; i += LANES) store(look_up(levels, load_bytes(codes + i)), to + i);
 }
 
@@ -149,12 +114,12 @@ static inline void look_up_codes(__m512i index, Levels levels, Floats (&w)[4]) {
 }
 
 static inline void decode_group(const u8* from, const Levels& levels, Floats (&w)[VECTORS]) {
-  look_up_codes(unpack64(from), levels, w);
+  look_up_codes(unpack64<CODE_BITS>(from), levels, w);
 }
 
 static inline void decode_in_order(const u8* from, const Levels& levels, float* to) {
   Floats w[VECTORS];
-  look_up_codes(_mm512_permutexvar_epi8(_mm512_load_si512(interleave), unpack64(from)), levels, w);
+  look_up_codes(_mm512_permutexvar_epi8(_mm512_load_si512(interleave), unpack64<CODE_BITS>(from)), levels, w);
   for (int v = 0; v < VECTORS; ++v) store(w[v], to + v * LANES);
 }
 
@@ -166,7 +131,7 @@ static inline Levels load_levels(const Tables* tables) { return tables; }
 
 static inline void decode_in_order(const u8* from, const Levels& levels, float* to) {
   u8 codes[GROUP];
-  unpack_plain(from, codes);
+  unpack_codes<CODE_BITS>(from, GROUP, codes);
   for (int i = 0; i < GROUP; ++i) to[i] = levels->levels[codes[i]];
 }
 
