@@ -141,6 +141,41 @@ def test_every_registered_type_stays_within_rounding(name: str) -> None:
         assert_close(linear.linear(encoding, parts, shape, x), x, dense, roundings(333))
 
 
+FOUR_BITS = [name for name in quant_types().names() if quant_types().get(name).bits == 4]
+
+
+@pytest.mark.parametrize("name", FOUR_BITS)
+def test_pairs_of_bfloat16_lose_less_than_the_result_is_rounded_by(name: str) -> None:
+    """Rows of whole groups, where the processor has instructions for such pairs.
+
+    A level may be off by 2**-17 of it, as the sum of two numbers of 8 bits.
+    """
+    shape, encoding = (20, 3 * 128), make_encoding(name)
+    generator = torch.Generator().manual_seed(3)
+    parts = coding.encode(encoding, torch.randn(shape, generator=generator))
+    dense = coding.decode(encoding, parts, shape).double()
+    x = torch.randn(1, shape[1], generator=generator).bfloat16()
+    got = linear_cpu.multiply(encoding, parts, shape, x, None).double()
+    exact, size = x.double() @ dense.T, x.double().abs() @ dense.abs().T
+    bound = (2.0**-17 + roundings(shape[1]) * 2.0**-24) * size * (1 + 2.0**-8)
+    assert ((got - exact).abs() <= bound + 2.0**-8 * exact.abs()).all()
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan"), 1e-39])
+def test_numbers_that_pairs_cannot_take_are_multiplied_as_floats(number: float) -> None:
+    shape, encoding = (16, 256), make_encoding("fp4")  # levels that one bfloat16 is enough for
+    parts = coding.encode(encoding, 2.0**120 * torch.randn(shape))
+    dense = coding.decode(encoding, parts, shape).double()
+    for place in (0, 100, 255):
+        x = torch.zeros(1, shape[1], dtype=torch.bfloat16)
+        x[0, place] = number
+        got = linear_cpu.multiply(encoding, parts, shape, x, None).double()
+        exact = x.double() @ dense.T
+        assert torch.equal(got.isnan(), exact.isnan())
+        assert torch.allclose(got, exact, rtol=2.0**-8, atol=0, equal_nan=True)
+        assert got.ne(0).any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_few_rows_and_many_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """On weights that dtype holds, by panels, by codes, and for the gradient."""

@@ -39,6 +39,13 @@ static void multiply_inputs(const Job* job, i64 input, i64 threads, Parallel par
 extern "C" void bnbx_multiply(const Job* job, i64 threads, Parallel parallel) {
   for (i64 input = 0; input < job->inputs; input += MOST_INPUTS) {
     const i64 left = job->inputs - input;
+#ifdef PAIRS
+    if (left == 1 && in_pairs(job, input)) {
+      lay_out_pairs(job, input, (bfloat16*)job->room);
+      run({job, multiply_in_pairs, input, 1, 0}, threads, parallel);
+      return;
+    }
+#endif
     if (left == 1) multiply_inputs<1>(job, input, threads, parallel);
     else if (left == 2) multiply_inputs<2>(job, input, threads, parallel);
     else multiply_inputs<MOST_INPUTS>(job, input, threads, parallel);
