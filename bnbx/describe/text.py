@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -104,9 +105,9 @@ def _roles(spec: QuantType) -> str:
 
 
 def _tables(facts: Facts) -> RenderableType:
-    side = Table.grid(padding=(0, 6))
-    side.add_row(_levels(facts), Group(_errors(facts.errors), Text(), _note()))
-    return side
+    """Side by side where the terminal is wide enough, else one below the other."""
+    levels = Group(_levels(facts), Text())
+    return Columns([levels, Group(_errors(facts.errors), Text(), _note())], padding=(0, 6))
 
 
 def _levels(facts: Facts) -> Table:

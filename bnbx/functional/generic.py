@@ -86,7 +86,8 @@ def quantize(
             by default. This and what follows is for types only.
         double: whether the scales are quantized too (arXiv:2305.14314, section 3).
         stochastic: whether to round up with a probability that is the place between two numbers,
-            so that the mean of many roundings is the number itself.
+            so that the mean of many roundings is the number itself. Numbers beyond the type's last
+            one, which scales rounded down leave (as in mxfp4), become that one each time.
         generator: where the noise comes from.
         signed: False for the table of numbers that are never negative, in types that have one.
         fit: None for scales by the largest magnitude, "mse" for those of the least squared error.
