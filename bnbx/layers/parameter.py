@@ -21,6 +21,7 @@ from bnbx.kernels.coding import FLOATS, decode, encode
 from bnbx.kernels.encoding import Encoding, intern, make_encoding, type_named
 from bnbx.kernels.fit import fit_scales
 from bnbx.kernels.quant_state import QuantState
+from bnbx.kernels.state_dict import plain_tensor
 from bnbx.layers.moving import Moving
 from bnbx.layers.products import in_place_of
 from bnbx.layers.state_names import StateNames
@@ -144,7 +145,7 @@ class QuantParameter(StateNames, Moving, torch.nn.Parameter):
             state = quantized_stats.to(device)
         else:
             state = QuantState.from_dict(quantized_stats, device)
-        codes = data.detach().to(device).contiguous()
+        codes = plain_tensor("the weight", data, meta=True).to(device).contiguous()
         encoding = state.encoding if codes.is_meta else state.check(codes)
         self = cls(
             codes,
