@@ -135,10 +135,13 @@ def test_parameter_is_rebuilt_from_its_attributes() -> None:
     torch.testing.assert_close(y - made.bias, (expected - made.bias) / 2, rtol=0.1, atol=0.1)
 
 
-def test_unknown_settings_are_kept() -> None:
-    made = Int8Params(torch.ones(2, 3), requires_grad=False, marked=True)
-    assert made.marked is True  # type: ignore[attr-defined]
-    assert made.to("cpu").marked is True
+def test_unknown_settings_are_accepted_and_dropped() -> None:
+    made: Any = Int8Params(torch.ones(2, 3), requires_grad=False, _is_hf_initialized=True)
+    assert set(made.__dict__) == {"CB", "SCB", "has_fp16_weights"}
+    made._is_hf_initialized = True
+    moved = made.to("cpu").to("cpu")
+    assert set(moved.__dict__) == {"CB", "SCB", "has_fp16_weights"}
+    assert set(copy.deepcopy(moved).__dict__) == {"CB", "SCB", "has_fp16_weights"}
 
 
 def test_states_compare() -> None:
