@@ -186,6 +186,17 @@ def test_errors_name_what_is_wrong() -> None:
         made(torch.ones(2, 95))
     with pytest.raises(UnsupportedTensorError, match=r"x is torch\.int64"):
         made(torch.ones(2, 96, dtype=torch.int64))
+    with pytest.raises(UnsupportedTensorError, match=r"x is list; expected a torch\.Tensor"):
+        made([1, 2])
+    for a, b, what in ((None, made.weight, "A"), (torch.ones(2, 96), None, "B")):
+        with pytest.raises(UnsupportedTensorError, match=f"{what} is NoneType; expected a torch"):
+            matmul(a, b)  # type: ignore[arg-type]
+    wrong: Any
+    for wrong in ("6", None, [6.0]):
+        with pytest.raises(OptionError, match=r"threshold is .*; expected a magnitude"):
+            matmul(torch.ones(2, 96), made.weight, threshold=wrong)
+        with pytest.raises(OptionError, match=r"threshold is .*; expected a magnitude"):
+            Linear8bitLt(8, 4, threshold=wrong)
     with pytest.raises(UnsupportedTensorError, match="come without the absmax"):
         matmul(torch.ones(2, 96), made.weight.detach())
     with pytest.raises(OptionError, match="gradients do not flow through `out`"):
