@@ -84,6 +84,20 @@ def _encode(
     return coding_reference.encode(encoding, x, rand, seed)
 
 
+def finite(encoding: Encoding, parts: Sequence[Tensor], shape: Sequence[int]) -> bool:
+    """Whether the parts stand for numbers only, no NaN; looks at scales, not at codes.
+
+    A NaN or an infinity makes the scale of its whole block NaN, and the mean of scales that are
+    quantized, which is that of all.
+    """
+    named = dict(zip(encoding.parts, parts, strict=True))
+    factors = coding_reference.factors(encoding, parts, shape)
+    found = factors.isfinite().all()
+    if "center" in named:
+        found = found & named["center"].isfinite().all()
+    return bool(found)
+
+
 def decode(
     encoding: Encoding,
     parts: Sequence[Tensor],
@@ -156,10 +170,30 @@ def _decode(
     out.view(-1).copy_(every[start : start + out.numel()])
 
 
-def check_numbers(what: str, x: Tensor) -> None:
-    """Raise UnsupportedTensorError unless x is a plain tensor of floats that kernels read."""
+def check_tensor(what: str, x: object) -> None:
+    """Raise UnsupportedTensorError unless x is a tensor."""
     if not isinstance(x, Tensor):
         raise UnsupportedTensorError(f"{what} is {type(x).__name__}; expected a torch.Tensor")
+
+
+def check_factor(what: str, x: Tensor) -> None:
+    """Raise UnsupportedTensorError unless x, which is to be multiplied by a weight, is floats.
+
+    The dtype of a weight in codes is that of their memory: T5 of transformers casts the input of
+    `wo` to it, and what is rounded to integers then must not be taken for numbers.
+    """
+    check_tensor(what, x)
+    if not x.is_floating_point():
+        raise UnsupportedTensorError(
+            f"{what} is {x.dtype}; expected float32, bfloat16 or float16: convert it first. Where "
+            "a model casts inputs to the dtype of a layer's weight, as T5 does for `wo`, leave "
+            "that layer dense: quantize_(model, skip=['wo'])"
+        )
+
+
+def check_numbers(what: str, x: Tensor) -> None:
+    """Raise UnsupportedTensorError unless x is a plain tensor of floats that kernels read."""
+    check_tensor(what, x)
     if x.dtype not in FLOATS:
         raise UnsupportedTensorError(
             f"{what} is {x.dtype}; expected float32, bfloat16 or float16: convert it first"

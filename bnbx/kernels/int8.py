@@ -14,13 +14,14 @@ import math
 from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bnbx.errors import OptionError, UnsupportedTensorError
 from bnbx.kernels import int8_cpu, int8_cuda, int8_reference, targets
-from bnbx.kernels.coding import FLOATS, check_numbers
+from bnbx.kernels.coding import FLOATS, check_factor, check_numbers
 
 MOST_COLUMNS = 131_071  # so many products of two codes add up to less than 2**31
 PANEL_SHARE = 0.05  # of a dense weight is decoded at a time
@@ -123,6 +124,7 @@ def linear(
         raise UnsupportedTensorError(
             f"bias is {bias.dtype} of shape {tuple(bias.shape)}; expected floats of shape ({outs},)"
         )
+    check_factor("x", x)
     rows = _rows("x", x)
     for what, tensor in (("weight", codes), ("absmax", absmax), ("bias", bias)):
         if tensor is not None and tensor.device != x.device:
@@ -167,12 +169,12 @@ def grad_input(grad: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
     return found.view(*grad.shape[:-1], columns)
 
 
-def check_threshold(threshold: float) -> None:
+def check_threshold(threshold: Any) -> None:
     """Raise OptionError unless the threshold is a magnitude."""
-    if not threshold >= 0:  # NaN too
+    if not hasattr(threshold, "__float__") or not threshold >= 0:  # NaN too
         raise OptionError(
-            f"threshold is {threshold}; expected a magnitude from which on numbers are outliers "
-            "(6.0 in the paper), or 0 for no outliers"
+            f"threshold is {threshold!r:.200}; expected a magnitude from which on numbers are "
+            "outliers (6.0 in the paper), or 0 for no outliers"
         )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bnbx.errors import UnsupportedTensorError
 from bnbx.kernels import linear_cpu, linear_cuda, linear_panels, targets
-from bnbx.kernels.coding import check_numbers
+from bnbx.kernels.coding import check_factor, check_numbers
 from bnbx.kernels.encoding import Encoding, check_parts
 from bnbx.kernels.memory import check_memory
 
@@ -164,6 +164,7 @@ def _expected(encoding: Encoding, out: int, inner: int) -> tuple[tuple[torch.dty
 
 
 def _check_input(what: str, x: Tensor, size: int, device: torch.device) -> None:
+    check_factor(what, x)
     check_numbers(what, x)
     if not x.data_ptr():
         check_memory((x,))

@@ -25,6 +25,7 @@ from bnbx.kernels.state_dict import (
     dtype_name,
     pack_json,
     packed_entry,
+    scales_entry,
     tensor_entry,
 )
 from bnbx.kernels.table_types import type_of_table
@@ -170,8 +171,9 @@ class QuantState:
         encoding = self.encoding
         if self.shape is None:
             raise QuantizedDataError(f"{encoding.describe()}: the shape of the tensor is not known")
-        if codes.dtype != torch.uint8 and not codes.is_contiguous():
-            raise QuantizedDataError(f"{encoding.describe()}: codes are not contiguous")
+        if codes.dtype != torch.uint8 and not (codes.is_contiguous() and codes.dim()):
+            about = f"codes are {codes.dtype} of shape {tuple(codes.shape)}"
+            raise QuantizedDataError(f"{encoding.describe()}: {about}, not a contiguous matrix")
         check_parts(encoding, self.shape, self.parts(codes))
         return encoding
 
@@ -251,7 +253,7 @@ class QuantState:
         second = None
         if "nested_absmax" in fields:
             second = cls(
-                absmax=tensor_entry(what, fields, "nested_absmax", torch.float32, device),
+                absmax=scales_entry(what, fields, "nested_absmax", torch.float32, device),
                 code=tensor_entry(what, fields, "nested_quant_map", torch.float32, device),
                 blocksize=found["nested_blocksize"],
                 dtype=DTYPES[found["nested_dtype"]],
@@ -269,12 +271,10 @@ class QuantState:
             signed=found["signed"],
         )
         encoding = _checked_encoding(state, what)
-        kept = torch.uint8 if encoding.second else None
+        shapes = encoding.shapes(state.shape or ())
         for key, name in (("absmax", "scale"), ("center",) * 2, ("tensor_scale",) * 2):
-            if name in encoding.parts:
-                shapes = encoding.shapes(state.shape or ())
-                dtype = kept if key == "absmax" and kept else shapes[name][1]
-                setattr(state, key, tensor_entry(what, fields, key, dtype, device))
+            if name in shapes:
+                setattr(state, key, scales_entry(what, fields, key, shapes[name][1], device))
         _check_table(state, encoding, what)
         _check_sizes(state, encoding, what)
         state.label  # noqa: B018 - made now, for torch.compile to find it

@@ -62,18 +62,48 @@ def unpack_json(key: str, packed: Any) -> dict[str, Any]:
     Raises:
         QuantizedDataError: it holds none; the message names `key`.
     """
-    if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or packed.is_meta:
-        kind = f"{packed.dtype} on {packed.device}" if isinstance(packed, Tensor) else repr(packed)
-        raise QuantizedDataError(f"{key} is {kind:.200}; expected JSON in a uint8 tensor")
+    packed = plain_tensor(key, packed)
+    if packed.dtype != torch.uint8:
+        raise QuantizedDataError(f"{key} is {packed.dtype}; expected JSON in a uint8 tensor")
     if packed.numel() > LARGEST_JSON:
         raise QuantizedDataError(f"{key} has {packed.numel()} bytes; expected a short JSON text")
     try:
-        found = json.loads(bytes(packed.detach().cpu().contiguous().numpy().tobytes()))
+        found = json.loads(bytes(packed.cpu().contiguous().numpy().tobytes()))
     except (ValueError, RecursionError) as error:
         raise QuantizedDataError(f"{key} holds no JSON: {error}") from None
     if not isinstance(found, dict):
         raise QuantizedDataError(f"{key} holds {found!r:.200}; expected a JSON object")
     return found
+
+
+def plain_tensor(what: str, value: Any, *, meta: bool = False, repeats: bool = False) -> Tensor:
+    """An entry of a file, detached, if it is a tensor whose memory a kernel could read.
+
+    A file may hold any kind of tensor, sparse, quantized by torch or nested, and a few bytes that
+    are a view of as many elements as it likes.
+
+    Args:
+        what: the entry, for the message.
+        value: the entry.
+        meta: whether it may be on the meta device.
+        repeats: whether its elements may share memory, as those of expanded tensors do.
+
+    Raises:
+        QuantizedDataError: it is not.
+    """
+    if not isinstance(value, Tensor):
+        raise QuantizedDataError(f"{what} is {value!r:.200}; expected a tensor")
+    kind = "nested" if value.is_nested else value.dtype if value.is_quantized else value.layout
+    if kind is not torch.strided or (value.is_meta and not meta):
+        raise QuantizedDataError(
+            f"{what} is {kind} on {value.device}; expected a plain tensor with memory"
+        )
+    if not repeats and value.untyped_storage().nbytes() < value.nbytes:
+        raise QuantizedDataError(
+            f"{what} is a view of shape {tuple(value.shape)} and strides {value.stride()} that "
+            "repeats its memory; expected memory for every element: call .contiguous() on it"
+        )
+    return value.detach().resolve_conj().resolve_neg()
 
 
 def packed_entry(entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,7 +164,9 @@ def checked_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         found |= {
             "nested_blocksize": _field(fields, "nested_blocksize", "a count", _is_count),
             "nested_dtype": _field(fields, "nested_dtype", "float32", _is_dtype),
-            "nested_offset": float(_field(fields, "nested_offset", "a number", _is_number)),
+            "nested_offset": float(
+                _field(fields, "nested_offset", "a number that float32 has", _is_number)
+            ),
         }
     return found
 
@@ -176,9 +208,8 @@ def _is_shape(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value.bit_length() < 1000
-    return isinstance(value, float)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and abs(value) <= torch.finfo(torch.float32).max  # not so of NaN
 
 
 def tensor_entry(
@@ -196,10 +227,19 @@ def tensor_entry(
     value = fields.get(key)
     if not isinstance(value, Tensor):
         raise QuantizedDataError(f"{what}: {key} is {value!r:.200}; expected a tensor of {dtype}")
-    if value.layout is not torch.strided or (value.is_meta and str(device) != "meta"):
-        place = f"{value.layout} on {value.device}"
-        raise QuantizedDataError(f"{what}: {key} is {place}; expected a tensor with memory")
-    both = value.dtype.is_floating_point and dtype.is_floating_point
-    if value.dtype != dtype and not both:
-        raise QuantizedDataError(f"{what}: {key} is {value.dtype}; expected {dtype}")
-    return value.detach().to(device=device, dtype=dtype).contiguous()
+    plain = plain_tensor(f"{what}: {key}", value, meta=str(device) == "meta")
+    both = plain.dtype.is_floating_point and dtype.is_floating_point
+    if plain.dtype != dtype and not both:
+        raise QuantizedDataError(f"{what}: {key} is {plain.dtype}; expected {dtype}")
+    return plain.to(device=device, dtype=dtype).contiguous()
+
+
+def scales_entry(
+    what: str,
+    fields: Mapping[str, Any],
+    key: str,
+    dtype: torch.dtype,
+    device: torch.device | str | int | None,
+) -> Tensor:
+    """As `tensor_entry`, as a vector: lookups of rows take a scale by its number."""
+    return tensor_entry(what, fields, key, dtype, device).reshape(-1)

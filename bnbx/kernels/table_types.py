@@ -9,6 +9,7 @@ from bnbx.errors import BnbxError, QuantizedDataError
 from bnbx.registry import QuantType, quant_types
 
 NAME = "table"
+LONGEST = 256
 _by_table: dict[bytes, QuantType] = {}
 
 
@@ -22,8 +23,12 @@ def type_of_table(code: Tensor | None) -> QuantType:
     """
     if code is None:
         raise QuantizedDataError("a quantization state with neither a quant type nor a table")
+    if code.dim() != 1 or code.numel() > LONGEST:
+        raise QuantizedDataError(
+            f"a table of shape {tuple(code.shape)}; expected (2**bits,), {LONGEST} numbers at most"
+        )
     numbers = code.detach().float().cpu().contiguous()
-    key = bytes(numbers.view(torch.uint8).tolist()) if numbers.numel() <= 256 else b""
+    key = bytes(numbers.view(torch.uint8).tolist())
     if key in _by_table:
         return _by_table[key]
     values = tuple(None if v != v else v for v in numbers.tolist())  # noqa: PLR0124 - NaN

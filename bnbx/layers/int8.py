@@ -13,16 +13,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from bnbx.errors import BnbxError, QuantizedDataError
-from bnbx.kernels.int8 import check_threshold, check_weight, dequantize_rows
+from bnbx.errors import QuantizedDataError
+from bnbx.kernels.int8 import check_threshold, dequantize_rows
 from bnbx.layers.int8_matmul import MatmulLtState, cast_for_autocast, product, weight_of
 from bnbx.layers.int8_params import Int8Params, _moved
-
-ROW_FORMAT = 0  # of `weight_format`; there were others, for GPUs, which nothing writes any more
-_ENTRIES = ("weight", "SCB", "weight_format")
+from bnbx.layers.int8_saving import ROW_FORMAT, LoadsInt8
 
 
-class Linear8bitLt(nn.Linear):
+class Linear8bitLt(LoadsInt8, nn.Linear):
     """A linear layer, y = x @ weight.T + bias, multiplied in 8-bit integers.
 
     x is float32, bfloat16 or float16, (..., in_features); y has its dtype, or that of autocast
@@ -82,6 +80,11 @@ class Linear8bitLt(nn.Linear):
         self.weight = Int8Params(
             self.weight.data, has_fp16_weights=has_fp16_weights, requires_grad=has_fp16_weights
         )
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """Of the weight."""
+        return self.out_features, self.in_features
 
     def forward(self, x: Tensor) -> Tensor:
         """The product; x is (..., in_features), the result (..., out_features).
@@ -162,90 +165,19 @@ class Linear8bitLt(nn.Linear):
             destination[f"{prefix}SCB"] = absmax if keep_vars else absmax.detach()
             destination[f"{prefix}weight_format"] = torch.tensor(ROW_FORMAT, dtype=torch.uint8)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        entries = {name: state_dict.get(prefix + name) for name in _ENTRIES}
-        assign = bool(local_metadata.get("assign_to_params_buffers", False))
-        taken = False
-        if entries["weight"] is not None:
-            try:
-                taken = self._load_weight(entries, assign)
-            except BnbxError as error:
-                error_msgs.append(f"{prefix}weight: {error}")
-                taken = True
-        ours = {prefix + name for name in (_ENTRIES if taken else _ENTRIES[1:])}
-        rest = {name: value for name, value in state_dict.items() if name not in ours}
-        lacking: list[str] = []
-        super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, lacking, unexpected_keys, error_msgs
-        )
-        missing_keys += [name for name in lacking if not (taken and name == f"{prefix}weight")]
-
-    def _load_weight(self, entries: dict[str, Any], assign: bool) -> bool:
-        """Take the entries over; False if torch may copy them: floats to floats.
-
-        Raises:
-            BnbxError: they do not fit one another, or not the layer.
-        """
-        given, absmax, kind = (entries[name] for name in _ENTRIES)
-        kind = kind.item() if isinstance(kind, Tensor) and not kind.is_meta else kind
-        if kind not in (None, ROW_FORMAT, "row") and not isinstance(kind, Tensor):
-            raise QuantizedDataError(
-                f"weight_format is {kind!r}: only the 'row' weight format ({ROW_FORMAT}) is "
-                "supported; save the checkpoint anew with a current version of bitsandbytes"
-            )
-        if given.dtype != torch.int8:
-            if self.weight.dtype != torch.int8 and not assign:
-                return False
-            self._check_shape(given)
-            if self.weight.dtype != torch.int8:
-                kept = self.state.has_fp16_weights
-                self.weight = Int8Params(given, requires_grad=kept, has_fp16_weights=kept)
-                return True
-            new = Int8Params(given.detach(), requires_grad=False)
-            new.quantize(given.device if assign else self.weight.device)
-            given, absmax = new.detach(), new.SCB
-        if not isinstance(absmax, Tensor):
-            raise QuantizedDataError("int8 codes without the absmax of their rows: no entry 'SCB'")
-        self._check_shape(given)
-        check_weight(given, absmax)
-        self._take(given, absmax.reshape(-1), assign)
-        return True
-
-    def _check_shape(self, given: Tensor) -> None:
-        expected = (self.out_features, self.in_features)
-        if tuple(given.shape) != expected:
-            raise QuantizedDataError(f"shape {tuple(given.shape)}; expected {expected}")
+    def _keeps_floats(self) -> bool:
+        return self.state.has_fp16_weights
 
     def _take(self, codes: Tensor, absmax: Tensor, assign: bool) -> None:
         """Become these codes; a layer with `has_fp16_weights` takes their numbers."""
         weight = self.weight
-        if self.state.has_fp16_weights and weight.dtype != torch.int8:
-            numbers = dequantize_rows(codes, absmax, weight.dtype)
-            if assign or weight.is_meta:
-                self.weight = Int8Params(numbers, has_fp16_weights=True)
-            else:
-                with torch.no_grad():
-                    weight.copy_(numbers)
+        if not self.state.has_fp16_weights or weight.dtype == torch.int8:
+            super()._take(codes, absmax, assign)
+            self.init_8bit_state()
             return
-        if not assign:
-            if weight.is_meta and not codes.is_meta:
-                raise QuantizedDataError(
-                    "the layer is on the meta device, where nothing can be copied to; pass "
-                    "assign=True to load_state_dict, or call to_empty(device=...) first"
-                )
-            codes = codes.detach().to(weight.device, copy=True)
-            absmax = absmax.detach().to(weight.device, copy=True)
-        if isinstance(weight, Int8Params) and weight.device == codes.device:
-            weight.adopt(codes, absmax)
-        else:
-            self.weight = Int8Params(codes, requires_grad=False, CB=codes, SCB=absmax)
-        self.init_8bit_state()
+        numbers = dequantize_rows(codes, absmax, weight.dtype)
+        if assign or weight.is_meta:
+            self.weight = Int8Params(numbers, has_fp16_weights=True)
+            return
+        with torch.no_grad():
+            weight.copy_(numbers)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bnbx.errors import OptionError, UnsupportedTensorError
-from bnbx.kernels.coding import FLOATS
+from bnbx.kernels.coding import FLOATS, check_factor, check_tensor
 from bnbx.kernels.int8 import check_threshold
 from bnbx.kernels.quant_state import QuantState
 from bnbx.layers import int8_ops, ops  # noqa: F401 - they register torch.ops.bnbx.*
@@ -140,6 +140,8 @@ def matmul(
             without an absmax.
         OptionError: the threshold is negative, or gradients are to flow through `out`.
     """
+    check_factor("A", A)
+    check_tensor("B", B)
     state = MatmulLtState() if state is None else state
     check_threshold(threshold)
     if threshold > 0:
@@ -223,10 +225,9 @@ def matmul_4bit(
         UnsupportedTensorError: a tensor has another dtype, shape or device.
     """
     if not isinstance(quant_state, QuantState):
-        raise OptionError(
-            f"quant_state is {type(quant_state).__name__}; expected the QuantState that quantizing "
-            "the weight gave: quant_state is required"
-        )
+        raise OptionError(_no_state(quant_state))
+    check_factor("A", A)
+    check_tensor("B", B)
     shape = quant_state.shape
     if shape is None or len(shape) != 2:
         raise OptionError(
@@ -245,6 +246,19 @@ def matmul_4bit(
     else:
         found = torch.ops.bnbx.linear(A, parts, bias, quant_state.label, list(shape))
     return found if out is None else _written(found, out)
+
+
+def _no_state(given: Any) -> str:
+    kind = type(given)
+    name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+    known = f"{QuantState.__module__}.{QuantState.__name__}"
+    found = (
+        f"quant_state is {name}; expected the {known} that quantizing the weight gave: quant_state "
+        "is required"
+    )
+    if hasattr(given, "as_dict"):  # that of bitsandbytes has the same entries
+        found += ". bnbx.nn.QuantState.from_dict(quant_state.as_dict(), B.device) makes one of it"
+    return found
 
 
 def _warn_of_orientation(shape: tuple[int, ...]) -> None:
@@ -272,7 +286,12 @@ def _written(found: Tensor, out: Tensor) -> Tensor:
 
 
 def cast_for_autocast(x: Tensor) -> Tensor:
-    """The tensor in the dtype that autocast wants of a product, where it is on."""
+    """The tensor in the dtype that autocast wants of a product, where it is on.
+
+    Raises:
+        UnsupportedTensorError: x is not a tensor of floats.
+    """
+    check_factor("x", x)
     kind = x.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind) or x.dtype not in FLOATS:
         return x

@@ -48,16 +48,16 @@ class Int8Params(Moving, torch.nn.Parameter):
             has_fp16_weights: see the class.
             CB: see the class.
             SCB: see the class.
-            others: what other libraries keep in a parameter's `__dict__` and pass on; becomes
-                attributes.
+            others: what other libraries mark parameters with, found in `__dict__` and passed on;
+                is dropped, as by bitsandbytes.
         """
+        del others
         data = torch.empty(0) if data is None else data
         requires_grad = requires_grad and data.is_floating_point()
         self = torch.Tensor._make_subclass(cls, data.detach(), requires_grad)
         self.CB = CB
         self.SCB = SCB
         self.has_fp16_weights = has_fp16_weights
-        self.__dict__.update(others)
         return self
 
     @property

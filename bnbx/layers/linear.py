@@ -8,11 +8,13 @@ on a quantized base train by (QLoRA, arXiv:2305.14314).
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bnbx.errors import BnbxWarning
+from bnbx.errors import BnbxWarning, OptionError
+from bnbx.kernels.coding import FLOATS, check_tensor
 from bnbx.layers.module import QuantizedModule
 from bnbx.layers.parameter import QuantParameter
 from bnbx.layers.products import autocast_dtype, multiply
@@ -69,7 +71,8 @@ class QuantLinear(QuantizedModule, nn.Linear):
 
         Raises:
             UnknownNameError: no such quant type.
-            OptionError: a block size or storage that the type cannot have.
+            OptionError: a block size or storage that the type cannot have, or a `compute_dtype`
+                that is no dtype of products.
         """
         super().__init__(in_features, out_features, bias, device, dtype)
         self.quant_state = None
@@ -91,6 +94,15 @@ class QuantLinear(QuantizedModule, nn.Linear):
         """Of the dense weight."""
         return self.out_features, self.in_features
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in torch; `compute_dtype` may be set at any time, to a dtype that products have."""
+        if name == "compute_dtype" and value is not None and value not in FLOATS:
+            raise OptionError(
+                f"compute_dtype={value!r:.200}; expected one of {', '.join(map(str, FLOATS))}, or "
+                "None to use inputs as they are"
+            )
+        super().__setattr__(name, value)
+
     def forward(self, x: Tensor) -> Tensor:
         """The product.
 
@@ -98,6 +110,7 @@ class QuantLinear(QuantizedModule, nn.Linear):
             QuantizedDataError: the weight is not quantized yet.
             UnsupportedTensorError: x has a dtype, a device or a last dimension that does not fit.
         """
+        check_tensor("x", x)
         weight = self.weight
         bias: Tensor | None = self.bias
         if weight.is_meta and not getattr(weight, "bnb_quantized", False):

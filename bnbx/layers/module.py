@@ -25,7 +25,7 @@ from typing_extensions import Self
 from bnbx.errors import BnbxError, QuantizedDataError
 from bnbx.kernels.coding import FLOATS
 from bnbx.kernels.quant_state import QuantState
-from bnbx.kernels.state_dict import PACKED, TENSORS
+from bnbx.kernels.state_dict import PACKED, TENSORS, plain_tensor
 from bnbx.layers.parameter import QuantParameter
 
 WEIGHT = "weight"
@@ -183,7 +183,7 @@ def load_weight(
     module: torch.nn.Module,
     name: str,
     shape: Sequence[int],
-    given: Tensor,
+    given: Any,
     beside: Mapping[str, Any],
     assign: bool,
 ) -> bool:
@@ -202,7 +202,8 @@ def load_weight(
     """
     param: Any = getattr(module, name)
     if any(PACKED in key for key in beside):
-        _load_codes(module, name, param, shape, given, beside, assign)
+        codes = plain_tensor("the weight", given)
+        _load_codes(module, name, param, shape, codes, beside, assign)
         return True
     if beside:
         raise QuantizedDataError(
@@ -211,6 +212,7 @@ def load_weight(
         )
     if not isinstance(param, QuantParameter):
         return False
+    given = plain_tensor("the weight", given, meta=not param.bnb_quantized, repeats=True)
     if not given.is_floating_point() or (param.bnb_quantized and given.shape == param.shape):
         raise QuantizedDataError(
             f"{given.dtype} of shape {tuple(given.shape)} without a quantization state beside it, "
@@ -235,7 +237,7 @@ def _load_codes(
     beside: Mapping[str, Any],
     assign: bool,
 ) -> None:
-    if param.is_meta and not assign and not given.is_meta:
+    if param.is_meta and not assign:
         raise QuantizedDataError(
             "the layer is on the meta device, where nothing can be copied to; pass assign=True to "
             "load_state_dict, or call to_empty(device=...) first"

@@ -21,6 +21,7 @@ from bnbx.kernels.coding import FLOATS, decode, encode
 from bnbx.kernels.encoding import Encoding, intern, make_encoding, type_named
 from bnbx.kernels.fit import fit_scales
 from bnbx.kernels.quant_state import QuantState
+from bnbx.kernels.state_dict import plain_tensor
 from bnbx.layers.moving import Moving
 from bnbx.layers.products import in_place_of
 from bnbx.layers.state_names import StateNames
@@ -91,13 +92,14 @@ class QuantParameter(StateNames, Moving, torch.nn.Parameter):
             bnb_quantized: whether data is codes. Dense numbers of the shape that `quant_state` has
                 are taken for what they are all the same: adapters are merged by rebuilding a
                 parameter from its own settings, this one left as it was.
-            others: arguments of other libraries' parameters, which rebuild theirs from all they
-                find in `__dict__`; they become attributes.
+            others: what other libraries mark parameters with, found in `__dict__` and passed on;
+                is dropped, as by bitsandbytes: `__dict__` holds the settings and nothing else.
 
         Raises:
             UnknownNameError: no such quant type.
             OptionError: a block size or storage that the type cannot have.
         """
+        del others
         if data is None:
             data = torch.empty(0)
         name = intern(quant_type) if isinstance(quant_type, QuantType) else quant_type
@@ -112,7 +114,6 @@ class QuantParameter(StateNames, Moving, torch.nn.Parameter):
         self.quant_storage = _storage(quant_storage)
         self.bnb_quantized = bnb_quantized
         self.module = module
-        self.__dict__.update(others)
         return self
 
     @classmethod
@@ -144,7 +145,7 @@ class QuantParameter(StateNames, Moving, torch.nn.Parameter):
             state = quantized_stats.to(device)
         else:
             state = QuantState.from_dict(quantized_stats, device)
-        codes = data.detach().to(device).contiguous()
+        codes = plain_tensor("the weight", data, meta=True).to(device).contiguous()
         encoding = state.encoding if codes.is_meta else state.check(codes)
         self = cls(
             codes,

@@ -14,12 +14,18 @@ import torch
 from torch import Tensor
 
 from bnbx.errors import OptionError
+from bnbx.kernels.coding import check_factor, check_tensor
 from bnbx.kernels.quant_state import QuantState
 from bnbx.layers import ops as _  # noqa: F401 - registers torch.ops.bnbx
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast makes of x, if it is on."""
+    """What autocast makes of x, if it is on.
+
+    Raises:
+        UnsupportedTensorError: x is not a tensor of floats.
+    """
+    check_factor("x", x)
     kind = x.device.type
     if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return None
@@ -42,6 +48,7 @@ def multiply(
 
 def look_up(ids: Tensor, codes: Tensor, state: QuantState) -> Tensor:
     """Rows of the matrix, in its dtype."""
+    check_tensor("ids", ids)
     found: Tensor = torch.ops.bnbx.embedding(
         ids, state.parts(codes), state.label, state.shape or (), state.dtype or torch.float32
     )

@@ -9,6 +9,7 @@ call goes on from there. Everything that arguments say is checked before anythin
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from bnbx.errors import BnbxError
+from bnbx.errors import BnbxError, BnbxWarning
+from bnbx.kernels.coding import finite
 from bnbx.kernels.encoding import Encoding
 from bnbx.layers.embedding import QuantEmbedding
 from bnbx.layers.linear import QuantLinear
@@ -30,9 +32,11 @@ from bnbx.nn.report import Entry, QuantizationReport
 from bnbx.nn.revert import dequantize_model
 from bnbx.nn.selection import Choice, Chosen, select
 from bnbx.registry import QuantType
+from bnbx.registry.patterns import some
 
 LARGE = 1 << 30  # bytes of weights for which progress is shown unasked
 LINES = 4  # of progress, where there is no terminal
+BROKEN = "holds NaN"
 HALF = 4  # bits of the types whose layers have names of their own
 
 
@@ -73,7 +77,8 @@ def quantize_(
         progress: whether to show a bar; by default on a terminal, for more than 1 GiB of weights.
 
     Returns:
-        What was done and what was left, with the bytes of each; print it.
+        What was done and what was left, with the bytes of each; print it. A weight with NaN or
+        infinity in it, which makes NaN of its whole block, is told of there and in a warning.
 
     Raises:
         OptionError: a pattern that matches nothing, or arguments that contradict one another; the
@@ -91,12 +96,14 @@ def quantize_(
     chosen = select(model, given, skip, overrides, parameters)
     total = len(chosen.choices)
     done: dict[int, Encoding] = {}
+    broken: dict[int, str] = {}
     with _progress(chosen, progress) as advance:
         while chosen.choices:
             # Dense weights go as their codes come: nothing here may keep one.
             choice = chosen.choices.pop(0)
             try:
-                _quantize(choice)
+                if not _quantize(choice):
+                    broken[id(choice.param)] = choice.name
             except BnbxError as error:
                 raise type(error)(
                     f"{choice.name}: {error}\n{len(done)} of {total} weights are quantized; the "
@@ -104,7 +111,9 @@ def quantize_(
                 ) from error
             done[id(choice.param)] = choice.settings.encoding
             advance(choice.name)
-    return _report(chosen, done)
+    if broken:
+        _warn_of_broken(list(broken.values()))
+    return _report(chosen, done, broken)
 
 
 def dequantize_(
@@ -117,7 +126,8 @@ def dequantize_(
 
     Args:
         model: is changed in place.
-        dtype: of the dense weights; by default the one that they had.
+        dtype: of the dense weights, and of the biases beside them; by default they have the one
+            that they had.
         requires_grad: whether they train.
 
     Returns:
@@ -129,8 +139,8 @@ def dequantize_(
     return dequantize_model(model, dtype, requires_grad)
 
 
-def _quantize(choice: Choice) -> None:
-    """Encode a weight, and put it wherever it is used."""
+def _quantize(choice: Choice) -> bool:
+    """Encode a weight, and put it wherever it is used; False if it holds NaN now."""
     settings, param = choice.settings, choice.param
     encoding = settings.encoding
     half = encoding.bits == HALF
@@ -152,6 +162,18 @@ def _quantize(choice: Choice) -> None:
             _change(module, Embedding4bit if half else QuantEmbedding, new, settings.fit)
         else:
             keep_in_codes(module, attribute, new)
+    state = new.quant_state
+    return state is None or finite(encoding, state.parts(new.detach()), state.shape or ())
+
+
+def _warn_of_broken(names: list[str]) -> None:
+    warnings.warn(
+        f"NaN or infinity in {some(names)}: all numbers that shared a scale with one are NaN now. "
+        "Repair these weights before they are quantized, with torch.nan_to_num, or leave them as "
+        "they are: skip= of quantize_",
+        BnbxWarning,
+        stacklevel=3,
+    )
 
 
 def _change(module: Any, kind: type[nn.Module], weight: QuantParameter, fit: str | None) -> None:
@@ -201,14 +223,17 @@ def _lines(console: Console, total: int) -> Callable[[str], None]:
     return advance
 
 
-def _report(chosen: Chosen, done: Mapping[int, Encoding]) -> QuantizationReport:
+def _report(
+    chosen: Chosen, done: Mapping[int, Encoding], broken: Mapping[int, str]
+) -> QuantizationReport:
     found = []
     for each in chosen.listed:
         encoding = done.get(each.key)
         after = each.nbytes if encoding is None else encoding.bytes(each.shape)
         how = None if encoding is None else encoding.describe()
         name, *shared = each.names
+        remark = BROKEN if each.key in broken else None
         found.append(
-            Entry(name, each.shape, each.nbytes, after, how=how, why=each.why, shared=tuple(shared))
+            Entry(name, each.shape, each.nbytes, after, how, each.why, tuple(shared), remark)
         )
     return QuantizationReport(tuple(found))

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from bnbx.errors import BnbxError, QuantizedDataError, UnsupportedTensorError
-from bnbx.layers.int8 import ROW_FORMAT
+from bnbx.errors import QuantizedDataError
 from bnbx.layers.int8_params import Int8Params
+from bnbx.layers.int8_saving import ROW_FORMAT, LoadsInt8
 
 LARGEST = 127.0  # the code that absmax gets
 
 
-class Embedding8bit(nn.Embedding):
+class Embedding8bit(LoadsInt8, nn.Embedding):
     """A frozen table in int8, each row with its own absmax.
 
     The table begins dense and is quantized when the layer moves to a device, `.to("cpu")`
@@ -48,6 +48,11 @@ class Embedding8bit(nn.Embedding):
         super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
         self.dtype = self.weight.dtype
         self.weight = Int8Params(self.weight.data, has_fp16_weights=False, requires_grad=False)
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """Of the table."""
+        return self.num_embeddings, self.embedding_dim
 
     def forward(self, ids: Tensor) -> Tensor:
         """The vectors, (*ids.shape, embedding_dim).
@@ -99,70 +104,3 @@ class Embedding8bit(nn.Embedding):
             absmax = self._absmax()
             destination[f"{prefix}SCB"] = absmax if keep_vars else absmax.detach()
             destination[f"{prefix}weight_format"] = torch.tensor(ROW_FORMAT, dtype=torch.uint8)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        names = ("weight", "SCB", "weight_format")
-        given, absmax, kind = (state_dict.get(prefix + name) for name in names)
-        kind = int(kind) if isinstance(kind, Tensor) else kind
-        assign = bool(local_metadata.get("assign_to_params_buffers", False))
-        plain = given is None or torch.int8 not in (given.dtype, self.weight.dtype)
-        rest = {
-            key: value
-            for key, value in state_dict.items()
-            if key not in [prefix + name for name in (names[1:] if plain else names)]
-        }
-        lacking: list[str] = []
-        super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, lacking, unexpected_keys, error_msgs
-        )
-        if plain:
-            missing_keys += lacking
-            if isinstance(self.weight, Int8Params):
-                return
-            # torch assigned a plain parameter
-            self.weight = Int8Params(self.weight.data, has_fp16_weights=False, requires_grad=False)
-            return
-        try:
-            self._take(given, absmax, kind, assign)
-        except BnbxError as error:
-            error_msgs.append(f"{prefix}weight: {error}")
-
-    def _take(self, given: Any, absmax: Any, kind: Any, assign: bool) -> None:
-        """Become these codes, or quantize these numbers."""
-        shape = (self.num_embeddings, self.embedding_dim)
-        if kind not in (None, ROW_FORMAT, "row"):
-            raise QuantizedDataError(f"weight_format is {kind!r}; expected {ROW_FORMAT}: rows")
-        if tuple(given.shape) != shape:
-            raise QuantizedDataError(f"shape {tuple(given.shape)}; expected {shape}")
-        if self.weight.is_meta and not assign and not given.is_meta:
-            raise QuantizedDataError(
-                "the layer is on the meta device, where nothing can be copied to; pass assign=True "
-                "to load_state_dict, or call to_empty(device=...) first"
-            )
-        device = given.device if assign else self.weight.device
-        new = Int8Params(given.detach(), requires_grad=False)
-        if given.dtype != torch.int8:
-            if not given.is_floating_point():
-                raise UnsupportedTensorError(f"{given.dtype}; expected int8 codes, or floats")
-            new.quantize(device)
-        else:
-            if not isinstance(absmax, Tensor) or absmax.numel() != shape[0]:
-                found = tuple(absmax.shape) if isinstance(absmax, Tensor) else absmax
-                raise QuantizedDataError(
-                    f"int8 codes with SCB={found!r:.80}; expected the absmax of {shape[0]} rows"
-                )
-            scale = absmax.detach().reshape(-1).to(device, torch.float32, copy=not assign)
-            new.adopt(given.detach().to(device, copy=not assign), scale)
-        if isinstance(self.weight, Int8Params) and not assign and not self.weight.is_meta:
-            self.weight.adopt(new.detach(), new.SCB)
-        else:
-            self.weight = new

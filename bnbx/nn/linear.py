@@ -87,7 +87,8 @@ class Linear4bit(QuantLinear):
 
         Raises:
             UnknownNameError: no such quant type.
-            OptionError: a storage that it cannot have.
+            OptionError: a storage that it cannot have, or a `compute_dtype` that is no dtype of
+                products.
         """
         super().__init__(
             input_features,

@@ -22,6 +22,7 @@ class Entry:
         how: what it is kept in, in words; None if it was left.
         why: the reason why it was left; None if it was not.
         shared: other names of the same parameter.
+        remark: what is wrong with it, if something is.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Entry:
     how: str | None = None
     why: str | None = None
     shared: tuple[str, ...] = ()
+    remark: str | None = None
 
     @property
     def quantized(self) -> bool:
@@ -92,6 +94,7 @@ def _groups(entries: Iterable[Entry]) -> dict[tuple[str], list[Entry]]:
     ordered = sorted(entries, key=lambda entry: (not entry.quantized, -entry.before))
     for entry in ordered:
         key = entry.how if entry.how is not None else f"left: {entry.why}"
+        key += "" if entry.remark is None else f"; {entry.remark}"
         found.setdefault((key,), []).append(entry)
     return found
 

@@ -70,9 +70,20 @@ def _revert(
         dense = _dense(module, dtype)
         made[id(weight)] = nn.Parameter(dense, requires_grad=requires_grad)
     module._parameters["weight"] = made[id(weight)]
+    if dtype is not None:
+        _convert(getattr(module, "bias", None), dtype)
     module.__class__ = plain
     for name in attributes:
         module.__dict__.pop(name, None)
+
+
+def _convert(bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+    """Give a bias the dtype of its weight, which a product of torch's wants; it stays itself."""
+    if bias is None:
+        return
+    grad, bias.grad = bias.grad, None
+    bias.data = bias.data.to(dtype)
+    bias.grad = None if grad is None else grad.to(dtype)
 
 
 def _dense(module: Any, dtype: torch.dtype | None) -> Tensor:

@@ -158,8 +158,8 @@ def test_int8_table_takes_floats() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("SCB", None, "SCB=None"),
-        ("SCB", torch.ones(3), r"SCB=\(3,\)"),
+        ("SCB", None, "no entry 'SCB'"),
+        ("SCB", torch.ones(3), r"of shape \(3,\); expected float32 of shape \(50,\)"),
         ("weight", torch.ones(3, 64, dtype=torch.int8), r"shape \(3, 64\)"),
         ("weight", torch.ones(50, 64, dtype=torch.int16), "torch.int16"),
         ("weight_format", torch.tensor(2), "weight_format is 2"),

@@ -118,3 +118,20 @@ def test_errors_name_what_is_wrong() -> None:
     state.shape = torch.Size([24 * 64])
     with pytest.raises(OptionError, match="must be 2D"):
         matmul_4bit(x.detach(), codes.t(), state)
+
+
+def test_a_state_of_another_library_is_named_with_the_way_to_convert_it() -> None:
+    peer = pytest.importorskip("bitsandbytes", reason="bitsandbytes, from the extra `peers`")
+    x = torch.randn(3, 64)
+    codes, theirs = peer.functional.quantize_4bit(
+        torch.randn(32, 64), quant_type="nf4", compress_statistics=True
+    )
+    message = r"is bitsandbytes\.functional\.QuantState; expected the bnbx\..*from_dict"
+    with pytest.raises(OptionError, match=message):
+        matmul_4bit(x, codes, theirs)
+    state = QuantState.from_dict(theirs.as_dict(), codes.device)
+    torch.testing.assert_close(matmul_4bit(x, codes, state), peer.matmul_4bit(x, codes.t(), theirs))
+    with pytest.raises(UnsupportedTensorError, match=r"A is list; expected a torch\.Tensor"):
+        matmul_4bit([1], codes, state)  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedTensorError, match=r"B is NoneType; expected a torch\.Tensor"):
+        matmul_4bit(x, None, state)  # type: ignore[arg-type]

@@ -135,10 +135,13 @@ def test_parameter_is_rebuilt_from_its_attributes() -> None:
     torch.testing.assert_close(y - made.bias, (expected - made.bias) / 2, rtol=0.1, atol=0.1)
 
 
-def test_unknown_settings_are_kept() -> None:
-    made = Int8Params(torch.ones(2, 3), requires_grad=False, marked=True)
-    assert made.marked is True  # type: ignore[attr-defined]
-    assert made.to("cpu").marked is True
+def test_unknown_settings_are_accepted_and_dropped() -> None:
+    made: Any = Int8Params(torch.ones(2, 3), requires_grad=False, _is_hf_initialized=True)
+    assert set(made.__dict__) == {"CB", "SCB", "has_fp16_weights"}
+    made._is_hf_initialized = True
+    moved = made.to("cpu").to("cpu")
+    assert set(moved.__dict__) == {"CB", "SCB", "has_fp16_weights"}
+    assert set(copy.deepcopy(moved).__dict__) == {"CB", "SCB", "has_fp16_weights"}
 
 
 def test_states_compare() -> None:
@@ -183,6 +186,17 @@ def test_errors_name_what_is_wrong() -> None:
         made(torch.ones(2, 95))
     with pytest.raises(UnsupportedTensorError, match=r"x is torch\.int64"):
         made(torch.ones(2, 96, dtype=torch.int64))
+    with pytest.raises(UnsupportedTensorError, match=r"x is list; expected a torch\.Tensor"):
+        made([1, 2])
+    for a, b, what in ((None, made.weight, "A"), (torch.ones(2, 96), None, "B")):
+        with pytest.raises(UnsupportedTensorError, match=f"{what} is NoneType; expected a torch"):
+            matmul(a, b)  # type: ignore[arg-type]
+    wrong: Any
+    for wrong in ("6", None, [6.0]):
+        with pytest.raises(OptionError, match=r"threshold is .*; expected a magnitude"):
+            matmul(torch.ones(2, 96), made.weight, threshold=wrong)
+        with pytest.raises(OptionError, match=r"threshold is .*; expected a magnitude"):
+            Linear8bitLt(8, 4, threshold=wrong)
     with pytest.raises(UnsupportedTensorError, match="come without the absmax"):
         matmul(torch.ones(2, 96), made.weight.detach())
     with pytest.raises(OptionError, match="gradients do not flow through `out`"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,14 @@ from torch.utils.checkpoint import checkpoint
 
 from bnbx.errors import BnbxWarning, OptionError, QuantizedDataError, UnknownNameError
 from bnbx.errors import UnsupportedTensorError as UnsupportedError
-from bnbx.nn import Linear4bit, QuantLinear, QuantParameter
+from bnbx.nn import (
+    Linear4bit,
+    LinearFP4,
+    LinearNF4,
+    QuantEmbedding,
+    QuantLinear,
+    QuantParameter,
+)
 from bnbx.registry import QuantType
 from quantized_layers import DTYPES, TYPES, assert_near, layer, product
 
@@ -141,6 +150,29 @@ def test_float64_input_needs_a_compute_dtype() -> None:
     with pytest.raises(UnsupportedError, match="float64"):
         layer(64, 32)(x)
     assert layer(64, 32, compute_dtype=torch.float32)(x).dtype == torch.float64
+
+
+@pytest.mark.parametrize("wrong", ["bfloat16", torch.float64, torch.int8, 16])
+def test_compute_dtype_is_checked_wherever_it_is_set(wrong: Any) -> None:
+    for kind in (QuantLinear, Linear4bit, LinearNF4, LinearFP4):
+        with pytest.raises(OptionError, match=r"compute_dtype=.*; expected one of torch.float32"):
+            kind(64, 32, compute_dtype=wrong)
+    found = layer(64, 32)
+    with pytest.raises(OptionError, match=r"compute_dtype=.*or None to use inputs as they are"):
+        found.compute_dtype = wrong
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, None):
+        found.compute_dtype = dtype
+        found.compute_type_is_set = True
+        assert found(torch.ones(1, 64)).dtype == torch.float32
+
+
+def test_what_is_no_tensor_is_named() -> None:
+    for found in (layer(64, 32), QuantLinear(64, 32, device="meta")):
+        with pytest.raises(UnsupportedError, match=r"x is list; expected a torch.Tensor"):
+            found([1, 2])
+    table = QuantEmbedding(8, 64).to("cpu")
+    with pytest.raises(UnsupportedError, match=r"ids is list; expected a torch.Tensor"):
+        table([1, 2])
 
 
 def test_slow_compute_dtype_is_told() -> None:

@@ -79,11 +79,17 @@ def test_defaults_and_positions_are_those_of_bitsandbytes() -> None:
     assert Params4bit().numel() == 0
 
 
-def test_unknown_arguments_are_accepted() -> None:
-    found = Params4bit(weight(4, 4), _is_hf_initialized=True, quant_type="nf4")
-    assert found._is_hf_initialized  # type: ignore[attr-defined]
-    again = Params4bit(weight(4, 4), **found.__dict__)
-    assert again._is_hf_initialized  # type: ignore[attr-defined]
+def test_unknown_arguments_are_accepted_and_dropped() -> None:
+    """Transformers marks parameters, and accelerate passes all of `__dict__` on."""
+    found: Any = Params4bit(weight(4, 4), _is_hf_initialized=True, quant_type="nf4")
+    assert set(found.__dict__) == SETTINGS
+    found._is_hf_initialized = True
+    again: Any = Params4bit(weight(4, 4), **found.__dict__)
+    assert set(again.__dict__) == SETTINGS
+    for other in (found.to("cpu").to("cpu"), copy.copy(found), copy.deepcopy(found)):
+        assert set(other.__dict__) == SETTINGS
+    theirs = bitsandbytes_functional() and pytest.importorskip("bitsandbytes.nn").Params4bit
+    assert set(theirs(weight(4, 4), _is_hf_initialized=True).__dict__) == SETTINGS
 
 
 def test_names_of_classes_are_compared_as_strings() -> None:
