@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import prod
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from bnbx.errors import DeviceError, InputError, OptionError
 from bnbx.kernels.coding import FLOATS
+from bnbx.kernels.encoding import known_block_size
 from bnbx.registry.quant_type import BLOCK_SIZES
 
 
@@ -82,17 +84,24 @@ def number(what: str, value: Any) -> float:
     Raises:
         OptionError: it is none.
     """
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, Real) and not isinstance(value, bool):
         return float(value)
     raise OptionError(f"{what}={value!r:.200}; expected a number")
 
 
-def whole(what: str, value: Any, least: int, most: int) -> None:
-    """Raise OptionError unless a value is a whole number within bounds."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+def whole(what: str, value: Any, least: int, most: int) -> int:
+    """A whole number within bounds, as Python's own where it is numpy's.
+
+    Raises:
+        OptionError: it is none.
+    """
+    known = isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool)
+    if not known:
         raise OptionError(f"{what}={value!r:.200}; expected a whole number")
     if not least <= value <= most:
         raise OptionError(f"{what}={value}; expected {least} to {most}")
+    found: int = int(value) if isinstance(value, Integral) else value
+    return found
 
 
 def block_size(value: Any) -> int:
@@ -101,10 +110,11 @@ def block_size(value: Any) -> int:
     Raises:
         InputError: it is none.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value not in BLOCK_SIZES:
+    found = known_block_size(value)
+    if found is None:
         sizes = ", ".join(map(str, BLOCK_SIZES))
-        raise InputError(f"blocksize={value!r}; expected one of {sizes}")
-    return value
+        raise InputError(f"blocksize={value!r:.200}; expected one of {sizes}")
+    return found
 
 
 def blocks(numel: int, size: int) -> int:

@@ -84,7 +84,7 @@ def on_grid(quant_type: QuantType) -> QuantType:
     return quant_type.model_copy(update={"grid": GRID})
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024, typed=True)  # 64.0 is not 64
 def encoding_of(
     quant_type: QuantType | str,
     block_size: int,

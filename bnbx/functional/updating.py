@@ -96,7 +96,7 @@ def _run(
     checks.of_shape("g", g, p.shape)
     if not isinstance(rule, str):
         raise InputError(f"optimizer_name={rule!r}; expected a name")
-    checks.whole("step", step, 1, LAST_STEP)
+    step = checks.whole("step", step, 1, LAST_STEP)
     if max_unorm is not None:
         max_unorm = checks.number("max_unorm", max_unorm)
     held = [[t for t in group if t is not None] for group in (states, tables, scales)]

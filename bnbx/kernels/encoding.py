@@ -22,6 +22,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
+from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
@@ -199,7 +201,7 @@ def make_encoding(
         size = _checked_block(found.name, found.block_size if block_size is None else block_size)
     other = _second(found, second) if double or second is not None else None
     return _interned(
-        Encoding(found, size, signed, other, _checked_block("second_block", second_block))
+        Encoding(found, size, bool(signed), other, _checked_block("second_block", second_block))
     )
 
 
@@ -209,11 +211,20 @@ def _interned(encoding: Encoding) -> Encoding:
     return encoding
 
 
-def _checked_block(what: str, size: int) -> int:
-    if size not in BLOCK_SIZES:
+def known_block_size(size: Any) -> int | None:
+    """A block size as Python's own int, from numpy's too; None if it is none.
+
+    64.0 is none, though it equals 64: it would become the 64 of all that is kept by equality.
+    """
+    return int(size) if isinstance(size, Integral) and size in BLOCK_SIZES else None
+
+
+def _checked_block(what: str, size: Any) -> int:
+    found = known_block_size(size)
+    if found is None:
         sizes = ", ".join(map(str, BLOCK_SIZES))
-        raise OptionError(f"{what}: block size {size!r}; expected one of {sizes}")
-    return size
+        raise OptionError(f"{what}: block size {size!r:.200}; expected one of {sizes}")
+    return found
 
 
 def _second(found: QuantType, second: QuantType | str | None) -> QuantType:

@@ -335,7 +335,7 @@ def _levels(encoding: Encoding, device: torch.device) -> Tensor:
     return torch.tensor(encoding.codebook.levels, dtype=torch.float32, device=device)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024, typed=True)  # 64.0 is not 64
 def _encoding(
     quant_type: QuantType | str,
     block_size: int | None,
