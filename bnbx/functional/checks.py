@@ -13,11 +13,12 @@ from torch import Tensor
 from bnbx.errors import DeviceError, InputError, OptionError
 from bnbx.kernels.coding import FLOATS
 from bnbx.kernels.encoding import known_block_size
+from bnbx.kernels.memory import lost
 from bnbx.registry.quant_type import BLOCK_SIZES
 
 
 def dense(what: str, tensor: Any) -> Tensor:
-    """The argument, if it is a tensor with elements side by side.
+    """The argument, if it is a tensor with elements side by side, and has its memory.
 
     Raises:
         InputError: it is not; the message says what it is.
@@ -26,6 +27,9 @@ def dense(what: str, tensor: Any) -> Tensor:
         raise InputError(f"{what} is {type(tensor).__name__}; expected a torch.Tensor")
     if tensor.layout is not torch.strided:
         raise InputError(f"{what} is {tensor.layout}; expected a dense tensor")
+    # What is traced has no memory; operations look again when they run.
+    if not torch.compiler.is_compiling() and (wrong := lost(tensor)):
+        raise InputError(f"{what}, {wrong}")
     return tensor
 
 

@@ -113,8 +113,8 @@ def _run(
     if unorm_vec is not None:
         checks.of_dtype("unorm_vec", unorm_vec, torch.float32)
         checks.of_size("unorm_vec", unorm_vec, 1, "the norm of one update")
-    if not isinstance(gnorm_scale, Tensor):
-        gnorm_scale = checks.number("gnorm_scale", gnorm_scale)
+    given = isinstance(gnorm_scale, Tensor)
+    gnorm_scale = (checks.dense if given else checks.number)("gnorm_scale", gnorm_scale)
     factor = torch.as_tensor(gnorm_scale, dtype=torch.float32, device=p.device)
     checks.of_size("gnorm_scale", factor, 1, "one factor for the gradient")
     with torch.no_grad():
@@ -126,7 +126,9 @@ def _run(
 
 
 def _rate(lr: Any) -> float:
-    return float(lr) if isinstance(lr, Tensor) and lr.numel() == 1 else checks.number("lr", lr)
+    if isinstance(lr, Tensor) and lr.numel() == 1:
+        return float(checks.dense("lr", lr))
+    return checks.number("lr", lr)
 
 
 @orders(

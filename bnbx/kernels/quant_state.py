@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bnbx.errors import BnbxError, QuantizedDataError
 from bnbx.kernels.encoding import Encoding, check_parts, intern, make_encoding, type_named
+from bnbx.kernels.memory import check_memory
 from bnbx.kernels.state_dict import (
     DTYPES,
     PACKED,
@@ -201,6 +202,8 @@ class QuantState:
             packed: tensors only, as safetensors wants them: what is no tensor goes, as JSON, into
                 one uint8 tensor under "quant_state.bitsandbytes__" and the name of the type.
         """
+        if self.state2 is not None:
+            check_memory((self.offset, self.state2.code))  # which are read, not handed on
         found: dict[str, Any] = {
             "quant_type": self.quant_type,
             "absmax": self.absmax,
@@ -327,6 +330,7 @@ def _same(a: Any, b: Any) -> bool:
 def _close(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
+    check_memory((a, b))
     same = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
     return same and torch.allclose(a.float(), b.float(), atol=1e-6, equal_nan=True)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bnbx.errors import QuantizedDataError
+from bnbx.kernels.memory import lost
 from bnbx.registry.names import nearest
 
 PACKED = "quant_state.bitsandbytes__"
@@ -65,6 +66,8 @@ def unpack_json(key: str, packed: Any) -> dict[str, Any]:
     if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or packed.is_meta:
         kind = f"{packed.dtype} on {packed.device}" if isinstance(packed, Tensor) else repr(packed)
         raise QuantizedDataError(f"{key} is {kind:.200}; expected JSON in a uint8 tensor")
+    if wrong := lost(packed):
+        raise QuantizedDataError(f"{key}, {wrong}; expected JSON in a uint8 tensor")
     if packed.numel() > LARGEST_JSON:
         raise QuantizedDataError(f"{key} has {packed.numel()} bytes; expected a short JSON text")
     try:
@@ -199,6 +202,8 @@ def tensor_entry(
     if value.layout is not torch.strided or (value.is_meta and str(device) != "meta"):
         place = f"{value.layout} on {value.device}"
         raise QuantizedDataError(f"{what}: {key} is {place}; expected a tensor with memory")
+    if wrong := lost(value):
+        raise QuantizedDataError(f"{what}: {key}, {wrong}; expected a tensor with memory")
     both = value.dtype.is_floating_point and dtype.is_floating_point
     if value.dtype != dtype and not both:
         raise QuantizedDataError(f"{what}: {key} is {value.dtype}; expected {dtype}")
