@@ -15,6 +15,7 @@ from bnbx.functional import checks, coded, ops
 from bnbx.functional.maps import default_table
 from bnbx.functional.states import check_state, second_of, state_of
 from bnbx.kernels.coding import FLOATS
+from bnbx.kernels.coding_reference import mean_of
 from bnbx.kernels.quant_state import QuantState
 
 
@@ -69,7 +70,7 @@ def quantize_blockwise(
     codes, scales = ops.quantize_blockwise(A.detach(), table, size, rand, exact)
     offset = second = None
     if nested:
-        offset = scales.mean() if scales.numel() else scales.new_zeros(())
+        offset = mean_of(scales)
         scales, second = quantize_blockwise(scales - offset, blocksize=size, exact=exact)
     if absmax is not None:
         scales = absmax.copy_(scales.view(absmax.shape))

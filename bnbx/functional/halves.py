@@ -12,6 +12,7 @@ from bnbx.functional import checks, coded, ops
 from bnbx.functional.maps import default_table, table
 from bnbx.functional.states import SECOND_BLOCK, check_state, second_of, state_of
 from bnbx.kernels.coding import FLOATS
+from bnbx.kernels.coding_reference import mean_of
 from bnbx.kernels.quant_state import QuantState
 from bnbx.registry import quant_types
 
@@ -92,7 +93,7 @@ def quantize_4bit(
 
 def _compressed(scales: Tensor, exact: bool) -> tuple[Tensor, Tensor, QuantState]:
     """Codes of scales less their mean, the mean, and the state of the codes."""
-    offset = scales.mean() if scales.numel() else scales.new_zeros(())
+    offset = mean_of(scales)
     numbers = default_table(scales.device)
     codes, second_scales = ops.quantize_blockwise(
         scales - offset, numbers, SECOND_BLOCK, None, exact
