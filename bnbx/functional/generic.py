@@ -43,6 +43,8 @@ def _seed(stochastic: bool, generator: torch.Generator | None) -> Tensor | None:
         if generator is not None:
             raise OptionError("generator is for stochastic=True")
         return None
+    if not isinstance(generator, torch.Generator | None):
+        raise OptionError(f"generator={generator!r:.200}; expected a torch.Generator")
     device = "cpu" if generator is None else generator.device
     return torch.randint(0, 1 << 32, (1,), generator=generator, device=device)
 

@@ -23,6 +23,7 @@ from bnbx.kernels.state_dict import (
     PACKED,
     alone,
     checked_fields,
+    checked_keys,
     dtype_name,
     pack_json,
     packed_entry,
@@ -245,7 +246,7 @@ class QuantState:
                 quant type.
             UnknownNameError: no such quant type is registered.
         """
-        given = {key: value for key, value in qs_dict.items() if PACKED not in key}
+        given = {key: qs_dict[key] for key in checked_keys(qs_dict) if PACKED not in key}
         entries = {key.rpartition(".")[2]: value for key, value in given.items()}
         fields = {**entries, **packed_entry(qs_dict)}
         found = checked_fields(fields)

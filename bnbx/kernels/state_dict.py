@@ -79,6 +79,25 @@ def unpack_json(key: str, packed: Any) -> dict[str, Any]:
     return found
 
 
+def checked_keys(entries: Any) -> list[str]:
+    """The names in a dict of entries.
+
+    Raises:
+        QuantizedDataError: it is no dict, or something else than a name stands in it.
+    """
+    if not isinstance(entries, Mapping):
+        raise QuantizedDataError(
+            f"a quantization state is {type(entries).__name__}; expected a dict, as "
+            "QuantState.as_dict gives it"
+        )
+    for key in entries:
+        if not isinstance(key, str):
+            raise QuantizedDataError(
+                f"a quantization state has the key {key!r:.200}; expected names of entries"
+            )
+    return list(entries)
+
+
 def packed_entry(entries: Mapping[str, Any]) -> dict[str, Any]:
     """What the packed entry among `entries` says; nothing, if there is none.
 
@@ -86,7 +105,7 @@ def packed_entry(entries: Mapping[str, Any]) -> dict[str, Any]:
         QuantizedDataError: there are several, it cannot be read, or is of a type that its key does
             not name.
     """
-    keys = [key for key in entries if PACKED in key]
+    keys = [key for key in checked_keys(entries) if PACKED in key]
     if len(keys) > 1:
         raise QuantizedDataError(f"there are {len(keys)} quantization states: {', '.join(keys)}")
     if not keys:

@@ -299,6 +299,7 @@ def test_without_scale() -> None:
         (dict(code="nf4", fit="best"), OptionError, "mse"),
         (dict(code="nf4", fit="mse", stochastic=True), OptionError, "nearest"),
         (dict(code="nf4", generator=torch.Generator()), OptionError, "stochastic"),
+        (dict(code="nf4", stochastic=True, generator=5), OptionError, r"generator=5; expected"),
         (dict(code="nf4", out=torch.empty(1)), OptionError, "own memory"),
         (dict(code=None, block_size=64), OptionError, "with a quant type"),
         (dict(code=4), TypeError, "expected a name"),
