@@ -93,6 +93,21 @@ def number(what: str, value: Any) -> float:
     raise OptionError(f"{what}={value!r:.200}; expected a number")
 
 
+def one_number(what: str, value: Any, why: str) -> Tensor:
+    """A number, or a tensor of one, as float32; `why` says in words that it is one.
+
+    Raises:
+        OptionError, InputError: it is none.
+    """
+    if not isinstance(value, Tensor):
+        value = number(what, value)
+    elif dense(what, value).is_complex():
+        raise InputError(f"{what} is {value.dtype}; expected a real number")
+    found = torch.as_tensor(value, dtype=torch.float32)
+    of_size(what, found, 1, why)
+    return found
+
+
 def whole(what: str, value: Any, least: int, most: int) -> int:
     """A whole number within bounds, as Python's own where it is numpy's.
 

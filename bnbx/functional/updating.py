@@ -113,20 +113,17 @@ def _run(
     if unorm_vec is not None:
         checks.of_dtype("unorm_vec", unorm_vec, torch.float32)
         checks.of_size("unorm_vec", unorm_vec, 1, "the norm of one update")
-    given = isinstance(gnorm_scale, Tensor)
-    gnorm_scale = (checks.dense if given else checks.number)("gnorm_scale", gnorm_scale)
-    factor = torch.as_tensor(gnorm_scale, dtype=torch.float32, device=p.device)
-    checks.of_size("gnorm_scale", factor, 1, "one factor for the gradient")
+    factor = checks.one_number("gnorm_scale", gnorm_scale, "one factor for the gradient")
     with torch.no_grad():
         _update(
             rule, g, p, *held, [checks.number("beta", beta) for beta in betas],
             [checks.number("alpha, eps or weight_decay", other) for other in others], max_unorm,
-            _rate(lr), step, factor, unorm_vec, block_wise, bool(skip_zeros),
+            _rate(lr), step, factor.to(p.device), unorm_vec, block_wise, bool(skip_zeros),
         )  # fmt: skip
 
 
 def _rate(lr: Any) -> float:
-    if isinstance(lr, Tensor) and lr.numel() == 1:
+    if isinstance(lr, Tensor) and lr.numel() == 1 and not lr.is_complex():
         return float(checks.dense("lr", lr))
     return checks.number("lr", lr)
 

@@ -336,6 +336,8 @@ def test_bad_requests() -> None:
         dequantize(q, absmax=torch.ones(1))
     with pytest.raises(OptionError, match="QuantTensor"):
         dequantize(torch.zeros(3, dtype=torch.uint8), absmax=torch.ones(1), dtype=torch.float16)
+    with pytest.raises(TypeError, match=r"absmax is torch\.complex64; expected a real number"):
+        dequantize(torch.zeros(3, dtype=torch.uint8), absmax=torch.ones(1) * 1j)
     with pytest.raises(TypeError, match="absmax, table"):
         dequantize(torch.zeros(3, dtype=torch.uint8), q)
     with pytest.raises(ValueError, match="needs quant_state"):
