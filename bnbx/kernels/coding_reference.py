@@ -110,7 +110,7 @@ def mean_of(scales: Tensor) -> Tensor:
     mean = scales.mean()
     # The sum of smaller ones is not; what vanishes would not count. No branch: devices would wait.
     smaller = (scales * 2.0**-64).mean() * 2.0**64
-    return torch.where(mean.isfinite(), mean, smaller.clamp(max=LARGEST_FLOAT))
+    return torch.where(mean < torch.inf, mean, smaller.clamp(max=LARGEST_FLOAT))
 
 
 # ---- scales

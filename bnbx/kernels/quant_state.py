@@ -27,6 +27,7 @@ from bnbx.kernels.state_dict import (
     dtype_name,
     pack_json,
     packed_entry,
+    spec_entry,
     tensor_entry,
 )
 from bnbx.kernels.table_types import type_of_table
@@ -251,7 +252,7 @@ class QuantState:
         fields = {**entries, **packed_entry(qs_dict)}
         found = checked_fields(fields)
         what = f"quantization state of {found['quant_type']!r}"
-        spec = _type_in(found, what)
+        spec = spec_entry(found, what)
         second = None
         if "nested_absmax" in fields:
             second = cls(
@@ -363,19 +364,6 @@ def _type_of(state: QuantState) -> QuantType | str:
     if state.quant_type is not None:
         return state.quant_type
     return type_of_table(state.code)
-
-
-def _type_in(found: Mapping[str, Any], what: str) -> QuantType | None:
-    """The type that the state brings along, if it does."""
-    if found["spec"] is None:
-        return None
-    try:
-        spec = QuantType.from_json(found["spec"])
-    except BnbxError as error:
-        raise QuantizedDataError(f"{what}: {error}") from None
-    if spec.name != (found["quant_type"] or "").partition("@")[0]:
-        raise QuantizedDataError(f"{what} comes with the spec of {spec.name!r}")
-    return spec
 
 
 def _checked_encoding(state: QuantState, what: str) -> Encoding:

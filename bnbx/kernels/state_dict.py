@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbx.errors import QuantizedDataError
+from bnbx.errors import BnbxError, QuantizedDataError
 from bnbx.kernels.memory import lost
+from bnbx.registry import QuantType
 from bnbx.registry.names import nearest
 
 PACKED = "quant_state.bitsandbytes__"
@@ -227,3 +228,20 @@ def tensor_entry(
     if value.dtype != dtype and not both:
         raise QuantizedDataError(f"{what}: {key} is {value.dtype}; expected {dtype}")
     return value.detach().to(device=device, dtype=dtype).contiguous()
+
+
+def spec_entry(found: Mapping[str, Any], what: str) -> QuantType | None:
+    """The type that checked fields bring along, if they do.
+
+    Raises:
+        QuantizedDataError: it is none, or another than they name.
+    """
+    if found["spec"] is None:
+        return None
+    try:
+        spec = QuantType.from_json(found["spec"])
+    except BnbxError as error:
+        raise QuantizedDataError(f"{what}: {error}") from None
+    if spec.name != (found["quant_type"] or "").partition("@")[0]:
+        raise QuantizedDataError(f"{what} comes with the spec of {spec.name!r}")
+    return spec
