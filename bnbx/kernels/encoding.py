@@ -153,10 +153,12 @@ class Encoding:
         """Bytes of all parts of a tensor of this shape."""
         return sum(prod(size) * dtype.itemsize for size, dtype in self.shapes(shape).values())
 
-    def empty(self, shape: Sequence[int], device: torch.device) -> list[Tensor]:
-        """Parts to be filled, for a tensor of this shape."""
-        sizes = self.shapes(shape).values()
-        return [torch.empty(size, dtype=dtype, device=device) for size, dtype in sizes]
+    def empty(
+        self, shape: Sequence[int], device: torch.device, out: Sequence[Tensor] = ()
+    ) -> list[Tensor]:
+        """Parts to be filled, for a tensor of this shape: those in `out`, and new ones."""
+        sizes = [*self.shapes(shape).values()][len(out) :]
+        return [*out, *(torch.empty(size, dtype=dtype, device=device) for size, dtype in sizes)]
 
     def describe(self) -> str:
         """One line."""
@@ -306,14 +308,33 @@ def check_parts(encoding: Encoding, shape: Sequence[int], parts: Sequence[Tensor
         )
     if any(side < 0 for side in shape):
         raise QuantizedDataError(f"{what}: a negative size")
-    for (name, (size, dtype)), part in zip(expected.items(), parts, strict=True):
+    _check_each(what, expected, parts, parts[0].device, "the codes")
+
+
+def check_memory_for(encoding: Encoding, x: Tensor, out: Sequence[Tensor]) -> None:
+    """Raise QuantizedDataError unless `out` can be the first parts of x, once it is quantized."""
+    what = f"memory for {encoding.describe()}, of shape {tuple(x.shape)}"
+    expected = encoding.shapes(x.shape)
+    most = 1 if encoding.second else len(expected)
+    if len(out) > most:
+        raise QuantizedDataError(f"{what}: {len(out)} tensors; expected {most} at most")
+    _check_each(what, expected, out, x.device, "x")
+
+
+def _check_each(
+    what: str,
+    expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    parts: Sequence[Tensor],
+    device: torch.device,
+    other: str,
+) -> None:
+    """`parts` may be fewer than are expected; `other` is what they are together with."""
+    for (name, (size, dtype)), part in zip(expected.items(), parts, strict=False):
         if part.dtype != dtype or part.numel() != prod(size) or not part.is_contiguous():
             layout = "" if part.is_contiguous() else ", not contiguous"
             raise QuantizedDataError(
                 f"{what}: {name} is {part.dtype} of shape {tuple(part.shape)}{layout}; expected "
                 f"{dtype} of shape {size} ({prod(size)} elements), contiguous"
             )
-        if part.device != parts[0].device:
-            raise QuantizedDataError(
-                f"{what}: {name} is on {part.device}, the codes on {parts[0].device}"
-            )
+        if part.device != device:
+            raise QuantizedDataError(f"{what}: {name} is on {part.device}, {other} on {device}")
