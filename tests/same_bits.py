@@ -21,7 +21,8 @@ def same_bits(a: Any, b: Any) -> bool:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    # A copy: of a single element, the stride may be any, which a view to bytes refuses.
+    return tensor.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
 
 
 def same_dicts(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:

@@ -13,8 +13,10 @@ from torch import Tensor
 from bnbx.errors import InputError, OptionError
 from bnbx.functional import checks, coded, ops
 from bnbx.functional.maps import default_table
+from bnbx.functional.results import kept, room, straight
 from bnbx.functional.states import check_state, second_of, state_of
 from bnbx.kernels.coding import FLOATS
+from bnbx.kernels.coding_reference import mean_of
 from bnbx.kernels.quant_state import QuantState
 
 
@@ -66,17 +68,37 @@ def quantize_blockwise(
     _check_rand(rand, exact)
     checks.together([("A", A), ("absmax", absmax), ("out", out), ("rand", rand)])
     table = table.to(A.device)
-    codes, scales = ops.quantize_blockwise(A.detach(), table, size, rand, exact)
+    memory = (out, None if nested else absmax)
+    codes, scales = _quantized(A.detach(), table, size, rand, exact, *memory)
     offset = second = None
     if nested:
-        offset = scales.mean() if scales.numel() else scales.new_zeros(())
+        offset = mean_of(scales)
         scales, second = quantize_blockwise(scales - offset, blocksize=size, exact=exact)
-    if absmax is not None:
-        scales = absmax.copy_(scales.view(absmax.shape))
+        scales = kept(absmax, scales)
     state = QuantState(
         absmax=scales, code=table, blocksize=size, dtype=A.dtype, offset=offset, state2=second
     )
-    return (codes if out is None else out.copy_(codes)), state
+    return codes, state
+
+
+def _quantized(
+    x: Tensor,
+    table: Tensor,
+    size: int,
+    rand: Tensor | None,
+    exact: bool,
+    out: Tensor | None,
+    absmax: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Codes and scales, in the memory that is given for them."""
+    if straight(out, absmax):
+        read = [x, table] if rand is None else [x, table, rand]
+        codes = room(out, x.shape, torch.uint8, read)
+        scales = room(absmax, (checks.blocks(x.numel(), size),), torch.float32, read)
+        ops.quantize_blockwise_into(x, table, size, rand, exact, codes, scales)
+    else:
+        codes, scales = ops.quantize_blockwise(x, table, size, rand, exact)
+    return kept(out, codes), kept(absmax, scales)
 
 
 def _check_memory(

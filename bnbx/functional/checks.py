@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import prod
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from bnbx.errors import DeviceError, InputError, OptionError
 from bnbx.kernels.coding import FLOATS
+from bnbx.kernels.encoding import known_block_size
+from bnbx.kernels.memory import lost
 from bnbx.registry.quant_type import BLOCK_SIZES
 
 
 def dense(what: str, tensor: Any) -> Tensor:
-    """The argument, if it is a tensor with elements side by side.
+    """The argument, if it is a tensor with elements side by side, and has its memory.
 
     Raises:
         InputError: it is not; the message says what it is.
@@ -24,6 +27,9 @@ def dense(what: str, tensor: Any) -> Tensor:
         raise InputError(f"{what} is {type(tensor).__name__}; expected a torch.Tensor")
     if tensor.layout is not torch.strided:
         raise InputError(f"{what} is {tensor.layout}; expected a dense tensor")
+    # What is traced has no memory; operations look again when they run.
+    if not torch.compiler.is_compiling() and (wrong := lost(tensor)):
+        raise InputError(f"{what}, {wrong}")
     return tensor
 
 
@@ -82,17 +88,39 @@ def number(what: str, value: Any) -> float:
     Raises:
         OptionError: it is none.
     """
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, Real) and not isinstance(value, bool):
         return float(value)
     raise OptionError(f"{what}={value!r:.200}; expected a number")
 
 
-def whole(what: str, value: Any, least: int, most: int) -> None:
-    """Raise OptionError unless a value is a whole number within bounds."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+def one_number(what: str, value: Any, why: str) -> Tensor:
+    """A number, or a tensor of one, as float32; `why` says in words that it is one.
+
+    Raises:
+        OptionError, InputError: it is none.
+    """
+    if not isinstance(value, Tensor):
+        value = number(what, value)
+    elif dense(what, value).is_complex():
+        raise InputError(f"{what} is {value.dtype}; expected a real number")
+    found = torch.as_tensor(value, dtype=torch.float32)
+    of_size(what, found, 1, why)
+    return found
+
+
+def whole(what: str, value: Any, least: int, most: int) -> int:
+    """A whole number within bounds, as Python's own where it is numpy's.
+
+    Raises:
+        OptionError: it is none.
+    """
+    known = isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool)
+    if not known:
         raise OptionError(f"{what}={value!r:.200}; expected a whole number")
     if not least <= value <= most:
         raise OptionError(f"{what}={value}; expected {least} to {most}")
+    found: int = int(value) if isinstance(value, Integral) else value
+    return found
 
 
 def block_size(value: Any) -> int:
@@ -101,10 +129,11 @@ def block_size(value: Any) -> int:
     Raises:
         InputError: it is none.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value not in BLOCK_SIZES:
+    found = known_block_size(value)
+    if found is None:
         sizes = ", ".join(map(str, BLOCK_SIZES))
-        raise InputError(f"blocksize={value!r}; expected one of {sizes}")
-    return value
+        raise InputError(f"blocksize={value!r:.200}; expected one of {sizes}")
+    return found
 
 
 def blocks(numel: int, size: int) -> int:

@@ -84,7 +84,7 @@ def on_grid(quant_type: QuantType) -> QuantType:
     return quant_type.model_copy(update={"grid": GRID})
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024, typed=True)  # 64.0 is not 64
 def encoding_of(
     quant_type: QuantType | str,
     block_size: int,
@@ -99,9 +99,14 @@ def encoding_of(
 
 
 def quantize_bytes(
-    x: Tensor, code: Tensor, block_size: int, rand: Tensor | None, exact: bool = True
+    x: Tensor,
+    code: Tensor,
+    block_size: int,
+    rand: Tensor | None,
+    exact: bool = True,
+    out: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Codes (uint8, of the shape of x) and absmax (float32, one per block)."""
+    """Codes (uint8, of the shape of x) and absmax (float32, one per block); `out` is for both."""
     found = type_of(code)
     if found is None:
         if rand is not None or not exact:
@@ -109,9 +114,10 @@ def quantize_bytes(
                 "rand and exact=False need a table whose largest magnitude is 1; divide code by "
                 "code.abs().max()"
             )
-        return encode_plain(x, code, block_size)
+        made = encode_plain(x, code, block_size)
+        return (coding.copied(out[0], made[0]), coding.copied(out[1], made[1])) if out else made
     found = found if exact else on_grid(found)
-    codes, absmax = coding.encode(encoding_of(found, block_size), x, rand=rand)
+    codes, absmax = coding.encode(encoding_of(found, block_size), x, rand=rand, out=out)
     return codes, absmax
 
 
@@ -220,15 +226,19 @@ def _plain_scales(absmax: Tensor, second: Second) -> Tensor:
 # ---- two codes a byte
 
 
-def quantize_halves(x: Tensor, quant_type: str, block_size: int) -> tuple[Tensor, Tensor]:
+def quantize_halves(
+    x: Tensor, quant_type: str, block_size: int, out: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor]:
     """Packed codes (bytes, 1) uint8 and absmax (blocks,) float32, the bytes of bitsandbytes.
+
+    `out` is memory for both, without the second dimension of the codes.
 
     They are those of `coding.encode` but in a last, shorter block: there bitsandbytes divides by
     absmax where it multiplies by the inverse before, takes no absmax below 1e-38, and fills a last
     byte up with the code of zero.
     """
     encoding = encoding_of(quant_type, block_size)
-    codes, absmax = coding.encode(encoding, x)
+    codes, absmax = coding.encode(encoding, x, out=out)
     numel = x.numel()
     count = numel % block_size
     if not count:

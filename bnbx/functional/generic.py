@@ -15,17 +15,21 @@ from torch import Tensor
 from bnbx.errors import InputError, OptionError
 from bnbx.functional import checks, ops, unscaled
 from bnbx.functional.tensor import QuantTensor
-from bnbx.kernels.encoding import make_encoding
+from bnbx.kernels.encoding import known_block_size, make_encoding
 from bnbx.registry import QuantType
 
 Type = str | QuantType
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _label(quant_type: Any, block_size: int | None, signed: bool, double: bool) -> str:
+def _label(quant_type: Any, block_size: Any, signed: Any, double: Any) -> str:
     if not isinstance(quant_type, (str, QuantType)):
         raise InputError(f"quant type {quant_type!r:.200}; expected a name or a QuantType")
-    return _made(quant_type, block_size, signed, double)
+    size = known_block_size(block_size)
+    if size is None and block_size is not None:
+        # Not kept: it is refused, but for a 0, and need not even have a hash.
+        return make_encoding(quant_type, block_size, signed=signed, double=bool(double)).label
+    return _made(quant_type, size, bool(signed), bool(double))
 
 
 @lru_cache(maxsize=256)
@@ -39,6 +43,8 @@ def _seed(stochastic: bool, generator: torch.Generator | None) -> Tensor | None:
         if generator is not None:
             raise OptionError("generator is for stochastic=True")
         return None
+    if not isinstance(generator, torch.Generator | None):
+        raise OptionError(f"generator={generator!r:.200}; expected a torch.Generator")
     device = "cpu" if generator is None else generator.device
     return torch.randint(0, 1 << 32, (1,), generator=generator, device=device)
 

@@ -10,8 +10,10 @@ from torch import Tensor
 from bnbx.errors import InputError, QuantizedDataError
 from bnbx.functional import checks, coded, ops
 from bnbx.functional.maps import default_table, table
+from bnbx.functional.results import kept, room, straight
 from bnbx.functional.states import SECOND_BLOCK, check_state, second_of, state_of
 from bnbx.kernels.coding import FLOATS
+from bnbx.kernels.coding_reference import mean_of
 from bnbx.kernels.quant_state import QuantState
 from bnbx.registry import quant_types
 
@@ -71,19 +73,14 @@ def quantize_4bit(
     levels = _table_of(quant_type)
     if quant_storage not in STORAGES:
         raise InputError(f"quant_storage={quant_storage!r}; expected one of {STORAGES}")
-    _check_memory(A, absmax, size, compress_statistics)
+    _check_memory(A, absmax, out, size, compress_statistics, quant_storage)
     checks.together([("A", A), ("absmax", absmax), ("out", out)])
-    packed, scales = ops.quantize_4bit(A.detach(), size, quant_type)
-    codes = _stored(packed, quant_storage)
-    if out is not None:
-        checks.of_dtype("out", out, quant_storage)
-        checks.of_size("out", out, codes.numel(), "two codes a byte")
-        codes = out.copy_(codes.view(out.shape))
+    memory = (out, None if compress_statistics else absmax)
+    codes, scales = _quantized(A.detach(), size, quant_type, quant_storage, *memory)
     offset = second = None
     if compress_statistics:
         scales, offset, second = _compressed(scales, exact)
-    if absmax is not None:
-        scales = absmax.copy_(scales.view(absmax.shape))
+        scales = kept(absmax, scales)
     state = QuantState(
         scales, A.shape, table(levels, A.device), size, quant_type, A.dtype, offset, second
     )
@@ -92,7 +89,7 @@ def quantize_4bit(
 
 def _compressed(scales: Tensor, exact: bool) -> tuple[Tensor, Tensor, QuantState]:
     """Codes of scales less their mean, the mean, and the state of the codes."""
-    offset = scales.mean() if scales.numel() else scales.new_zeros(())
+    offset = mean_of(scales)
     numbers = default_table(scales.device)
     codes, second_scales = ops.quantize_blockwise(
         scales - offset, numbers, SECOND_BLOCK, None, exact
@@ -107,7 +104,43 @@ def _compressed(scales: Tensor, exact: bool) -> tuple[Tensor, Tensor, QuantState
     return codes, offset, second
 
 
-def _check_memory(x: Tensor, absmax: Tensor | None, size: int, compressed: bool) -> None:
+def _quantized(
+    x: Tensor,
+    size: int,
+    quant_type: str,
+    storage: torch.dtype,
+    out: Tensor | None,
+    absmax: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Codes as they are stored, and scales, in the memory that is given for them."""
+    if straight(out, absmax):
+        codes = room(out, (_elements(x, storage), 1), storage, [x])
+        scales = room(absmax, (checks.blocks(x.numel(), size),), torch.float32, [x])
+        packed, count = codes.view(-1).view(torch.uint8), checks.blocks(x.numel(), 2)
+        packed[count:] = 0
+        ops.quantize_4bit_into(x, size, quant_type, packed[:count], scales)
+    else:
+        packed, scales = ops.quantize_4bit(x, size, quant_type)
+        codes = _stored(packed, storage)
+    return kept(out, codes), kept(absmax, scales)
+
+
+def _elements(x: Tensor, storage: torch.dtype) -> int:
+    """How many elements hold the codes of x."""
+    return checks.blocks(checks.blocks(x.numel(), 2), storage.itemsize)
+
+
+def _check_memory(
+    x: Tensor,
+    absmax: Tensor | None,
+    out: Tensor | None,
+    size: int,
+    compressed: bool,
+    storage: torch.dtype,
+) -> None:
+    if out is not None:
+        checks.of_dtype("out", out, storage)
+        checks.of_size("out", out, _elements(x, storage), "two codes a byte")
     if absmax is not None:
         checks.of_dtype("absmax", absmax, torch.uint8 if compressed else torch.float32)
         checks.of_size("absmax", absmax, checks.blocks(x.numel(), size), "one per block")

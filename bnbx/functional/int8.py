@@ -16,6 +16,8 @@ from bnbx.kernels.int8 import MOST_COLUMNS
 
 STEPS = 6.200124e-05  # of two codes: 1 / 127**2, in the digits that bitsandbytes has
 EXACT = 1024  # so many products of codes add up to less than 2**24: exactly, in float32
+PANEL = 1 << 18  # numbers that are turned at a time on a CPU, whose cache holds so many
+LEAST_COLUMNS = 16  # of them: fewer bytes side by side are written slowly
 INT_MM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)  # right on any CPU since then
 
 
@@ -184,12 +186,18 @@ def _columns_fake(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
 
 @operation("int8_quantize_columns(Tensor x, float threshold) -> (Tensor, Tensor)", _columns_fake)
 def _columns(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Codes and absmax of columns."""
-    numbers = x.float()
-    if threshold > 0:
-        numbers = numbers.masked_fill(numbers.abs() >= threshold, 0.0)
-    codes, absmax, _ = int8.quantize_rows(numbers.t())
-    return codes.t().contiguous(), absmax
+    """Codes and absmax of columns, some at a time: turned, they are rows."""
+    codes, absmax = _columns_fake(x, threshold)
+    at_once = PANEL if x.device.type == "cpu" else x.numel()
+    width = max(LEAST_COLUMNS, at_once // max(len(x), 1))
+    for at in range(0, x.shape[1], width):
+        some = slice(at, at + width)
+        numbers = x[:, some].contiguous().float()
+        if threshold > 0:
+            numbers = numbers.masked_fill(numbers.abs() >= threshold, 0.0)
+        turned, absmax[some], _ = int8.quantize_rows(numbers.t())
+        codes[:, some] = turned.t()
+    return codes, absmax
 
 
 without_gradient(_columns, 2)

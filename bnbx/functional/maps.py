@@ -66,7 +66,7 @@ def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool =
     Raises:
         OptionError: no such number of bits.
     """
-    _check_bits(total_bits, 1)
+    total_bits = _checked_bits(total_bits, 1)
     count = 1 << total_bits
     if signed and (add_zero or total_bits < 8):
         count -= 1
@@ -121,7 +121,7 @@ def create_fp8_map(
     Raises:
         OptionError: the bits do not add up.
     """
-    _check_bits(total_bits, 2)
+    total_bits = _checked_bits(total_bits, 2)
     if exponent_bits + precision_bits + bool(signed) != total_bits or exponent_bits < 1:
         raise OptionError(
             f"{exponent_bits} exponent bits, {precision_bits} fraction bits and "
@@ -161,10 +161,10 @@ def create_dynamic_map(
     Raises:
         OptionError: no such number of bits.
     """
-    _check_bits(total_bits, 2)
+    total_bits = _checked_bits(total_bits, 2)
     most = max_exponent_bits if n is None else n
     bits = total_bits - 1
-    checks.whole("max_exponent_bits", most, 1, 7)
+    most = checks.whole("max_exponent_bits", most, 1, 7)
     numbers = [0.0, 1.0]
     for place in range(most):
         power = place + bits - most
@@ -206,7 +206,7 @@ def create_quantile_map(
         InputError: too little data, or none but zeros.
         OptionError: no such number of bits.
     """
-    _check_bits(total_bits, 2)
+    total_bits = _checked_bits(total_bits, 2)
     checks.floats("A", A)
     quantiles = estimate_quantiles(A, num_quantiles=2**total_bits - 1).cpu()
     most = quantiles.abs().max()
@@ -221,5 +221,5 @@ def _filled(numbers: list[float], *, normalize: bool = False) -> Tensor:
     return found / found.max() if normalize else found
 
 
-def _check_bits(total_bits: object, least: int) -> None:
-    checks.whole("total_bits", total_bits, least, 8)
+def _checked_bits(total_bits: object, least: int) -> int:
+    return checks.whole("total_bits", total_bits, least, 8)

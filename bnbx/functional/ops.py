@@ -136,6 +136,24 @@ def quantize_blockwise(
 without_gradient(quantize_blockwise, 5)
 
 
+@operation(
+    "quantize_blockwise_into(Tensor x, Tensor code, int blocksize, Tensor? rand, bool exact, "
+    "Tensor(a!) codes, Tensor(b!) absmax) -> ()",
+    _nothing_fake,
+)
+def quantize_blockwise_into(
+    x: Tensor,
+    code: Tensor,
+    blocksize: int,
+    rand: Tensor | None,
+    exact: bool,
+    codes: Tensor,
+    absmax: Tensor,
+) -> None:
+    """As `quantize_blockwise`, into contiguous memory."""
+    coded.quantize_bytes(x, code, blocksize, rand, exact, (codes, absmax))
+
+
 def _from_bytes_fake(
     codes: Tensor,
     absmax: Tensor,
@@ -236,6 +254,18 @@ def quantize_4bit(x: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, T
 
 
 without_gradient(quantize_4bit, 3)
+
+
+@operation(
+    "quantize_4bit_into(Tensor x, int blocksize, str quant_type, Tensor(a!) codes, "
+    "Tensor(b!) absmax) -> ()",
+    _nothing_fake,
+)
+def quantize_4bit_into(
+    x: Tensor, blocksize: int, quant_type: str, codes: Tensor, absmax: Tensor
+) -> None:
+    """As `quantize_4bit`, into contiguous memory; codes are (bytes,)."""
+    coded.quantize_halves(x, quant_type, blocksize, (codes, absmax))
 
 
 def _from_halves_fake(

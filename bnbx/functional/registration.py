@@ -7,10 +7,12 @@ its fake form gives what torch.compile may know of a result: shapes, dtypes, dev
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from bnbx.kernels.memory import check_memory
 
@@ -32,17 +34,31 @@ def operation(schema: str, fake: Function) -> Callable[[Function], Any]:
     torch.library.define(name, schema[schema.index("(") :], tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(name, fake)
 
+    found = getattr(getattr(torch.ops, NAMESPACE), name.partition("::")[2])
+    aliases = [argument.alias_info for argument in found.default._schema.arguments]
+    written = [number for number, alias in enumerate(aliases) if alias and alias.is_write]
+
     def register(function: Function) -> Any:
         @functools.wraps(function)
         def checked(*arguments: Any, **named: Any) -> Any:
             check_memory(arguments)
             check_memory(named.values())
-            return function(*arguments, **named)
+            result = function(*arguments, **named)
+            for number in written:
+                _count_write(arguments[number])
+            return result
 
         torch.library.impl(name, "default", checked)
-        return getattr(getattr(torch.ops, NAMESPACE), name.partition("::")[2])
+        return found
 
     return register
+
+
+def _count_write(argument: Tensor | Sequence[Tensor] | None) -> None:
+    """Tell autograd, behind whose back kernels write: it refuses a saved tensor that changed."""
+    for tensor in argument if isinstance(argument, (list, tuple)) else (argument,):
+        if isinstance(tensor, Tensor) and not tensor.is_inference():
+            increment_version(tensor)
 
 
 def without_gradient(function: Any, arguments: int) -> None:

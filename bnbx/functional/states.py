@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from bnbx.kernels.quant_state import QuantState
 
 ATTRIBUTES = ("absmax", "shape", "code", "blocksize", "quant_type", "dtype", "offset", "state2")
 SECOND_BLOCK = 256
+OF_HALVES = (6, 7)  # entries of a list of quantize_4bit: until 0.40, and in 0.41
 
 
 def state_of(given: Any, codes: Tensor, block_size: int = 4096) -> QuantState:
@@ -21,8 +23,10 @@ def state_of(given: Any, codes: Tensor, block_size: int = 4096) -> QuantState:
 
     Args:
         given: a QuantState; one of bitsandbytes; the pair (absmax, table) of its version 0.0.24
-            (in either order, where sizes tell); or the list [absmax, shape, dtype, blocksize,
-            [offset, state2] or None, quant_type] of later ones.
+            (in either order, where sizes tell); or a list of its versions 0.39 to 0.41. Of
+            quantize_4bit that is [absmax, shape, dtype, blocksize, [offset, state2] or None,
+            quant_type] and a table that the type says anyway; of quantize_blockwise [absmax,
+            table, blocksize, nested, dtype, offset, state2], state2 being such a list too.
         codes: that it belongs to.
         block_size: of a pair, which does not say.
 
@@ -31,24 +35,59 @@ def state_of(given: Any, codes: Tensor, block_size: int = 4096) -> QuantState:
     """
     if isinstance(given, QuantState):
         return given
-    if isinstance(given, (tuple, list)) and len(given) == 2:
-        return _of_pair(given, codes, block_size)
-    if isinstance(given, (tuple, list)) and len(given) == 6:
-        absmax, shape, dtype, size, nested, quant_type = given
-        if nested is not None and not (isinstance(nested, (tuple, list)) and len(nested) == 2):
-            raise InputError(
-                f"quant_state is a list with {nested!r:.200}; expected [offset, state2]"
-            )
-        offset, second = nested or (None, None)
-        if second is not None and not hasattr(second, "absmax"):
-            second = state_of(second, absmax)
-        return QuantState(absmax, shape, None, size, quant_type, dtype, offset, second)
+    if isinstance(given, (tuple, list)):
+        return _of_list(given, codes, block_size)
     if all(hasattr(given, name) for name in ATTRIBUTES):
         return QuantState(*(getattr(given, name) for name in ATTRIBUTES))
     raise InputError(
         f"quant_state is {type(given).__name__}; expected a QuantState, as the quantize functions "
         "return it, or (absmax, code)"
     )
+
+
+def _of_list(given: Sequence[Any], codes: Tensor, block_size: int) -> QuantState:
+    if len(given) == 2:
+        return _of_pair(given, codes, block_size)
+    if _is_of_bytes(given):
+        absmax, code, size, nested, dtype, offset, state2 = given
+        if not nested:
+            return QuantState(absmax, None, code, size, dtype=dtype)
+        return QuantState(
+            absmax, None, code, size, dtype=dtype, offset=offset, state2=_second(state2, absmax)
+        )
+    if len(given) not in OF_HALVES:
+        raise InputError(
+            f"quant_state is a list of {len(given)} entries; expected a QuantState, (absmax, code) "
+            "or a list of bitsandbytes 0.39 to 0.41, which has 6 or 7"
+        )
+    absmax, shape, dtype, size, nested, quant_type = given[:6]
+    if nested is not None and not (isinstance(nested, (tuple, list)) and len(nested) == 2):
+        raise InputError(f"quant_state is a list with {nested!r:.200}; expected [offset, state2]")
+    offset, state2 = nested or (None, None)
+    size_of = None if shape is None else checks.shape_of("quant_state", shape)
+    second = None if state2 is None else _second(state2, absmax)
+    return QuantState(absmax, size_of, None, size, quant_type, dtype, offset, second)
+
+
+def _is_of_bytes(given: Any) -> bool:
+    """Whether it is a list as quantize_blockwise returned it, by the place of the table."""
+    listed = isinstance(given, (tuple, list)) and len(given) == 7
+    return listed and (given[1] is None or isinstance(given[1], Tensor))
+
+
+def _second(given: Any, codes: Any) -> QuantState:
+    """The state of scales that are quantized too, of which there is one level."""
+    pair = isinstance(given, (tuple, list)) and len(given) == 2
+    if pair or (_is_of_bytes(given) and not given[3]):
+        return state_of(given, checks.dense("quant_state: absmax", codes))
+    known = all(hasattr(given, name) for name in ("absmax", "code", "blocksize"))
+    if not known or getattr(given, "state2", None) is not None:
+        raise InputError(
+            f"quant_state has {given!r:.200} as state2; expected a state or list of "
+            "quantize_blockwise, whose own scales are not quantized"
+        )
+    found: QuantState = given
+    return found
 
 
 def _of_pair(given: Any, codes: Tensor, block_size: int) -> QuantState:

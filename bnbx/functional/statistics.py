@@ -66,7 +66,7 @@ def estimate_quantiles(
         OptionError: an offset or a number out of range.
     """
     checks.floats("A", A)
-    checks.whole("num_quantiles", num_quantiles, 2, QUANTILES)
+    num_quantiles = checks.whole("num_quantiles", num_quantiles, 2, QUANTILES)
     offset = checks.number("offset", offset)
     if not 0 <= offset < 0.5:
         raise OptionError(f"offset={offset!r}; expected a number from 0 to 0.5")
@@ -197,7 +197,7 @@ def percentile_clipping(
     checks.of_dtype("gnorm_vec", gnorm_vec, torch.float32)
     checks.of_shape("gnorm_vec", gnorm_vec, (HISTORY,))
     checks.together([("grad", grad), ("gnorm_vec", gnorm_vec)])
-    checks.whole("step", step, 1, LAST_STEP)
-    checks.whole("percentile", percentile, 0, HISTORY - 1)
+    step = checks.whole("step", step, 1, LAST_STEP)
+    percentile = checks.whole("percentile", percentile, 0, HISTORY - 1)
     found: tuple[Tensor, Tensor, Tensor] = _clip(grad.detach(), gnorm_vec, step, percentile)
     return found

@@ -13,6 +13,7 @@ from bnbx.errors import BnbxError, InputError, OptionError, QuantizedDataError
 from bnbx.functional import checks, ops
 from bnbx.kernels.coding import FLOATS
 from bnbx.kernels.encoding import Encoding, check_parts, from_label, make_encoding
+from bnbx.kernels.memory import check_memory
 from bnbx.kernels.state_dict import pack_json, unpack_json
 from bnbx.registry import QuantType, quant_types
 
@@ -272,6 +273,7 @@ def _check_dtype(dtype: Any) -> None:
 
 
 def _equal_bits(a: Tensor, b: Tensor) -> bool:
+    check_memory((a, b))
     same = a.shape == b.shape and a.dtype == b.dtype
     return same and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 

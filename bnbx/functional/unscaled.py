@@ -101,8 +101,7 @@ def dequantize_whole(
     if absmax is None:
         raise InputError("dequantize needs quant_state or absmax")
     table = default_table(codes.device) if code is None else code
-    scale = torch.as_tensor(absmax, dtype=torch.float32)
-    checks.of_size("absmax", scale, 1, "there is one for the whole tensor")
+    scale = checks.one_number("absmax", absmax, "there is one for the whole tensor")
     checks.together([("A", codes), ("absmax", scale), ("code", code), ("out", out)])
     numbers = dequantize_no_absmax(codes, table) * scale.reshape(())
     if out is None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from bnbx.errors import InputError, OptionError
 from bnbx.functional import checks, coded
@@ -176,9 +175,6 @@ def update(
     for number, (tensor, made) in enumerate(zip(rows, near, strict=True)):
         if number != 1 and made is not tensor:
             tensor.copy_(made)
-    for tensor in (p, *states, *scales):
-        if not tensor.is_inference():  # kernels write behind autograd's back
-            increment_version(tensor)
 
 
 def _clipping(spec: Optimizer, numbers: Numbers) -> Optimizer:

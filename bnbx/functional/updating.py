@@ -96,7 +96,7 @@ def _run(
     checks.of_shape("g", g, p.shape)
     if not isinstance(rule, str):
         raise InputError(f"optimizer_name={rule!r}; expected a name")
-    checks.whole("step", step, 1, LAST_STEP)
+    step = checks.whole("step", step, 1, LAST_STEP)
     if max_unorm is not None:
         max_unorm = checks.number("max_unorm", max_unorm)
     held = [[t for t in group if t is not None] for group in (states, tables, scales)]
@@ -113,20 +113,19 @@ def _run(
     if unorm_vec is not None:
         checks.of_dtype("unorm_vec", unorm_vec, torch.float32)
         checks.of_size("unorm_vec", unorm_vec, 1, "the norm of one update")
-    if not isinstance(gnorm_scale, Tensor):
-        gnorm_scale = checks.number("gnorm_scale", gnorm_scale)
-    factor = torch.as_tensor(gnorm_scale, dtype=torch.float32, device=p.device)
-    checks.of_size("gnorm_scale", factor, 1, "one factor for the gradient")
+    factor = checks.one_number("gnorm_scale", gnorm_scale, "one factor for the gradient")
     with torch.no_grad():
         _update(
             rule, g, p, *held, [checks.number("beta", beta) for beta in betas],
             [checks.number("alpha, eps or weight_decay", other) for other in others], max_unorm,
-            _rate(lr), step, factor, unorm_vec, block_wise, bool(skip_zeros),
+            _rate(lr), step, factor.to(p.device), unorm_vec, block_wise, bool(skip_zeros),
         )  # fmt: skip
 
 
 def _rate(lr: Any) -> float:
-    return float(lr) if isinstance(lr, Tensor) and lr.numel() == 1 else checks.number("lr", lr)
+    if isinstance(lr, Tensor) and lr.numel() == 1 and not lr.is_complex():
+        return float(checks.dense("lr", lr))
+    return checks.number("lr", lr)
 
 
 @orders(

@@ -106,7 +106,8 @@ _NO_SEGMENTS = Segments(_NONE.view(np.int32), _NONE, _NONE, _NONE, _NONE, signed
 
 
 @lru_cache(maxsize=256)
-def _tables(*key: Any) -> Tables:
+def _tables(text: str, *key: Any) -> Tables:
+    del text  # which tells -0.0 from 0.0: they are equal, but read as other numbers
     codebook = Codebook(*key)
     levels = np.zeros(256, np.float32)
     levels[: len(codebook.values)] = codebook.levels
@@ -130,7 +131,7 @@ def _tables(*key: Any) -> Tables:
 
 def tables(codebook: Codebook) -> Tables:
     """The tables of `codebook`, made once."""
-    return _tables(*codebook.key)
+    return _tables(repr(codebook.key), *codebook.key)
 
 
 def find_buckets(thresholds: F32) -> Buckets | None:

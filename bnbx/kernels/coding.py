@@ -12,7 +12,7 @@ from torch import Tensor
 from bnbx.errors import QuantizedDataError, UnsupportedTensorError
 from bnbx.kernels import coding_cpu, coding_cuda, coding_reference, targets
 from bnbx.kernels.coding_source import CodingPlan
-from bnbx.kernels.encoding import Encoding, check_parts
+from bnbx.kernels.encoding import Encoding, check_memory_for, check_parts
 from bnbx.kernels.memory import check_memory, in_large_pages
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,7 +27,12 @@ def choose(encoding: Encoding, device: str) -> str:
 
 
 def encode(
-    encoding: Encoding, x: Tensor, *, rand: Tensor | None = None, seed: int | None = None
+    encoding: Encoding,
+    x: Tensor,
+    *,
+    rand: Tensor | None = None,
+    seed: int | None = None,
+    out: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """Quantize.
 
@@ -37,15 +42,20 @@ def encode(
         rand: numbers in [0, 1) to round stochastically with: element i goes to the upper of its
             two neighbors if `rand[i % len(rand)]` is below its place between them.
         seed: the same with noise that is made from this number (32 bits) and the place of i.
+        out: contiguous tensors to fill, the first of the parts; where scales are quantized too,
+            the codes alone.
 
     Returns:
         The parts (see `bnbx.kernels.encoding`), on the device of x.
 
     Raises:
         UnsupportedTensorError: x has another dtype or layout.
+        QuantizedDataError: `out` does not fit.
     """
     check_numbers("x", x)
-    check_memory((x, rand))
+    check_memory((x, rand, *out))
+    if out:
+        check_memory_for(encoding, x, out)
     if rand is not None and (
         rand.dtype != torch.float32 or rand.device != x.device or not rand.numel()
     ):
@@ -54,9 +64,9 @@ def encode(
             f"numbers in [0, 1) on {x.device}"
         )
     if encoding.second is None:
-        return _encode(encoding, x, rand, seed)
-    found = dict(zip(encoding.parts, _encode(first_level(encoding), x, rand, seed), strict=False))
-    return encode_scales(encoding, found)
+        return _encode(encoding, x, rand, seed, out)
+    first = _encode(first_level(encoding), x, rand, seed, out[:1])
+    return encode_scales(encoding, dict(zip(encoding.parts, first, strict=False)))
 
 
 def first_level(encoding: Encoding) -> Encoding:
@@ -74,14 +84,24 @@ def encode_scales(encoding: Encoding, found: dict[str, Tensor]) -> list[Tensor]:
 
 
 def _encode(
-    encoding: Encoding, x: Tensor, rand: Tensor | None = None, seed: int | None = None
+    encoding: Encoding,
+    x: Tensor,
+    rand: Tensor | None = None,
+    seed: int | None = None,
+    out: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     target = choose(encoding, x.device.type)
     if target == "cpu":
-        return coding_cpu.encode(encoding, x, rand, seed)
+        return coding_cpu.encode(encoding, x, rand, seed, out)
     if target == "cuda":
-        return coding_cuda.encode(encoding, x, rand, seed)
-    return coding_reference.encode(encoding, x, rand, seed)
+        return coding_cuda.encode(encoding, x, rand, seed, out)
+    made = coding_reference.encode(encoding, x, rand, seed)
+    return [*map(copied, out, made), *made[len(out) :]]
+
+
+def copied(out: Tensor, made: Tensor) -> Tensor:
+    """What was made elsewhere, in a contiguous tensor of as many elements."""
+    return out.copy_(made.view(out.shape))
 
 
 def finite(encoding: Encoding, parts: Sequence[Tensor], shape: Sequence[int]) -> bool:

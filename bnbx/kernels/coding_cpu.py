@@ -100,11 +100,16 @@ def _job(encoding: Encoding, parts: Sequence[Tensor], shape: Sequence[int]) -> J
 
 
 def encode(
-    encoding: Encoding, x: Tensor, rand: Tensor | None = None, seed: int | None = None
+    encoding: Encoding,
+    x: Tensor,
+    rand: Tensor | None = None,
+    seed: int | None = None,
+    out: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """The parts of `x`, whose scales are not quantized yet; see `bnbx.kernels.coding.encode`."""
     assert encoding.second is None
-    parts = [*map(in_large_pages, encoding.empty(x.shape, x.device))]
+    parts = encoding.empty(x.shape, x.device, out)
+    parts[len(out) :] = map(in_large_pages, parts[len(out) :])
     x = x.contiguous()
     plan = CodingPlan(encoding, NUMBERS[x.dtype], rand is not None or seed is not None)
     job = _job(encoding, parts, x.shape)

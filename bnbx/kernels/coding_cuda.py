@@ -116,12 +116,16 @@ def held_parts(encoding: Encoding, parts: Sequence[Tensor], index: int) -> dict[
 
 
 def encode(
-    encoding: Encoding, x: Tensor, rand: Tensor | None = None, seed: int | None = None
+    encoding: Encoding,
+    x: Tensor,
+    rand: Tensor | None = None,
+    seed: int | None = None,
+    out: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """The parts of `x`, whose scales are not quantized yet; see `bnbx.kernels.coding.encode`."""
     assert encoding.second is None
     x = x.contiguous()
-    parts = encoding.empty(x.shape, x.device)
+    parts = encoding.empty(x.shape, x.device, out)
     plan = CodingPlan(encoding, NUMBERS[x.dtype], rand is not None or seed is not None)
     whole = torch.tensor(NOTHING, dtype=torch.int32).pin_memory().to(x.device, non_blocking=True)
     rand = None if rand is None else rand.contiguous()

@@ -100,8 +100,17 @@ def second_encoding(encoding: Encoding) -> Encoding:
 
 
 def mean_of(scales: Tensor) -> Tensor:
-    """The mean (0-d) that is taken from scales before they are quantized; torch's float32 mean."""
-    return scales.mean() if scales.numel() else torch.zeros((), device=scales.device)
+    """The mean (0-d) that is taken from scales before they are quantized.
+
+    It is torch's float32 mean, to the bit, unless the sum of scales, which are finite or NaN, is
+    beyond float32.
+    """
+    if not scales.numel():
+        return torch.zeros((), device=scales.device)
+    mean = scales.mean()
+    # The sum of smaller ones is not; what vanishes would not count. No branch: devices would wait.
+    smaller = (scales * 2.0**-64).mean() * 2.0**64
+    return torch.where(mean < torch.inf, mean, smaller.clamp(max=LARGEST_FLOAT))
 
 
 # ---- scales

@@ -22,6 +22,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
+from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
@@ -151,10 +153,12 @@ class Encoding:
         """Bytes of all parts of a tensor of this shape."""
         return sum(prod(size) * dtype.itemsize for size, dtype in self.shapes(shape).values())
 
-    def empty(self, shape: Sequence[int], device: torch.device) -> list[Tensor]:
-        """Parts to be filled, for a tensor of this shape."""
-        sizes = self.shapes(shape).values()
-        return [torch.empty(size, dtype=dtype, device=device) for size, dtype in sizes]
+    def empty(
+        self, shape: Sequence[int], device: torch.device, out: Sequence[Tensor] = ()
+    ) -> list[Tensor]:
+        """Parts to be filled, for a tensor of this shape: those in `out`, and new ones."""
+        sizes = [*self.shapes(shape).values()][len(out) :]
+        return [*out, *(torch.empty(size, dtype=dtype, device=device) for size, dtype in sizes)]
 
     def describe(self) -> str:
         """One line."""
@@ -199,7 +203,7 @@ def make_encoding(
         size = _checked_block(found.name, found.block_size if block_size is None else block_size)
     other = _second(found, second) if double or second is not None else None
     return _interned(
-        Encoding(found, size, signed, other, _checked_block("second_block", second_block))
+        Encoding(found, size, bool(signed), other, _checked_block("second_block", second_block))
     )
 
 
@@ -209,11 +213,20 @@ def _interned(encoding: Encoding) -> Encoding:
     return encoding
 
 
-def _checked_block(what: str, size: int) -> int:
-    if size not in BLOCK_SIZES:
+def known_block_size(size: Any) -> int | None:
+    """A block size as Python's own int, from numpy's too; None if it is none.
+
+    64.0 is none, though it equals 64: it would become the 64 of all that is kept by equality.
+    """
+    return int(size) if isinstance(size, Integral) and size in BLOCK_SIZES else None
+
+
+def _checked_block(what: str, size: Any) -> int:
+    found = known_block_size(size)
+    if found is None:
         sizes = ", ".join(map(str, BLOCK_SIZES))
-        raise OptionError(f"{what}: block size {size!r}; expected one of {sizes}")
-    return size
+        raise OptionError(f"{what}: block size {size!r:.200}; expected one of {sizes}")
+    return found
 
 
 def _second(found: QuantType, second: QuantType | str | None) -> QuantType:
@@ -295,14 +308,33 @@ def check_parts(encoding: Encoding, shape: Sequence[int], parts: Sequence[Tensor
         )
     if any(side < 0 for side in shape):
         raise QuantizedDataError(f"{what}: a negative size")
-    for (name, (size, dtype)), part in zip(expected.items(), parts, strict=True):
+    _check_each(what, expected, parts, parts[0].device, "the codes")
+
+
+def check_memory_for(encoding: Encoding, x: Tensor, out: Sequence[Tensor]) -> None:
+    """Raise QuantizedDataError unless `out` can be the first parts of x, once it is quantized."""
+    what = f"memory for {encoding.describe()}, of shape {tuple(x.shape)}"
+    expected = encoding.shapes(x.shape)
+    most = 1 if encoding.second else len(expected)
+    if len(out) > most:
+        raise QuantizedDataError(f"{what}: {len(out)} tensors; expected {most} at most")
+    _check_each(what, expected, out, x.device, "x")
+
+
+def _check_each(
+    what: str,
+    expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    parts: Sequence[Tensor],
+    device: torch.device,
+    other: str,
+) -> None:
+    """`parts` may be fewer than are expected; `other` is what they are together with."""
+    for (name, (size, dtype)), part in zip(expected.items(), parts, strict=False):
         if part.dtype != dtype or part.numel() != prod(size) or not part.is_contiguous():
             layout = "" if part.is_contiguous() else ", not contiguous"
             raise QuantizedDataError(
                 f"{what}: {name} is {part.dtype} of shape {tuple(part.shape)}{layout}; expected "
                 f"{dtype} of shape {size} ({prod(size)} elements), contiguous"
             )
-        if part.device != parts[0].device:
-            raise QuantizedDataError(
-                f"{what}: {name} is on {part.device}, the codes on {parts[0].device}"
-            )
+        if part.device != device:
+            raise QuantizedDataError(f"{what}: {name} is on {part.device}, {other} on {device}")

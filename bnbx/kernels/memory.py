@@ -54,13 +54,21 @@ def check_memory(tensors: Iterable[Any]) -> None:
     for tensor in tensors:
         if isinstance(tensor, (list, tuple)):
             check_memory(tensor)
-        elif isinstance(tensor, Tensor) and tensor.numel():
-            held = tensor.untyped_storage().nbytes()
-            if (tensor.storage_offset() + _reach(tensor)) * tensor.itemsize > held:
-                raise InputError(
-                    f"a tensor of shape {tuple(tensor.shape)}, {tensor.dtype}, has a storage of "
-                    f"{held} bytes: it was freed or made smaller"
-                )
+        elif isinstance(tensor, Tensor) and (wrong := lost(tensor)):
+            raise InputError(f"a tensor {wrong}")
+
+
+def lost(tensor: Tensor) -> str:
+    """What is wrong with a tensor whose storage was freed or shrunk; "" where it is all there."""
+    if not tensor.numel():
+        return ""
+    held = tensor.untyped_storage().nbytes()
+    if (tensor.storage_offset() + _reach(tensor)) * tensor.itemsize <= held:
+        return ""
+    return (
+        f"of shape {tuple(tensor.shape)}, {tensor.dtype}, has a storage of {held} bytes: it was "
+        "freed or made smaller"
+    )
 
 
 def _reach(tensor: Tensor) -> int:

@@ -17,15 +17,18 @@ from torch import Tensor
 
 from bnbx.errors import BnbxError, QuantizedDataError
 from bnbx.kernels.encoding import Encoding, check_parts, intern, make_encoding, type_named
+from bnbx.kernels.memory import check_memory
 from bnbx.kernels.state_dict import (
     DTYPES,
     PACKED,
     alone,
     checked_fields,
+    checked_keys,
     dtype_name,
     pack_json,
     packed_entry,
     scales_entry,
+    spec_entry,
     tensor_entry,
 )
 from bnbx.kernels.table_types import type_of_table
@@ -203,6 +206,8 @@ class QuantState:
             packed: tensors only, as safetensors wants them: what is no tensor goes, as JSON, into
                 one uint8 tensor under "quant_state.bitsandbytes__" and the name of the type.
         """
+        if self.state2 is not None:
+            check_memory((self.offset, self.state2.code))  # which are read, not handed on
         found: dict[str, Any] = {
             "quant_type": self.quant_type,
             "absmax": self.absmax,
@@ -244,12 +249,12 @@ class QuantState:
                 quant type.
             UnknownNameError: no such quant type is registered.
         """
-        given = {key: value for key, value in qs_dict.items() if PACKED not in key}
+        given = {key: qs_dict[key] for key in checked_keys(qs_dict) if PACKED not in key}
         entries = {key.rpartition(".")[2]: value for key, value in given.items()}
         fields = {**entries, **packed_entry(qs_dict)}
         found = checked_fields(fields)
         what = f"quantization state of {found['quant_type']!r}"
-        spec = _type_in(found, what)
+        spec = spec_entry(found, what)
         second = None
         if "nested_absmax" in fields:
             second = cls(
@@ -327,6 +332,7 @@ def _same(a: Any, b: Any) -> bool:
 def _close(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
+    check_memory((a, b))
     same = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
     return same and torch.allclose(a.float(), b.float(), atol=1e-6, equal_nan=True)
 
@@ -335,7 +341,7 @@ def _levels(encoding: Encoding, device: torch.device) -> Tensor:
     return torch.tensor(encoding.codebook.levels, dtype=torch.float32, device=device)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024, typed=True)  # 64.0 is not 64
 def _encoding(
     quant_type: QuantType | str,
     block_size: int | None,
@@ -358,19 +364,6 @@ def _type_of(state: QuantState) -> QuantType | str:
     if state.quant_type is not None:
         return state.quant_type
     return type_of_table(state.code)
-
-
-def _type_in(found: Mapping[str, Any], what: str) -> QuantType | None:
-    """The type that the state brings along, if it does."""
-    if found["spec"] is None:
-        return None
-    try:
-        spec = QuantType.from_json(found["spec"])
-    except BnbxError as error:
-        raise QuantizedDataError(f"{what}: {error}") from None
-    if spec.name != (found["quant_type"] or "").partition("@")[0]:
-        raise QuantizedDataError(f"{what} comes with the spec of {spec.name!r}")
-    return spec
 
 
 def _checked_encoding(state: QuantState, what: str) -> Encoding:

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbx.errors import QuantizedDataError
+from bnbx.errors import BnbxError, QuantizedDataError
+from bnbx.kernels.memory import lost
+from bnbx.registry import QuantType
 from bnbx.registry.names import nearest
 
 PACKED = "quant_state.bitsandbytes__"
@@ -98,12 +100,33 @@ def plain_tensor(what: str, value: Any, *, meta: bool = False, repeats: bool = F
         raise QuantizedDataError(
             f"{what} is {kind} on {value.device}; expected a plain tensor with memory"
         )
+    if not value.is_meta and (wrong := lost(value)):
+        raise QuantizedDataError(f"{what}, {wrong}; expected a tensor with memory")
     if not repeats and value.untyped_storage().nbytes() < value.nbytes:
         raise QuantizedDataError(
             f"{what} is a view of shape {tuple(value.shape)} and strides {value.stride()} that "
             "repeats its memory; expected memory for every element: call .contiguous() on it"
         )
     return value.detach().resolve_conj().resolve_neg()
+
+
+def checked_keys(entries: Any) -> list[str]:
+    """The names in a dict of entries.
+
+    Raises:
+        QuantizedDataError: it is no dict, or something else than a name stands in it.
+    """
+    if not isinstance(entries, Mapping):
+        raise QuantizedDataError(
+            f"a quantization state is {type(entries).__name__}; expected a dict, as "
+            "QuantState.as_dict gives it"
+        )
+    for key in entries:
+        if not isinstance(key, str):
+            raise QuantizedDataError(
+                f"a quantization state has the key {key!r:.200}; expected names of entries"
+            )
+    return list(entries)
 
 
 def packed_entry(entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,7 +136,7 @@ def packed_entry(entries: Mapping[str, Any]) -> dict[str, Any]:
         QuantizedDataError: there are several, it cannot be read, or is of a type that its key does
             not name.
     """
-    keys = [key for key in entries if PACKED in key]
+    keys = [key for key in checked_keys(entries) if PACKED in key]
     if len(keys) > 1:
         raise QuantizedDataError(f"there are {len(keys)} quantization states: {', '.join(keys)}")
     if not keys:
@@ -243,3 +266,20 @@ def scales_entry(
 ) -> Tensor:
     """As `tensor_entry`, as a vector: lookups of rows take a scale by its number."""
     return tensor_entry(what, fields, key, dtype, device).reshape(-1)
+
+
+def spec_entry(found: Mapping[str, Any], what: str) -> QuantType | None:
+    """The type that checked fields bring along, if they do.
+
+    Raises:
+        QuantizedDataError: it is none, or another than they name.
+    """
+    if found["spec"] is None:
+        return None
+    try:
+        spec = QuantType.from_json(found["spec"])
+    except BnbxError as error:
+        raise QuantizedDataError(f"{what}: {error}") from None
+    if spec.name != (found["quant_type"] or "").partition("@")[0]:
+        raise QuantizedDataError(f"{what} comes with the spec of {spec.name!r}")
+    return spec

@@ -230,6 +230,12 @@ def test_entries_that_are_missing(key: str) -> None:
         QuantState.from_dict(saved, "cpu")
 
 
+@pytest.mark.parametrize("bad", [None, [], "x", 5, {5: 1}, {(1, 2): None}])
+def test_what_is_no_dict_of_names(bad: Any) -> None:
+    with pytest.raises(QuantizedDataError, match=r"a quantization state .*expected"):
+        QuantState.from_dict(bad, "cpu")
+
+
 def test_several_states_in_one_dict() -> None:
     saved = good_state()
     saved["quant_state.bitsandbytes__fp4"] = saved[KEY]

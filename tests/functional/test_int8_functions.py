@@ -170,3 +170,14 @@ def test_a_whole_product(theirs: Any) -> None:
 def test_mistakes(name: str, arguments: tuple[Any, ...], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         getattr(functional, name)(*arguments)
+
+
+@pytest.mark.parametrize("shape", [(777, 1001), (40_000, 37), (3, 200_001), (0, 5), (5, 0)])
+def test_columns_are_the_rows_of_the_turned_matrix(shape: tuple[int, int]) -> None:
+    """However many of them are turned at a time."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).half()
+    _, codes, _, absmax, _ = functional.int8_double_quant(x)
+    expected, scales, _ = functional.int8_vectorwise_quant(x.t())
+    assert torch.equal(codes, expected.t())
+    assert torch.equal(absmax, scales)
+    assert codes.is_contiguous()

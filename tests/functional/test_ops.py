@@ -72,6 +72,11 @@ def samples() -> Samples:
             (grad_x, code, 256, rand),
             (x, code, 64, None, False),
         ],
+        "quantize_blockwise_into": [
+            (x, code, 64, None, True, bytes_of(6, 70), torch.empty(7)),
+            (x.t(), code, 64, rand, True, bytes_of(70, 6), torch.empty(7)),
+            (x, code * 3, 64, None, True, bytes_of(6, 70), torch.empty(7)),
+        ],
         "dequantize_blockwise": [
             (codes, state.absmax, code, 64, torch.bfloat16),
             (codes, nested.absmax, code, 64, torch.float32, *second),
@@ -80,6 +85,7 @@ def samples() -> Samples:
         "quantize_no_absmax": [(x, code), (grad_x, code)],
         "dequantize_no_absmax": [(codes, code)],
         "quantize_4bit": [(x, 64, "nf4"), (grad_x, 128, "fp4")],
+        "quantize_4bit_into": [(x, 64, "nf4", bytes_of(210), torch.empty(7))],
         "dequantize_4bit": [
             (halves, plain.absmax, 64, "nf4", x.shape, torch.float32),
             (halves, deep.absmax, 64, "nf4", x.shape, torch.float16, *third),

@@ -299,6 +299,7 @@ def test_without_scale() -> None:
         (dict(code="nf4", fit="best"), OptionError, "mse"),
         (dict(code="nf4", fit="mse", stochastic=True), OptionError, "nearest"),
         (dict(code="nf4", generator=torch.Generator()), OptionError, "stochastic"),
+        (dict(code="nf4", stochastic=True, generator=5), OptionError, r"generator=5; expected"),
         (dict(code="nf4", out=torch.empty(1)), OptionError, "own memory"),
         (dict(code=None, block_size=64), OptionError, "with a quant type"),
         (dict(code=4), TypeError, "expected a name"),
@@ -335,6 +336,8 @@ def test_bad_requests() -> None:
         dequantize(q, absmax=torch.ones(1))
     with pytest.raises(OptionError, match="QuantTensor"):
         dequantize(torch.zeros(3, dtype=torch.uint8), absmax=torch.ones(1), dtype=torch.float16)
+    with pytest.raises(TypeError, match=r"absmax is torch\.complex64; expected a real number"):
+        dequantize(torch.zeros(3, dtype=torch.uint8), absmax=torch.ones(1) * 1j)
     with pytest.raises(TypeError, match="absmax, table"):
         dequantize(torch.zeros(3, dtype=torch.uint8), q)
     with pytest.raises(ValueError, match="needs quant_state"):

@@ -180,3 +180,66 @@ def test_what_is_no_state(form: Any) -> None:
     for function in (functional.dequantize_blockwise, functional.dequantize_4bit):
         with pytest.raises((TypeError, ValueError), match=r"state|absmax|tensor"):
             function(codes, form)
+
+
+def as_list(state: Any) -> list[Any]:
+    """A state of bytes as quantize_blockwise of bitsandbytes 0.39 to 0.41 returned it."""
+    second = None if state.state2 is None else as_list(state.state2)
+    nested = second is not None
+    return [state.absmax, state.code, state.blocksize, nested, state.dtype, state.offset, second]
+
+
+@pytest.mark.parametrize("form", [list, tuple])
+@pytest.mark.parametrize("nested", [False, True])
+def test_lists_of_bytes(nested: bool, form: type) -> None:
+    x = torch.randn(2000).half()
+    codes, state = functional.quantize_blockwise(x, blocksize=64, nested=nested)
+    expected = functional.dequantize_blockwise(codes, state)
+    found = functional.dequantize_blockwise(codes, form(as_list(state)))
+    assert same_bits(found, expected)
+    without_table = as_list(state)
+    without_table[1] = None
+    assert same_bits(functional.dequantize_blockwise(codes, without_table), expected)
+
+
+@COMPRESSED
+@pytest.mark.parametrize("listed", [False, True], ids=["state2", "list"])
+@pytest.mark.parametrize("table", [False, True], ids=["0.39", "0.41"])
+def test_lists_of_halves(compressed: bool, listed: bool, table: bool) -> None:
+    """0.41 appended the table; state2 is one of the lists above, in which it came."""
+    x = torch.randn(50, 70).bfloat16()
+    codes, state = functional.quantize_4bit(x, quant_type="nf4", compress_statistics=compressed)
+    second: Any = as_list(state.state2) if listed and compressed else state.state2
+    nested = [state.offset, second] if compressed else None
+    old = [state.absmax, state.shape, state.dtype, state.blocksize, nested, state.quant_type]
+    old += [state.code] if table else []
+    expected = functional.dequantize_4bit(codes, state)
+    assert same_bits(functional.dequantize_4bit(codes, old), expected)
+    assert same_bits(functional.dequantize_nf4(codes, old), expected)
+    row = torch.randn(1, 70).bfloat16()
+    product = functional.gemv_4bit(row, codes, state=old)
+    assert same_bits(product, functional.gemv_4bit(row, codes, state=state))
+
+
+def test_lists_that_are_none() -> None:
+    codes, state = functional.quantize_blockwise(torch.randn(2000), blocksize=64, nested=True)
+    good = as_list(state)
+    endless = [*good]
+    endless[6] = endless
+    for bad, text in [
+        (good[:5], "list of 5 entries"),
+        ([*good, None], "list of 8 entries"),
+        ([*good[:6], None], "as state2"),
+        ([*good[:6], good], "whose own scales are not quantized"),
+        (endless, "whose own scales are not quantized"),
+        ([*good[:6], state], "whose own scales are not quantized"),
+        ([None, *good[1:]], "absmax is NoneType"),
+        ([*good[:5], None, good[6]], "offset"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=text):
+            functional.dequantize_blockwise(codes, bad)
+    halves, four = functional.quantize_4bit(torch.randn(2000), quant_type="nf4")
+    for shape in (7, "2000", [2000.0]):
+        listed = [four.absmax, shape, four.dtype, 64, None, "nf4"]
+        with pytest.raises(ValueError, match="shape"):
+            functional.dequantize_4bit(halves, listed)

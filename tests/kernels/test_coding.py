@@ -320,6 +320,39 @@ def test_encodings_that_cannot_be_are_refused() -> None:
             make_encoding(name, double=True)
 
 
+# ---- scales that are quantized too
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scales_whose_sum_is_beyond_float32(dtype: torch.dtype) -> None:
+    """Their mean is not: finite numbers come back finite, with the same bits on each target."""
+    encoding = make_encoding("nf4", double=True)
+    x = (torch.randn(64 * 300, generator=torch.Generator().manual_seed(0)) * 6e37).to(dtype)
+    parts = coding.encode(encoding, x)
+    assert_same(parts, coding_reference.encode(encoding, x), encoding.parts)
+    found = coding.decode(encoding, parts, x.shape)
+    assert bool(found.isfinite().all())
+    plain = make_encoding("nf4")
+    scales = coding.encode(plain, x)[1]
+    assert bool(scales.sum().isinf())
+    assert float(parts[3]) == pytest.approx(float(scales.double().mean()), rel=1e-6)
+    error = (found.double() - x.double()).abs() / scales.double().repeat_interleave(64)
+    assert float(error.max()) < 0.2
+
+
+def test_means_of_scales() -> None:
+    """A mean in float32 is torch's, to the bit; no mean of finite scales is infinite."""
+    most = torch.finfo(torch.float32).max
+    for numel in (1, 2, 1000, 100_003):
+        scales = numbers((numel,)).abs()
+        assert torch.equal(coding_reference.mean_of(scales), scales.mean())
+        mean = coding_reference.mean_of(torch.full((numel,), most))
+        assert float(mean) == pytest.approx(most, rel=1e-6)
+    assert float(coding_reference.mean_of(torch.full((1000,), 1e-45))) > 0
+    assert bool(coding_reference.mean_of(torch.tensor([1.0, torch.nan])).isnan())
+    assert float(coding_reference.mean_of(torch.empty(0))) == 0.0
+
+
 # ---- tensors of more than 2**31 elements
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bnbx.errors import OptionError, QuantizedDataError, UnknownNameError
+from bnbx.kernels import table_types
 from bnbx.kernels.coding import decode, encode
 from bnbx.kernels.encoding import from_label, make_encoding
 from bnbx.kernels.quant_state import QuantState
@@ -125,6 +126,21 @@ def test_table_of_the_usual_type_is_that_type() -> None:
             type_of_table(wrong)
     with pytest.raises(QuantizedDataError, match="neither a quant type nor a table"):
         type_of_table(None)
+
+
+def test_types_of_many_tables_are_not_all_kept() -> None:
+    """Tables fitted to data are as many as there are data."""
+    first = torch.tensor([-1.0, -0.5, 0.5, 1.0])
+    kept = type_of_table(first)
+    assert type_of_table(first.clone()) is kept
+    bound = table_types._of_bytes.cache_info().maxsize
+    assert bound is not None
+    for number in range(bound + 10):
+        type_of_table(torch.tensor([-1.0, -0.5, number / 1000, 1.0]))
+    assert table_types._of_bytes.cache_info().currsize == bound
+    again = type_of_table(first)
+    assert again == kept
+    assert make_encoding(again) is make_encoding(kept)  # what is derived is found by equality
 
 
 def test_equality_and_copies() -> None:
