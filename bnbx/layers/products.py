@@ -21,8 +21,8 @@ from bnbx.layers import ops as _  # noqa: F401 - registers torch.ops.bnbx
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast makes of x, if it is on."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
-        return None
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return None  # of the meta device torch cannot say whether it is on
     return torch.get_autocast_dtype(kind)
 
 

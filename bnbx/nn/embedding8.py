@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from bnbx.errors import BnbxError, QuantizedDataError, UnsupportedTensorError
+from bnbx.kernels.fakes import check_meta
 from bnbx.layers.int8 import ROW_FORMAT
 from bnbx.layers.int8_params import Int8Params
 
@@ -54,11 +55,16 @@ class Embedding8bit(nn.Embedding):
 
         Raises:
             QuantizedDataError: the table is not quantized yet.
+            DeviceError: some of it, or the ids alone, are on the meta device.
         """
         weight = self.weight
         if weight.is_meta and weight.dtype != torch.int8:
             return F.embedding(ids, weight)  # shapes only
-        step = self._absmax().reshape(-1, 1) / LARGEST
+        absmax = self._absmax()
+        if ids.is_meta or weight.is_meta or absmax.is_meta:
+            named = (("ids", ids), ("weight", weight), ("SCB", absmax))
+            check_meta(type(self).__name__, named, anywhere=("ids",))
+        step = absmax.reshape(-1, 1) / LARGEST
         codes = F.embedding(ids, weight.detach())
         return (codes * F.embedding(ids, step)).to(self.dtype)
 
