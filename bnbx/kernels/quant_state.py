@@ -124,26 +124,20 @@ class QuantState:
             OptionError: a block size that it cannot have.
             QuantizedDataError: there is neither a type nor a table.
         """
-        second, block = self.state2, 256
-        second_type = None
-        if second is not None:
-            second_type = _type_of(second)
-            block = 256 if second.blocksize is None else second.blocksize
-        return _encoding(_type_of(self), self.blocksize or None, self.signed, second_type, block)
+        return _described(*self._description())
+
+    def _description(self) -> tuple[Any, ...]:
+        """What tells the encoding: the arguments of `_described`."""
+        second = self.state2
+        own = (_told_by(self), self.blocksize, self.signed)
+        return own if second is None else (*own, _told_by(second), second.blocksize, True)
 
     @property
     def label(self) -> str:
         """The label of `encoding`; kept, since a product with a few rows would feel its making."""
-        second = self.state2
-        key = (
-            self.quant_type,
-            self.blocksize,
-            self.signed,
-            None if self.quant_type else self.code,
-            None if second is None else (second.quant_type or second.code, second.blocksize),
-        )
+        key = self._description()
         if self._labeled is None or not _same(self._labeled[0], key):
-            self._labeled = key, self.encoding.label
+            self._labeled = key, _label(*key)
         return self._labeled[1]
 
     def parts(self, codes: Tensor) -> list[Tensor]:
@@ -320,7 +314,7 @@ class QuantState:
 def _same(a: Any, b: Any) -> bool:
     """Equality, by identity where there are tensors."""
     if isinstance(a, tuple) and isinstance(b, tuple):
-        return all(map(_same, a, b))
+        return len(a) == len(b) and all(map(_same, a, b))
     return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b))
 
 
@@ -354,10 +348,32 @@ def _encoding(
     )
 
 
-def _type_of(state: QuantState) -> QuantType | str:
-    if state.quant_type is not None:
-        return state.quant_type
-    return type_of_table(state.code)
+def _described(
+    quant_type: str | Tensor | None,
+    block_size: int | None,
+    signed: bool,
+    second: str | Tensor | None = None,
+    second_block: int | None = None,
+    nested: bool = False,
+) -> Encoding:
+    """The encoding of a state: its type by name or by table, and the same of its scales."""
+    scales = _type_of(second) if nested else None
+    block = 256 if second_block is None else second_block
+    return _encoding(_type_of(quant_type), block_size or None, signed, scales, block)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _label(*description: Any) -> str:
+    """The label of an encoding; torch.compile cannot trace what the registry does for it."""
+    return _described(*description).label
+
+
+def _told_by(state: QuantState) -> str | Tensor | None:
+    return state.code if state.quant_type is None else state.quant_type
+
+
+def _type_of(named: str | Tensor | None) -> QuantType | str:
+    return named if isinstance(named, str) else type_of_table(named)
 
 
 def _type_in(found: Mapping[str, Any], what: str) -> QuantType | None:
