@@ -362,10 +362,13 @@ def _described(
     return _encoding(_type_of(quant_type), block_size or None, signed, scales, block)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _label(*description: Any) -> str:
     """The label of an encoding; torch.compile cannot trace what the registry does for it."""
     return _described(*description).label
+
+
+# All that torch.compiler.assume_constant_result does, but that it imports the compiler for it.
+_label._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _told_by(state: QuantState) -> str | Tensor | None:
