@@ -8,6 +8,7 @@ demand before a kernel reads it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbx.errors import BnbxError, QuantizedDataError
+from bnbx.errors import QuantizedDataError
 from bnbx.kernels.encoding import Encoding, check_parts, intern, make_encoding, type_named
+from bnbx.kernels.memory import moved
+from bnbx.kernels.state_checks import check_sizes, check_table, checked_encoding, type_in
 from bnbx.kernels.state_dict import (
     DTYPES,
     PACKED,
@@ -29,6 +32,9 @@ from bnbx.kernels.state_dict import (
 )
 from bnbx.kernels.table_types import type_of_table
 from bnbx.registry import QuantType, quant_types
+
+TENSORS = ("absmax", "code", "offset", "center", "tensor_scale")
+"""The attributes that are tensors, besides those of `state2`."""
 
 
 class QuantState:
@@ -171,7 +177,7 @@ class QuantState:
 
     def to(self, device: torch.device | str | int | None) -> QuantState:
         """Move all tensors, in place; returns itself."""
-        for name in ("absmax", "code", "offset", "center", "tensor_scale"):
+        for name in TENSORS:
             found = getattr(self, name)
             if found is not None:
                 setattr(self, name, found.to(device))
@@ -179,10 +185,20 @@ class QuantState:
             self.state2.to(device)
         return self
 
+    def on(self, device: torch.device) -> QuantState:
+        """Another one on a device; from the meta device comes only room for its numbers."""
+        new = copy.copy(self)
+        for name in TENSORS:
+            found = getattr(self, name)
+            if found is not None:
+                setattr(new, name, moved(found, device))
+        new.state2 = None if self.state2 is None else self.state2.on(device)
+        return new
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        own = (self.absmax, self.code, self.offset, self.center, self.tensor_scale)
+        own: list[Tensor | None] = [getattr(self, name) for name in TENSORS]
         mine = sum(tensor.nbytes for tensor in own if tensor is not None)
         return mine + (self.state2.nbytes if self.state2 is not None else 0)
 
@@ -208,7 +224,8 @@ class QuantState:
             found["nested_blocksize"] = self.state2.blocksize
             found["nested_quant_map"] = self.state2.code.clone()  # safetensors refuses shared ones
             found["nested_dtype"] = dtype_name(self.state2.dtype)
-            found["nested_offset"] = 0.0 if self.offset is None else self.offset.item()
+            mean = self.offset
+            found["nested_offset"] = 0.0 if mean is None or mean.is_meta else mean.item()
         if self.center is not None:
             found["center"] = self.center
         if self.tensor_scale is not None:
@@ -241,7 +258,7 @@ class QuantState:
         fields = {**entries, **packed_entry(qs_dict)}
         found = checked_fields(fields)
         what = f"quantization state of {found['quant_type']!r}"
-        spec = _type_in(found, what)
+        spec = type_in(found, what)
         second = None
         if "nested_absmax" in fields:
             second = cls(
@@ -262,15 +279,15 @@ class QuantState:
             state2=second,
             signed=found["signed"],
         )
-        encoding = _checked_encoding(state, what)
+        encoding = checked_encoding(state, what)
         kept = torch.uint8 if encoding.second else None
         for key, name in (("absmax", "scale"), ("center",) * 2, ("tensor_scale",) * 2):
             if name in encoding.parts:
                 shapes = encoding.shapes(state.shape or ())
                 dtype = kept if key == "absmax" and kept else shapes[name][1]
                 setattr(state, key, tensor_entry(what, fields, key, dtype, device))
-        _check_table(state, encoding, what)
-        _check_sizes(state, encoding, what)
+        check_table(state, encoding, what)
+        check_sizes(state, encoding, what)
         state.label  # noqa: B018 - made now, for torch.compile to find it
         return state
 
@@ -295,9 +312,8 @@ class QuantState:
         if not isinstance(other, QuantState):
             return False
         plain = ("shape", "dtype", "blocksize", "quant_type", "signed", "state2")
-        numbers = ("absmax", "code", "offset", "center", "tensor_scale")
         return all(getattr(self, name) == getattr(other, name) for name in plain) and all(
-            _close(getattr(self, name), getattr(other, name)) for name in numbers
+            _close(getattr(self, name), getattr(other, name)) for name in TENSORS
         )
 
     __hash__ = None  # type: ignore[assignment] # tensors inside may change
@@ -377,62 +393,3 @@ def _told_by(state: QuantState) -> str | Tensor | None:
 
 def _type_of(named: str | Tensor | None) -> QuantType | str:
     return named if isinstance(named, str) else type_of_table(named)
-
-
-def _type_in(found: Mapping[str, Any], what: str) -> QuantType | None:
-    """The type that the state brings along, if it does."""
-    if found["spec"] is None:
-        return None
-    try:
-        spec = QuantType.from_json(found["spec"])
-    except BnbxError as error:
-        raise QuantizedDataError(f"{what}: {error}") from None
-    if spec.name != (found["quant_type"] or "").partition("@")[0]:
-        raise QuantizedDataError(f"{what} comes with the spec of {spec.name!r}")
-    return spec
-
-
-def _checked_encoding(state: QuantState, what: str) -> Encoding:
-    try:
-        found = state.encoding
-        if found.block_size != (state.blocksize or 0):
-            raise QuantizedDataError(f"{what}: blocksize={state.blocksize}; {found.describe()}")
-        return found
-    except QuantizedDataError:
-        raise
-    except BnbxError as error:
-        raise type(error)(f"{what}: {error}") from None
-
-
-def _check_table(state: QuantState, encoding: Encoding, what: str) -> None:
-    expected = torch.tensor(encoding.codebook.levels)
-    code = state.code.cpu() if state.code is not None else expected
-    same = code.shape == expected.shape and torch.allclose(
-        code, expected, rtol=0, atol=1e-6, equal_nan=True
-    )
-    if not same:
-        raise QuantizedDataError(
-            f"{what}: quant_map has {tuple(code.shape)} numbers, {code.flatten()[:4].tolist()}...; "
-            f"the registered type has {tuple(expected.shape)}, {expected[:4].tolist()}...: the "
-            "file was written with another type of this name"
-        )
-
-
-def _check_sizes(state: QuantState, encoding: Encoding, what: str) -> None:
-    for name, (size, dtype) in encoding.shapes(state.shape or ()).items():
-        if name in ("codes", "mean"):
-            continue
-        found = {
-            "scale": state.absmax,
-            "center": state.center,
-            "tensor_scale": state.tensor_scale,
-            "second_scale": state.state2.absmax if state.state2 is not None else None,
-        }[name]
-        # Without a shape, how many there are is checked where the codes come in.
-        count = size[0] if state.shape is not None or found is None else found.numel()
-        if found is None or found.numel() != count or found.dtype != dtype:
-            kind = "nothing" if found is None else f"{found.dtype} of {found.numel()} elements"
-            raise QuantizedDataError(
-                f"{what}, of shape {tuple(state.shape or ())}: {name} is {kind}; expected {dtype} "
-                f"of {size[0]} elements"
-            )
