@@ -19,6 +19,7 @@ from bnbx.kernels import linear as products
 from bnbx.kernels.encoding import from_label
 from bnbx.kernels.fit import fit_scales
 
+SEED = ("seed",)  # drawn where its generator is, and read as a number
 SECOND = "Tensor? absmax2=None, Tensor? code2=None, Tensor? offset=None, int blocksize2=256"
 
 # ---- tensors in an encoding
@@ -39,6 +40,7 @@ def _parts_fake(
     "quantize(Tensor x, str encoding, Tensor? rand=None, Tensor? seed=None, str? fit=None)"
     " -> Tensor[]",
     _parts_fake,
+    anywhere=SEED,
 )
 def quantize(
     x: Tensor,
@@ -95,6 +97,7 @@ def _like_fake(x: Tensor, *arguments: Any, **named: Any) -> Tensor:
 @operation(
     "fake_quantize(Tensor x, str encoding, Tensor? rand=None, Tensor? seed=None) -> Tensor",
     _like_fake,
+    anywhere=SEED,
 )
 def fake_quantize(
     x: Tensor, encoding: str, rand: Tensor | None = None, seed: Tensor | None = None

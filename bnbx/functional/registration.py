@@ -7,13 +7,14 @@ its fake form gives what torch.compile may know of a result: shapes, dtypes, dev
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from bnbx.kernels.fakes import register_fake
 from bnbx.kernels.memory import check_memory
 
 NAMESPACE = "bnbx"
@@ -22,17 +23,20 @@ names: list[str] = []
 """Of the operations that are registered here; the tests hold each against torch's own checks."""
 
 
-def operation(schema: str, fake: Function) -> Callable[[Function], Any]:
+def operation(
+    schema: str, fake: Function, anywhere: Collection[str] = ()
+) -> Callable[[Function], Any]:
     """Registers a function for every device, with its fake form; gives the operation.
 
     Args:
         schema: as `torch.library.define` takes it, the name of the operation first.
         fake: the same arguments, with tensors that have no memory, to tensors that have none.
+        anywhere: see `bnbx.kernels.fakes.register_fake`.
     """
     name = f"{NAMESPACE}::{schema.partition('(')[0]}"
     names.append(name.partition("::")[2])
     torch.library.define(name, schema[schema.index("(") :], tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(name, fake)
+    register_fake(name, fake, anywhere=anywhere)
 
     found = getattr(getattr(torch.ops, NAMESPACE), name.partition("::")[2])
     aliases = [argument.alias_info for argument in found.default._schema.arguments]

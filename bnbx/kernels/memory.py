@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bnbx.errors import InputError
@@ -69,6 +70,13 @@ def lost(tensor: Tensor) -> str:
         f"of shape {tuple(tensor.shape)}, {tensor.dtype}, has a storage of {held} bytes: it was "
         "freed or made smaller"
     )
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; from the meta device, which holds no numbers, comes room for them."""
+    if tensor.is_meta and device.type != "meta":
+        return torch.empty_like(tensor, device=device)
+    return tensor.to(device)
 
 
 def _reach(tensor: Tensor) -> int:

@@ -8,6 +8,7 @@ demand before a kernel reads it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -15,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbx.errors import BnbxError, QuantizedDataError
+from bnbx.errors import QuantizedDataError
 from bnbx.kernels.encoding import Encoding, check_parts, intern, make_encoding, type_named
-from bnbx.kernels.memory import check_memory
+from bnbx.kernels.memory import check_memory, moved
+from bnbx.kernels.state_checks import check_sizes, check_table, checked_encoding
 from bnbx.kernels.state_dict import (
     DTYPES,
     PACKED,
@@ -33,6 +35,9 @@ from bnbx.kernels.state_dict import (
 )
 from bnbx.kernels.table_types import type_of_table
 from bnbx.registry import QuantType, quant_types
+
+TENSORS = ("absmax", "code", "offset", "center", "tensor_scale")
+"""The attributes that are tensors, besides those of `state2`."""
 
 
 class QuantState:
@@ -128,26 +133,20 @@ class QuantState:
             OptionError: a block size that it cannot have.
             QuantizedDataError: there is neither a type nor a table.
         """
-        second, block = self.state2, 256
-        second_type = None
-        if second is not None:
-            second_type = _type_of(second)
-            block = 256 if second.blocksize is None else second.blocksize
-        return _encoding(_type_of(self), self.blocksize or None, self.signed, second_type, block)
+        return _described(*self._description())
+
+    def _description(self) -> tuple[Any, ...]:
+        """What tells the encoding: the arguments of `_described`."""
+        second = self.state2
+        own = (_told_by(self), self.blocksize, self.signed)
+        return own if second is None else (*own, _told_by(second), second.blocksize, True)
 
     @property
     def label(self) -> str:
         """The label of `encoding`; kept, since a product with a few rows would feel its making."""
-        second = self.state2
-        key = (
-            self.quant_type,
-            self.blocksize,
-            self.signed,
-            None if self.quant_type else self.code,
-            None if second is None else (second.quant_type or second.code, second.blocksize),
-        )
+        key = self._description()
         if self._labeled is None or not _same(self._labeled[0], key):
-            self._labeled = key, self.encoding.label
+            self._labeled = key, _label(*key)
         return self._labeled[1]
 
     def parts(self, codes: Tensor) -> list[Tensor]:
@@ -182,7 +181,7 @@ class QuantState:
 
     def to(self, device: torch.device | str | int | None) -> QuantState:
         """Move all tensors, in place; returns itself."""
-        for name in ("absmax", "code", "offset", "center", "tensor_scale"):
+        for name in TENSORS:
             found = getattr(self, name)
             if found is not None:
                 setattr(self, name, found.to(device))
@@ -190,10 +189,20 @@ class QuantState:
             self.state2.to(device)
         return self
 
+    def on(self, device: torch.device) -> QuantState:
+        """Another one on a device; from the meta device comes only room for its numbers."""
+        new = copy.copy(self)
+        for name in TENSORS:
+            found = getattr(self, name)
+            if found is not None:
+                setattr(new, name, moved(found, device))
+        new.state2 = None if self.state2 is None else self.state2.on(device)
+        return new
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        own = (self.absmax, self.code, self.offset, self.center, self.tensor_scale)
+        own: list[Tensor | None] = [getattr(self, name) for name in TENSORS]
         mine = sum(tensor.nbytes for tensor in own if tensor is not None)
         return mine + (self.state2.nbytes if self.state2 is not None else 0)
 
@@ -221,7 +230,8 @@ class QuantState:
             found["nested_blocksize"] = self.state2.blocksize
             found["nested_quant_map"] = self.state2.code.clone()  # safetensors refuses shared ones
             found["nested_dtype"] = dtype_name(self.state2.dtype)
-            found["nested_offset"] = 0.0 if self.offset is None else self.offset.item()
+            mean = self.offset
+            found["nested_offset"] = 0.0 if mean is None or mean.is_meta else mean.item()
         if self.center is not None:
             found["center"] = self.center
         if self.tensor_scale is not None:
@@ -275,13 +285,13 @@ class QuantState:
             state2=second,
             signed=found["signed"],
         )
-        encoding = _checked_encoding(state, what)
+        encoding = checked_encoding(state, what)
         shapes = encoding.shapes(state.shape or ())
         for key, name in (("absmax", "scale"), ("center",) * 2, ("tensor_scale",) * 2):
             if name in shapes:
                 setattr(state, key, scales_entry(what, fields, key, shapes[name][1], device))
-        _check_table(state, encoding, what)
-        _check_sizes(state, encoding, what)
+        check_table(state, encoding, what)
+        check_sizes(state, encoding, what)
         state.label  # noqa: B018 - made now, for torch.compile to find it
         return state
 
@@ -306,9 +316,8 @@ class QuantState:
         if not isinstance(other, QuantState):
             return False
         plain = ("shape", "dtype", "blocksize", "quant_type", "signed", "state2")
-        numbers = ("absmax", "code", "offset", "center", "tensor_scale")
         return all(getattr(self, name) == getattr(other, name) for name in plain) and all(
-            _close(getattr(self, name), getattr(other, name)) for name in numbers
+            _close(getattr(self, name), getattr(other, name)) for name in TENSORS
         )
 
     __hash__ = None  # type: ignore[assignment] # tensors inside may change
@@ -325,7 +334,7 @@ class QuantState:
 def _same(a: Any, b: Any) -> bool:
     """Equality, by identity where there are tensors."""
     if isinstance(a, tuple) and isinstance(b, tuple):
-        return all(map(_same, a, b))
+        return len(a) == len(b) and all(map(_same, a, b))
     return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b))
 
 
@@ -360,53 +369,32 @@ def _encoding(
     )
 
 
-def _type_of(state: QuantState) -> QuantType | str:
-    if state.quant_type is not None:
-        return state.quant_type
-    return type_of_table(state.code)
+def _described(
+    quant_type: str | Tensor | None,
+    block_size: int | None,
+    signed: bool,
+    second: str | Tensor | None = None,
+    second_block: int | None = None,
+    nested: bool = False,
+) -> Encoding:
+    """The encoding of a state: its type by name or by table, and the same of its scales."""
+    scales = _type_of(second) if nested else None
+    block = 256 if second_block is None else second_block
+    return _encoding(_type_of(quant_type), block_size or None, signed, scales, block)
 
 
-def _checked_encoding(state: QuantState, what: str) -> Encoding:
-    try:
-        found = state.encoding
-        if found.block_size != (state.blocksize or 0):
-            raise QuantizedDataError(f"{what}: blocksize={state.blocksize}; {found.describe()}")
-        return found
-    except QuantizedDataError:
-        raise
-    except BnbxError as error:
-        raise type(error)(f"{what}: {error}") from None
+def _label(*description: Any) -> str:
+    """The label of an encoding; torch.compile cannot trace what the registry does for it."""
+    return _described(*description).label
 
 
-def _check_table(state: QuantState, encoding: Encoding, what: str) -> None:
-    expected = torch.tensor(encoding.codebook.levels)
-    code = state.code.cpu() if state.code is not None else expected
-    same = code.shape == expected.shape and torch.allclose(
-        code, expected, rtol=0, atol=1e-6, equal_nan=True
-    )
-    if not same:
-        raise QuantizedDataError(
-            f"{what}: quant_map has {tuple(code.shape)} numbers, {code.flatten()[:4].tolist()}...; "
-            f"the registered type has {tuple(expected.shape)}, {expected[:4].tolist()}...: the "
-            "file was written with another type of this name"
-        )
+# All that torch.compiler.assume_constant_result does, but that it imports the compiler for it.
+_label._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _check_sizes(state: QuantState, encoding: Encoding, what: str) -> None:
-    for name, (size, dtype) in encoding.shapes(state.shape or ()).items():
-        if name in ("codes", "mean"):
-            continue
-        found = {
-            "scale": state.absmax,
-            "center": state.center,
-            "tensor_scale": state.tensor_scale,
-            "second_scale": state.state2.absmax if state.state2 is not None else None,
-        }[name]
-        # Without a shape, how many there are is checked where the codes come in.
-        count = size[0] if state.shape is not None or found is None else found.numel()
-        if found is None or found.numel() != count or found.dtype != dtype:
-            kind = "nothing" if found is None else f"{found.dtype} of {found.numel()} elements"
-            raise QuantizedDataError(
-                f"{what}, of shape {tuple(state.shape or ())}: {name} is {kind}; expected {dtype} "
-                f"of {size[0]} elements"
-            )
+def _told_by(state: QuantState) -> str | Tensor | None:
+    return state.code if state.quant_type is None else state.quant_type
+
+
+def _type_of(named: str | Tensor | None) -> QuantType | str:
+    return named if isinstance(named, str) else type_of_table(named)

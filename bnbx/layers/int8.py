@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from bnbx.errors import QuantizedDataError
 from bnbx.kernels.int8 import check_threshold, dequantize_rows
+from bnbx.kernels.memory import moved
 from bnbx.layers.int8_matmul import MatmulLtState, cast_for_autocast, product, weight_of
-from bnbx.layers.int8_params import Int8Params, _moved
+from bnbx.layers.int8_params import Int8Params, absmax_of
 from bnbx.layers.int8_saving import ROW_FORMAT, LoadsInt8
+from bnbx.layers.moving import MovingModule
 
 
-class Linear8bitLt(LoadsInt8, nn.Linear):
+class Linear8bitLt(LoadsInt8, MovingModule, nn.Linear):
     """A linear layer, y = x @ weight.T + bias, multiplied in 8-bit integers.
 
     x is float32, bfloat16 or float16, (..., in_features); y has its dtype, or that of autocast
@@ -118,36 +119,24 @@ class Linear8bitLt(LoadsInt8, nn.Linear):
 
     def _absmax(self) -> Tensor:
         """Absmax of the weight's rows, wherever libraries have left it."""
-        absmax = getattr(self.weight, "SCB", None)
-        absmax = self.state.SCB if absmax is None else absmax
-        if absmax is None:
-            raise QuantizedDataError(
-                f"the int8 weight of this {type(self).__name__} has no absmax: set weight.SCB, "
-                f"float32 of shape ({self.out_features},)"
-            )
-        return absmax
+        return absmax_of(self.weight, self.state.SCB, type(self).__name__)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As in torch; the absmax goes where the codes go, and stays float32."""
-        before, absmax = self.weight, self.state.SCB
-
-        def plainly(tensor: Tensor) -> Tensor:
-            found = fn(tensor)
-            return found.detach() if found is not tensor else found
-
-        super()._apply(plainly, recurse)  # type: ignore[no-untyped-call]
+        absmax = self.state.SCB
+        super()._apply(fn, recurse)
         weight = self.weight
-        if isinstance(before, Int8Params) and not isinstance(weight, Int8Params):
-            # To and from the meta device torch makes a new parameter, of no class that it knows.
-            weight = self.weight = before._like(weight.detach(), before.SCB)
         if weight.dtype != torch.int8:
             self.state.reset_grads()
             return self
         if isinstance(weight, Int8Params):
             weight.CB = weight.data
-            weight.SCB = _moved(absmax if weight.SCB is None else weight.SCB, weight.device)
+            absmax = absmax if weight.SCB is None else weight.SCB
+        absmax = None if absmax is None else moved(absmax, weight.device)
+        if isinstance(weight, Int8Params):
+            weight.SCB = absmax
         else:
-            self.state.SCB = _moved(absmax, weight.device)
+            self.state.SCB = absmax
         self.init_8bit_state()
         return self
 

@@ -16,6 +16,7 @@ from bnbx.kernels.coding import FLOATS, check_factor, check_tensor
 from bnbx.kernels.int8 import check_threshold
 from bnbx.kernels.quant_state import QuantState
 from bnbx.layers import int8_ops, ops  # noqa: F401 - they register torch.ops.bnbx.*
+from bnbx.layers.products import autocast_dtype
 
 _COMPARED = (
     *("force_no_igemmlt", "CB", "CxB", "SB", "SCB", "SBt", "CBt", "CxBt", "subB", "outlier_pool"),
@@ -292,7 +293,5 @@ def cast_for_autocast(x: Tensor) -> Tensor:
         UnsupportedTensorError: x is not a tensor of floats.
     """
     check_factor("x", x)
-    kind = x.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind) or x.dtype not in FLOATS:
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
+    dtype = autocast_dtype(x) if x.dtype in FLOATS else None
+    return x if dtype is None else x.to(dtype)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bnbx.kernels import int8
+from bnbx.kernels.fakes import register_fake
 
 _library: Any = torch.library.Library("bnbx", "FRAGMENT")  # type: ignore[no-untyped-call]
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -27,7 +28,7 @@ def _define(schema: str, run: Any, fake: Any) -> str:
     name = f"bnbx::{schema.partition('(')[0]}"
     _library.define(schema, tags=_TAGS)
     _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(name, fake, lib=_library)
+    register_fake(name, fake, _library)
     return name
 
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from bnbx.errors import QuantizedDataError
 from bnbx.kernels.int8 import dequantize_rows, quantize_rows
+from bnbx.kernels.memory import moved
 from bnbx.layers.moving import Moving
 
 
@@ -108,7 +110,11 @@ class Int8Params(Moving, torch.nn.Parameter):
             return self.quantize(device)
         kept = None if self.quantized else dtype
         data = self.detach().to(device=device, dtype=kept, non_blocking=non_blocking)
-        return self._like(data, _moved(self.SCB, data.device))
+        return self.in_memory(data)
+
+    def in_memory(self, data: Tensor) -> Self:
+        """Another memory with the same settings, and the absmax beside it."""
+        return self._like(data, None if self.SCB is None else moved(self.SCB, data.device))
 
     # ---- copies
 
@@ -145,8 +151,19 @@ def _rebuilt(
     return new
 
 
-def _moved(absmax: Tensor | None, device: torch.device) -> Tensor | None:
-    """The tensor on a device; from the meta device comes only room for it."""
-    if absmax is None or absmax.device == device:
-        return absmax
-    return torch.empty_like(absmax, device=device) if absmax.is_meta else absmax.to(device)
+def absmax_of(weight: Tensor, kept: Tensor | None, layer: str) -> Tensor:
+    """Absmax of the rows of codes: the weight's own, or what its layer has kept.
+
+    Libraries put plain parameters in the place of ours, and so does torch.export.
+
+    Raises:
+        QuantizedDataError: there is neither.
+    """
+    own: Tensor | None = getattr(weight, "SCB", None)
+    absmax = kept if own is None else own
+    if absmax is None:
+        raise QuantizedDataError(
+            f"the int8 weight of this {layer} has no absmax: set weight.SCB, float32 of shape "
+            f"({len(weight)},)"
+        )
+    return absmax

@@ -26,12 +26,13 @@ from bnbx.errors import BnbxError, QuantizedDataError
 from bnbx.kernels.coding import FLOATS
 from bnbx.kernels.quant_state import QuantState
 from bnbx.kernels.state_dict import PACKED, TENSORS, plain_tensor
+from bnbx.layers.moving import MovingModule
 from bnbx.layers.parameter import QuantParameter
 
 WEIGHT = "weight"
 
 
-class QuantizedModule(torch.nn.Module):
+class QuantizedModule(MovingModule):
     """Base of layers with a quantized weight.
 
     Attributes:
@@ -99,12 +100,18 @@ class QuantizedModule(torch.nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As in torch; a change of dtype reaches what the weight is dequantized to."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        before = self.weight.device
+        super()._apply(fn, recurse)
         self._note_state()
         state, device = self.quant_state, self.weight.device
-        if state is not None and device.type != "meta":
-            state.to(device)  # a weight that lost its class has left it behind
-        follow_dtype(state, fn)
+        if state is not None and state.absmax.device != device:
+            # A weight that lost its class has left it behind. Of codes that an offloading library
+            # has put on the meta device, and will bring back, it stays where it is.
+            if "meta" not in (device.type, state.absmax.device.type):
+                state.to(device)
+            elif device != before:
+                self.quant_state = state.on(device)
+        follow_dtype(self.quant_state, fn)
         return self
 
     # ---- state dicts

@@ -11,7 +11,7 @@ frozen: gradients flow to x and bias, of any order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import prod
 from typing import Any
 
@@ -21,16 +21,17 @@ from torch import Tensor
 from bnbx.errors import UnsupportedTensorError
 from bnbx.kernels import coding, linear, rows
 from bnbx.kernels.encoding import from_label
+from bnbx.kernels.fakes import register_fake
 
 _library: Any = torch.library.Library("bnbx", "FRAGMENT")  # type: ignore[no-untyped-call]
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 
-def _define(schema: str, run: Any, fake: Any) -> None:
+def _define(schema: str, run: Any, fake: Any, anywhere: Collection[str] = ()) -> None:
     name = f"bnbx::{schema.partition('(')[0]}"
     _library.define(schema, tags=_TAGS)
     _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(name, fake, lib=_library)
+    register_fake(name, fake, _library, anywhere)
 
 
 # ---- linear
@@ -140,6 +141,7 @@ _define(
     "embedding(Tensor ids, Tensor[] parts, str encoding, int[] shape, ScalarType dtype) -> Tensor",
     _embedding,
     _embedding_fake,
+    anywhere=("ids",),  # as in torch.nn.Embedding
 )
 torch.library.register_autograd(
     "bnbx::linear", _linear_backward, setup_context=_linear_setup, lib=_library

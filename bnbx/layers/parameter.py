@@ -247,6 +247,13 @@ class QuantParameter(StateNames, Moving, torch.nn.Parameter):
                 state.dtype = dtype
         return self._like(self.detach().to(device=device, non_blocking=non_blocking))
 
+    def in_memory(self, data: Tensor) -> Self:
+        """Another memory with the same settings, and a quantization state beside it."""
+        new = self._like(data)
+        if self.quant_state is not None:
+            new.quant_state = self.quant_state.on(data.device)
+        return new
+
     def half(self, memory_format: torch.memory_format = torch.preserve_format) -> Any:
         """As `to(torch.float16)`."""
         return self.to(torch.float16, memory_format=memory_format)

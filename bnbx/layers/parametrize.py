@@ -20,6 +20,7 @@ from typing_extensions import Self
 from bnbx.errors import BnbxError, OptionError, UnknownNameError
 from bnbx.kernels.quant_state import QuantState
 from bnbx.layers.module import follow_dtype, is_beside, load_weight, save_state
+from bnbx.layers.moving import MovingModule
 from bnbx.layers.parameter import QuantParameter
 from bnbx.layers.stacked import Stacked
 from bnbx.registry import QuantType
@@ -65,6 +66,10 @@ class Dequantized(nn.Module):
         return self
 
 
+class _Holder(MovingModule, parametrize.ParametrizationList):
+    """What torch holds a parametrized parameter in; the parameter keeps its class where it goes."""
+
+
 def replace_parameter(
     module: nn.Module,
     name: str,
@@ -107,6 +112,7 @@ def keep_in_codes(module: nn.Module, name: str, param: QuantParameter) -> None:
     _own_class(module)
     module._parameters[name] = param
     parametrize.register_parametrization(module, name, Dequantized(param.quant_state), unsafe=True)
+    module.parametrizations[name].__class__ = _Holder  # type: ignore[index]
     for hooks, hook in (
         (module._state_dict_hooks, _save),
         (module._load_state_dict_pre_hooks, _load),

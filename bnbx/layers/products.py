@@ -27,8 +27,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """
     check_factor("x", x)
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
-        return None
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return None  # of the meta device torch cannot say whether it is on
     return torch.get_autocast_dtype(kind)
 
 

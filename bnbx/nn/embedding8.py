@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from bnbx.errors import QuantizedDataError
-from bnbx.layers.int8_params import Int8Params
+from bnbx.kernels.fakes import check_meta
+from bnbx.kernels.memory import moved
+from bnbx.layers.int8_params import Int8Params, absmax_of
 from bnbx.layers.int8_saving import ROW_FORMAT, LoadsInt8
+from bnbx.layers.moving import MovingModule
 
 LARGEST = 127.0  # the code that absmax gets
 
 
-class Embedding8bit(LoadsInt8, nn.Embedding):
+class Embedding8bit(LoadsInt8, MovingModule, nn.Embedding):
     """A frozen table in int8, each row with its own absmax.
 
     The table begins dense and is quantized when the layer moves to a device, `.to("cpu")`
@@ -47,6 +50,7 @@ class Embedding8bit(LoadsInt8, nn.Embedding):
         """
         super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
         self.dtype = self.weight.dtype
+        self._kept: Tensor | None = None
         self.weight = Int8Params(self.weight.data, has_fp16_weights=False, requires_grad=False)
 
     @property
@@ -54,28 +58,42 @@ class Embedding8bit(LoadsInt8, nn.Embedding):
         """Of the table."""
         return self.num_embeddings, self.embedding_dim
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in torch; the absmax of a weight is kept here too, see `absmax_of`."""
+        super().__setattr__(name, value)
+        if name == "weight":
+            self._keep()
+
+    def _keep(self) -> None:
+        absmax = getattr(self.weight, "SCB", None)
+        if absmax is not None:
+            self._kept = absmax
+
     def forward(self, ids: Tensor) -> Tensor:
         """The vectors, (*ids.shape, embedding_dim).
 
         Raises:
             QuantizedDataError: the table is not quantized yet.
+            DeviceError: some of it, or the ids alone, are on the meta device.
         """
         weight = self.weight
         if weight.is_meta and weight.dtype != torch.int8:
             return F.embedding(ids, weight)  # shapes only
-        step = self._absmax().reshape(-1, 1) / LARGEST
+        absmax = self._absmax()
+        if ids.is_meta or weight.is_meta or absmax.is_meta:
+            named = (("ids", ids), ("weight", weight), ("SCB", absmax))
+            check_meta(type(self).__name__, named, anywhere=("ids",))
+        step = absmax.reshape(-1, 1) / LARGEST
         codes = F.embedding(ids, weight.detach())
         return (codes * F.embedding(ids, step)).to(self.dtype)
 
     def _absmax(self) -> Tensor:
-        absmax = getattr(self.weight, "SCB", None)
-        if self.weight.dtype != torch.int8 or absmax is None:
+        if self.weight.dtype != torch.int8:
             raise QuantizedDataError(
                 'the Embedding layer is not quantized yet: move it to a device, such as .to("cpu") '
                 "or .cuda(), after its weights are loaded"
             )
-        found: Tensor = absmax
-        return found
+        return absmax_of(self.weight, self._kept, type(self).__name__)
 
     def dequantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense table, in the dtype of the vectors or in another."""
@@ -84,13 +102,15 @@ class Embedding8bit(LoadsInt8, nn.Embedding):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As in torch; a dtype reaches the vectors, the absmax goes where the codes go."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         weight = self.weight
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=weight.device)).dtype
         if isinstance(weight, Int8Params) and weight.SCB is not None:
             weight.CB = weight.data
-            if weight.SCB.device != weight.device:
-                weight.SCB = weight.SCB.to(weight.device)
+            weight.SCB = moved(weight.SCB, weight.device)
+            self._keep()
+        elif self._kept is not None:
+            self._kept = moved(self._kept, weight.device)
         return self
 
     # ---- state dicts
@@ -104,3 +124,7 @@ class Embedding8bit(LoadsInt8, nn.Embedding):
             absmax = self._absmax()
             destination[f"{prefix}SCB"] = absmax if keep_vars else absmax.detach()
             destination[f"{prefix}weight_format"] = torch.tensor(ROW_FORMAT, dtype=torch.uint8)
+
+    def _take(self, codes: Tensor, absmax: Tensor, assign: bool) -> None:
+        super()._take(codes, absmax, assign)
+        self._keep()

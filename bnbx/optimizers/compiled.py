@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bnbx.errors import OptionError, UnsupportedTensorError
+from bnbx.kernels.fakes import register_fake
 
 if TYPE_CHECKING:
     from bnbx.optimizers.engine import Optimizer8bit
@@ -57,9 +58,11 @@ def optimizer_step(
     optimizer.update(params, grads, places)
 
 
-@optimizer_step.register_fake
-def _(params: list[Tensor], grads: list[Tensor], places: list[int], handle: int) -> None:
+def _fake(params: list[Tensor], grads: list[Tensor], places: list[int], handle: int) -> None:
     return None
+
+
+register_fake("bnbx::optimizer_step", _fake)
 
 
 def check_places(places: Sequence[int], counts: tuple[int, int], total: int) -> None:

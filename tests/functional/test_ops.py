@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bnbx import functional
+from bnbx.errors import DeviceError
 from bnbx.functional import QuantState, QuantTensor
 from bnbx.functional.registration import names
 from bnbx.registry import quant_types
@@ -128,6 +129,31 @@ def test_every_operation_has_samples() -> None:
 def test_torch_checks(name: str, number: int) -> None:
     operation = getattr(OPS, name).default
     torch.library.opcheck(operation, samples()[name][number])
+
+
+def to_meta(value: Any) -> Any:
+    if isinstance(value, list):
+        return [to_meta(each) for each in value]
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
+@pytest.mark.parametrize(("name", "number"), CASES)
+def test_one_tensor_on_the_meta_device_is_an_error(name: str, number: int) -> None:
+    """Else torch takes the fake form for the operation, and its result for numbers."""
+    operation, arguments = getattr(OPS, name).default, samples()[name][number]
+    named = [each.name for each in operation._schema.arguments]
+    held = [i for i, each in enumerate(arguments) if tensors_in(each)]
+    operation(*map(to_meta, arguments))
+    if sum(named[i] != "seed" for i in held) > 1:
+        for i in held:
+            mixed = [to_meta(each) if i == j else each for j, each in enumerate(arguments)]
+            with pytest.raises(DeviceError, match=f"bnbx::{name}: .* on the meta device, which"):
+                operation(*mixed)
+
+
+def test_noise_of_shapes_alone_may_come_from_the_cpu() -> None:
+    found = functional.quantize(matrix().to("meta"), "linear4", stochastic=True)
+    assert all(part.is_meta for part in found.parts)
 
 
 # ---- graphs

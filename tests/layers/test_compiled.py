@@ -5,15 +5,33 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import bnbx
 from bnbx.kernels.coding import encode
 from bnbx.kernels.encoding import make_encoding
-from bnbx.nn import Linear8bitLt, QuantEmbedding, QuantLinear, dequantize_, quantize_
+from bnbx.nn import (
+    Embedding,
+    Embedding4bit,
+    Embedding8bit,
+    EmbeddingFP4,
+    EmbeddingNF4,
+    Linear4bit,
+    Linear8bitLt,
+    LinearFP4,
+    LinearNF4,
+    OutlierAwareLinear,
+    QuantEmbedding,
+    QuantLinear,
+    StableEmbedding,
+    dequantize_,
+    quantize_,
+)
 from quantized_layers import LanguageModel, ids, language_model, layer
 
 OPS = torch.ops.bnbx
@@ -130,6 +148,51 @@ def test_model_is_exported_saved_and_loaded(strict: bool) -> None:
     memory.seek(0)
     loaded = torch.export.load(memory)
     torch.testing.assert_close(loaded.module()(ids()), model(ids()), rtol=0, atol=0)
+
+
+IDS = torch.tensor([[1, 49], [0, 7]])
+LINEAR: tuple[Callable[[], nn.Module], ...] = (
+    *(partial(kind, 64, 32) for kind in (Linear4bit, LinearFP4, LinearNF4, QuantLinear)),
+    partial(QuantLinear, 64, 32, quant_type="nvfp4"),
+    partial(QuantLinear, 64, 32, quant_type="int8"),
+    partial(Linear8bitLt, 64, 32, threshold=6.0),
+    partial(Linear8bitLt, 64, 32, has_fp16_weights=False, threshold=6.0),
+)
+EMBEDDINGS: tuple[Callable[[], nn.Module], ...] = tuple(
+    partial(kind, 50, 64)
+    for kind in (
+        *(Embedding, StableEmbedding, Embedding4bit, EmbeddingFP4, EmbeddingNF4),
+        *(Embedding8bit, QuantEmbedding),
+    )
+)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("number", range(len(LINEAR + EMBEDDINGS)))
+def test_every_layer_is_exported(number: int, strict: bool) -> None:
+    found = (LINEAR + EMBEDDINGS)[number]().to("cpu")
+    given = torch.randn(3, 64) if number < len(LINEAR) else IDS
+    program = torch.export.export(found, (given,), strict=strict)
+    torch.testing.assert_close(program.module()(given), found(given), rtol=0, atol=0)
+
+
+def test_every_layer_is_among_those_that_are_exported() -> None:
+    kinds = {type(make()) for make in LINEAR + EMBEDDINGS}
+    public = {getattr(bnbx.nn, name) for name in bnbx.nn.__all__}
+    layers = {each for each in public if isinstance(each, type) and issubclass(each, nn.Module)}
+    assert layers - {OutlierAwareLinear} == kinds  # it traces a whole model first
+
+
+def test_int8_table_that_was_loaded_or_moved_is_exported() -> None:
+    """torch.export puts a plain parameter in the place of the table, which has no absmax."""
+    source = Embedding8bit(50, 64).to("cpu")
+    loaded, shared, moved = (Embedding8bit(50, 64).to("cpu") for _ in range(3))
+    loaded.load_state_dict(source.state_dict())
+    shared.weight = source.weight
+    moved.to("meta").load_state_dict(source.state_dict(), assign=True)
+    for found in (loaded, shared, moved, copy.deepcopy(source)):
+        program = torch.export.export(found, (IDS,))
+        assert torch.equal(program.module()(IDS), source(IDS))
 
 
 def test_export_with_dynamic_rows() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bnbx.errors import OptionError, UnsupportedTensorError
+from bnbx.errors import DeviceError, OptionError, UnsupportedTensorError
 from bnbx.optimizers import compiled
 from bnbx.optimizers.engine import Optimizer8bit
 from optimizers.compare import assert_same, equal
@@ -354,6 +354,17 @@ def test_wrong_places_are_refused(change: Any) -> None:
         torch.ops.bnbx.optimizer_step(*change(params, grads, places), handle)
     assert all(equal(p, old) for p, old in zip(params, before, strict=True))
     assert not optimizer.state
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_gradient_on_the_meta_device_is_refused(place: int) -> None:
+    """Else the fake form would run, and no parameter change."""
+    _, (params, grads, places, handle) = arguments()
+    before = [p.clone() for p in params]
+    grads[place] = grads[place].to("meta")
+    with pytest.raises(DeviceError, match=rf"grads\[{place}\] on the meta device.*params\[0\]"):
+        torch.ops.bnbx.optimizer_step(params, grads, places, handle)
+    assert all(equal(p, old) for p, old in zip(params, before, strict=True))
 
 
 @pytest.mark.parametrize(
