@@ -178,7 +178,7 @@ def test_codes_that_do_not_fit() -> None:
     codes, state = made()
     with pytest.raises(QuantizedDataError, match="codes is"):
         state.check(codes[:-1])
-    with pytest.raises(QuantizedDataError, match="not contiguous"):
+    with pytest.raises(QuantizedDataError, match="not a contiguous matrix"):
         state.check(torch.zeros(2, 192, dtype=torch.bfloat16)[:, ::4])
     state.shape = None
     with pytest.raises(QuantizedDataError, match="shape of the tensor is not known"):
