@@ -17,7 +17,17 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.command import words, writable
-from benchmarks.linear_worker import CODES, DENSE, OURS, PANELS, PEER, PEER_TRAINING, Job
+from benchmarks.linear_worker import (
+    CODES,
+    DECODING,
+    DENSE,
+    LAYERS,
+    OURS,
+    PANELS,
+    PEER,
+    PEER_TRAINING,
+    Job,
+)
 from benchmarks.side_by_side import Row, milliseconds, run
 from bnbx.registry import quant_types
 
@@ -26,7 +36,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 LEGEND = (
     "In parentheses: how many times faster bnbx is. "
     "dense is torch.nn.functional.linear in the dtype of the input. bitsandbytes decodes its "
-    "weight in training mode; in evaluation mode it multiplies in bfloat16, whatever the input."
+    "weight in training mode; in evaluation mode it multiplies in bfloat16, whatever the input. "
+    f"Fewer than {DECODING} rows go through {LAYERS} layers, one after the other; times are those "
+    "of one."
 )
 CROSSOVER = "codes: multiplied as they are read, for few rows; panels: decoded first, for many."
 ROWS, CROSSOVER_ROWS = "1,4,16,512", "1,2,4,8,12,16,32,64,128,512"

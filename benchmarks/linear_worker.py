@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,8 @@ OURS, DENSE, PEER = "bnbx", "dense", "bitsandbytes"
 PEER_TRAINING = "its training mode"
 CODES, PANELS = "codes", "panels"
 PEER_TYPES = ("nf4", "fp4")
+DECODING = 16  # fewer rows than these are those of a model that writes text
+LAYERS = 8  # of it, one after the other, so that a weight is not in the caches any more
 
 
 @dataclass(frozen=True)
@@ -55,38 +56,65 @@ def measure(job: Job, report: Report) -> list[Row]:
         return make(job.quant_type, weight, x)
 
     labels = [str(rows) for rows in job.rows]
-    return measure_rows(labels, contenders, job.reference, job.threads, job.seconds, report)
+    found = measure_rows(labels, contenders, job.reference, job.threads, job.seconds, report)
+    if make is _layers:
+        for row in found:
+            row.share(layers_of(int(row.label)))
+    return found
+
+
+def layers_of(rows: int) -> int:
+    """How many layers a call goes through."""
+    return LAYERS if rows < DECODING else 1
 
 
 def _layers(quant_type: str, weight: Tensor, x: Tensor) -> Mapping[str, Call]:
-    """The layers that a user has the choice of."""
+    """The layers that a user has the choice of, as many as `layers_of` says of each."""
     from bnbx.nn import QuantLinear
 
     out, inner = weight.shape
-    ours = _filled(QuantLinear(inner, out, bias=False, quant_type=quant_type), weight)
-    others = weight.to(x.dtype)
-    found: dict[str, Call] = {
-        OURS: lambda: ours(x),
-        DENSE: lambda: nn.functional.linear(x, others),
-    }
+    count = layers_of(len(x))
+
+    def ours() -> nn.Module:
+        return _filled(QuantLinear(inner, out, bias=False, quant_type=quant_type), weight)
+
+    def dense() -> nn.Module:
+        layer = nn.Linear(inner, out, bias=False, dtype=x.dtype)
+        layer.weight.data.copy_(weight)
+        return layer
+
+    found = {OURS: _through(ours, count, x), DENSE: _through(dense, count, x)}
     try:
         import bitsandbytes.nn as peer
     except ImportError:
         return found
     if quant_type in PEER_TYPES:
-        layer = peer.Linear4bit(
-            inner, out, bias=False, compute_dtype=x.dtype, quant_type=quant_type
-        )
-        theirs = _filled(layer, weight)
-        training = copy.deepcopy(theirs).train()
-        found[PEER] = lambda: theirs(x)
-        found[PEER_TRAINING] = lambda: training(x)
+
+        def theirs() -> nn.Module:
+            layer = peer.Linear4bit(
+                inner, out, bias=False, compute_dtype=x.dtype, quant_type=quant_type
+            )
+            return _filled(layer, weight)
+
+        found[PEER] = _through(theirs, count, x)
+        found[PEER_TRAINING] = _through(lambda: theirs().train(), count, x)
     return found
 
 
-def _filled(layer: Any, weight: Tensor) -> Any:
+def _through(make: Callable[[], nn.Module], count: int, x: Tensor) -> Call:
+    """A call that gives x to so many layers."""
+    layers = [make() for _ in range(count)]
+
+    def call() -> None:
+        for layer in layers:
+            layer(x)
+
+    return call
+
+
+def _filled(layer: nn.Module, weight: Any) -> nn.Module:
     """The layer with this weight, quantized."""
-    layer.weight.data.copy_(weight)
+    layer.get_parameter("weight").data.copy_(weight)
     return layer.to("cpu").eval()
 
 

@@ -65,6 +65,11 @@ class Row:
             return None
         return median(ratios(self.times[self.reference], self.times[other]))
 
+    def share(self, count: int) -> None:
+        """Let times be those of one of `count` operations that each call made."""
+        for times in self.times.values():
+            times.update({number: seconds / count for number, seconds in times.items()})
+
     def data(self) -> dict[str, object]:
         """Everything, as plain data."""
         medians = {name: self.median(name) for name in self.times}
