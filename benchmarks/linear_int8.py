@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -142,7 +143,7 @@ def main(
 
 def table(job: Job, found: list[Row]) -> Table:
     """The medians of a job in milliseconds, with ratios."""
-    made = Table(title=job.title())
+    made = Table(title=f"{job.title()}; milliseconds", box=SIMPLE_HEAD, padding=0, pad_edge=False)
     made.add_column("rows", justify="right")
     names = list(found[0].times)
     for name in names:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -66,7 +67,7 @@ def main(
 
 def table(job: Job, rows: list[Row]) -> Table:
     """The medians of a job."""
-    made = Table(title=job.title())
+    made = Table(title=job.title(), box=SIMPLE_HEAD, pad_edge=False)
     made.add_column("operation")
     for name in (OURS, PEER, COPY):
         made.add_column(f"{name} ms", justify="right")
