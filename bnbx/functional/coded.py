@@ -80,8 +80,12 @@ def _of_numbers(packed: bytes) -> QuantType | None:
 
 @lru_cache(maxsize=64)
 def on_grid(quant_type: QuantType) -> QuantType:
-    """The type whose codes are those that bitsandbytes makes on a CPU."""
-    return quant_type.model_copy(update={"grid": GRID})
+    """The type whose codes are those that bitsandbytes makes on a CPU.
+
+    A registered one, if there is one: its kernel knows the table.
+    """
+    same = quant_types().find(lambda t: t.grid == GRID and t.values == quant_type.values)
+    return same or quant_type.model_copy(update={"grid": GRID})
 
 
 @lru_cache(maxsize=1024, typed=True)  # 64.0 is not 64

@@ -302,18 +302,44 @@ alignas(64) static const u8 in_order[64] = {
     4, 5, 12, 13, 20, 21, 28, 29, 36, 37, 44, 45, 52, 53, 60, 61,
     6, 7, 14, 15, 22, 23, 30, 31, 38, 39, 46, 47, 54, 55, 62, 63};
 
+// count_thresholds for 16 values. Every sixteenth threshold fits into a register, where a permute finds it;
+// of those between two of them four are gathered.
+static inline __m512i count_thresholds16(__m512 x, const float* thresholds, __m512 sixteenths) {
+  __m512i rank = _mm512_setzero_si512();
+  for (int half = 8; half > 0; half /= 2) {
+    const __m512 probe = _mm512_permutexvar_ps(_mm512_add_epi32(rank, _mm512_set1_epi32(half - 1)), sixteenths);
+    rank = _mm512_mask_add_epi32(rank, _mm512_cmp_ps_mask(probe, x, _CMP_LT_OQ), rank, _mm512_set1_epi32(half));
+  }
+  rank = _mm512_slli_epi32(rank, 4);
+  for (int half = 8; half > 0; half /= 2) {
+    const __m512 probe = _mm512_i32gather_ps(rank, thresholds + half - 1, 4);
+    rank = _mm512_mask_add_epi32(rank, _mm512_cmp_ps_mask(probe, x, _CMP_LT_OQ), rank, _mm512_set1_epi32(half));
+  }
+  return rank;
+}
+
+// Any table: `count` values, a multiple of 16; of the codes, 64 at a time are looked up by their ranks.
 template <class Type>
-static inline void encode_by_entries(const float* x, float inverse, const Tables* tables, int count, u8* codes) {
+static inline void encode_by_search(const float* x, float inverse, const Tables* tables, int count, u8* codes) {
   const __m512 scale = _mm512_set1_ps(inverse);
+  const __m512i every = _mm512_setr_epi32(15, 31, 47, 63, 79, 95, 111, 127, 143, 159, 175, 191, 207, 223, 239, 255);
+  const __m512 sixteenths = _mm512_i32gather_ps(every, tables->thresholds, 4);
   for (int i = 0; i < count; i += 16) {
-    const __m512i rank = find_ranks<Type>(_mm512_mul_ps(_mm512_loadu_ps(x + i), scale), tables);
+    const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + i), scale);
+    const __m512i rank = Type::SHIFT ? find_ranks<Type>(scaled, tables) : count_thresholds16(scaled, tables->thresholds, sixteenths);
     _mm_storeu_si128((__m128i*)(codes + i), _mm512_cvtepi32_epi8(rank));
+  }
+  if (Type::ORDERED) return;
+  for (int i = 0; i < count; i += 64) {
+    const __mmask64 here = ~0ull >> (count - i < 64 ? 64 - (count - i) : 0);
+    const __m512i ranks = _mm512_maskz_loadu_epi8(here, codes + i);
+    _mm512_mask_storeu_epi8(codes + i, here, look_up_bytes(tables->order, ranks, _mm512_movepi8_mask(ranks)));
   }
 }
 
 template <class Type>
 static __attribute__((noinline)) void encode_near_tie(const float* x, float inverse, const Tables* tables, int count, u8* codes) {
-  encode_by_entries<Type>(x, inverse, tables, count, codes);
+  encode_by_search<Type>(x, inverse, tables, count, codes);
 }
 
 template <class Type>
@@ -337,9 +363,8 @@ static inline void encode_in_segments(const float* x, float inverse, const Table
 template <class Type>
 static inline void encode_block(const float* x, float inverse, const Tables* tables, u8* codes) {
   if (Type::BITS <= 4) encode_narrow_block<Type>(x, inverse, tables, codes);
-  else if (Type::SHIFT == 0 || !Type::ORDERED) encode_block_plain<Type>(x, inverse, tables, codes);
   else if (Type::SEGMENTS) encode_in_segments<Type>(x, inverse, tables, codes);
-  else encode_by_entries<Type>(x, inverse, tables, Type::BLOCK, codes);
+  else encode_by_search<Type>(x, inverse, tables, Type::BLOCK, codes);
 }
 
 #elif defined(__AVX2__) && defined(__FMA__)

@@ -302,18 +302,44 @@ alignas(64) static const u8 in_order[64] = {
     4, 5, 12, 13, 20, 21, 28, 29, 36, 37, 44, 45, 52, 53, 60, 61,
     6, 7, 14, 15, 22, 23, 30, 31, 38, 39, 46, 47, 54, 55, 62, 63};
 
+// count_thresholds for 16 values. Every sixteenth threshold fits into a register, where a permute finds it;
+// of those between two of them four are gathered.
+static inline __m512i count_thresholds16(__m512 x, const float* thresholds, __m512 sixteenths) {
+  __m512i rank = _mm512_setzero_si512();
+  for (int half = 8; half > 0; half /= 2) {
+    const __m512 probe = _mm512_permutexvar_ps(_mm512_add_epi32(rank, _mm512_set1_epi32(half - 1)), sixteenths);
+    rank = _mm512_mask_add_epi32(rank, _mm512_cmp_ps_mask(probe, x, _CMP_LT_OQ), rank, _mm512_set1_epi32(half));
+  }
+  rank = _mm512_slli_epi32(rank, 4);
+  for (int half = 8; half > 0; half /= 2) {
+    const __m512 probe = _mm512_i32gather_ps(rank, thresholds + half - 1, 4);
+    rank = _mm512_mask_add_epi32(rank, _mm512_cmp_ps_mask(probe, x, _CMP_LT_OQ), rank, _mm512_set1_epi32(half));
+  }
+  return rank;
+}
+
+// Any table: `count` values, a multiple of 16; of the codes, 64 at a time are looked up by their ranks.
 template <class Type>
-static inline void encode_by_entries(const float* x, float inverse, const Tables* tables, int count, u8* codes) {
+static inline void encode_by_search(const float* x, float inverse, const Tables* tables, int count, u8* codes) {
   const __m512 scale = _mm512_set1_ps(inverse);
+  const __m512i every = _mm512_setr_epi32(15, 31, 47, 63, 79, 95, 111, 127, 143, 159, 175, 191, 207, 223, 239, 255);
+  const __m512 sixteenths = _mm512_i32gather_ps(every, tables->thresholds, 4);
   for (int i = 0; i < count; i += 16) {
-    const __m512i rank = find_ranks<Type>(_mm512_mul_ps(_mm512_loadu_ps(x + i), scale), tables);
+    const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + i), scale);
+    const __m512i rank = Type::SHIFT ? find_ranks<Type>(scaled, tables) : count_thresholds16(scaled, tables->thresholds, sixteenths);
     _mm_storeu_si128((__m128i*)(codes + i), _mm512_cvtepi32_epi8(rank));
+  }
+  if (Type::ORDERED) return;
+  for (int i = 0; i < count; i += 64) {
+    const __mmask64 here = ~0ull >> (count - i < 64 ? 64 - (count - i) : 0);
+    const __m512i ranks = _mm512_maskz_loadu_epi8(here, codes + i);
+    _mm512_mask_storeu_epi8(codes + i, here, look_up_bytes(tables->order, ranks, _mm512_movepi8_mask(ranks)));
   }
 }
 
 template <class Type>
 static __attribute__((noinline)) void encode_near_tie(const float* x, float inverse, const Tables* tables, int count, u8* codes) {
-  encode_by_entries<Type>(x, inverse, tables, count, codes);
+  encode_by_search<Type>(x, inverse, tables, count, codes);
 }
 
 template <class Type>
@@ -337,9 +363,8 @@ static inline void encode_in_segments(const float* x, float inverse, const Table
 template <class Type>
 static inline void encode_block(const float* x, float inverse, const Tables* tables, u8* codes) {
   if (Type::BITS <= 4) encode_narrow_block<Type>(x, inverse, tables, codes);
-  else if (Type::SHIFT == 0 || !Type::ORDERED) encode_block_plain<Type>(x, inverse, tables, codes);
   else if (Type::SEGMENTS) encode_in_segments<Type>(x, inverse, tables, codes);
-  else encode_by_entries<Type>(x, inverse, tables, Type::BLOCK, codes);
+  else encode_by_search<Type>(x, inverse, tables, Type::BLOCK, codes);
 }
 
 #elif defined(__AVX2__) && defined(__FMA__)
@@ -807,6 +832,17 @@ static inline void measure(const float* x, int count, Range& range) {
   range.low = low;
 }
 
+// Blocks are encoded in pieces. Where they are long, the next one is asked for meanwhile: what finds its
+// largest magnitude would else wait for it. A fifth of the time, in blocks of 4096 (Zen 4).
+struct Piece : Code {
+  static constexpr int BLOCK = Code::BLOCK < 256 ? Code::BLOCK : 256;
+};
+
+static inline void ask_for(const Number* numbers) {
+  if (Code::BLOCK < 1024) return;
+  for (int i = 0; i < Piece::BLOCK; i += 64 / (int)sizeof(Number)) __builtin_prefetch(numbers + i);
+}
+
 // The codes of at most CHUNK numbers that share a scale; `place` is that of the first in the tensor.
 static inline void encode_numbers(const Job* job, const float* x, int count, i64 place, const Scaling scaling, u8* codes) {
   const Tables* tables = job->parts.tables;
@@ -815,23 +851,23 @@ static inline void encode_numbers(const Job* job, const float* x, int count, i64
     __builtin_memset(codes, zero, count);
     return;
   }
-  (void)place;
   if (Code::GRID && scaling.inverse > float_of(0x7f7fffffu)) {
     for (int i = 0; i < count; ++i) codes[i] = encode<Code>(scaled<Code>(x[i], scaling), tables->entries, tables->thresholds, tables->order);
     return;
   }
-  alignas(64) float centered[Code::BLOCK];
-  alignas(64) u8 last[Code::BLOCK];
-  for (int i = 0; i < count; i += Code::BLOCK) {
-    const int here = count - i < Code::BLOCK ? count - i : Code::BLOCK;
+  alignas(64) float centered[Piece::BLOCK];
+  alignas(64) u8 last[Piece::BLOCK];
+  for (int i = 0; i < count; i += Piece::BLOCK) {
+    const int here = count - i < Piece::BLOCK ? count - i : Piece::BLOCK;
     const float* from = x + i;
-    if (Code::CENTERED || here < Code::BLOCK) {
+    ask_for(job->numbers + place + i + Code::BLOCK);
+    if (Code::CENTERED || here < Piece::BLOCK) {
       for (int j = 0; j < here; ++j) centered[j] = Code::CENTERED ? x[i + j] - scaling.center : x[i + j];
-      for (int j = here; j < Code::BLOCK; ++j) centered[j] = 0.0f;
+      for (int j = here; j < Piece::BLOCK; ++j) centered[j] = 0.0f;
       from = centered;
     }
-    encode_block<Code>(from, scaling.inverse, tables, here < Code::BLOCK ? last : codes + i);
-    if (here < Code::BLOCK) __builtin_memcpy(codes + i, last, here);
+    encode_block<Piece>(from, scaling.inverse, tables, here < Piece::BLOCK ? last : codes + i);
+    if (here < Piece::BLOCK) __builtin_memcpy(codes + i, last, here);
   }
 }
 
