@@ -143,7 +143,8 @@ def main(
 
 def table(job: Job, found: list[Row]) -> Table:
     """The medians of a job in milliseconds, with ratios."""
-    made = Table(title=f"{job.title()}; milliseconds", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    title = f"{job.title()}; milliseconds"
+    made = Table(title=title, box=SIMPLE_HEAD, padding=0, pad_edge=False, min_width=len(title))
     made.add_column("rows", justify="right")
     names = list(found[0].times)
     for name in names:

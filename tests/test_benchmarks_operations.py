@@ -95,5 +95,4 @@ def test_a_table_of_quantizing_says_how_many_times_faster() -> None:
     with console.capture() as captured:
         console.print(quantize.table(job, [Row("dequantize_4bit", "bnbx", times)]))
     line = next(line for line in captured.get().splitlines() if "dequantize_4bit" in line)
-    cells = [cell.strip() for cell in line.strip("│ ").split("│")]
-    assert cells == ["dequantize_4bit", "1.00", "20.00", "4.00", "20.0", "0.25"]
+    assert line.split() == ["dequantize_4bit", "1.00", "20.00", "4.00", "20.0", "0.25"]

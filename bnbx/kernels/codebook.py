@@ -117,6 +117,9 @@ def _tables(text: str, *key: Any) -> Tables:
     order[: len(codebook.codes)] = codebook.codes
     exact = np.asarray(codebook.thresholds, np.float32)
     ordered = codebook.codes == tuple(range(len(codebook.codes)))
+    buckets = find_buckets(exact)
+    # Near ties kernels look into the buckets, which also tell them of negative numbers.
+    even = ordered and buckets is not None
     return Tables(
         levels=levels,
         thresholds=thresholds,
@@ -124,8 +127,8 @@ def _tables(text: str, *key: Any) -> Tables:
         unit=codebook.unit,
         ordered=ordered,
         zero_code=codebook.zero_code,
-        buckets=find_buckets(exact),
-        segments=find_segments(exact, codebook.zero_code, codebook.unit) if ordered else None,
+        buckets=buckets,
+        segments=find_segments(exact, codebook.zero_code, codebook.unit) if even else None,
     )
 
 

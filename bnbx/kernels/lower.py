@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bnbx.registry.checks import NORM, NUMEL, select
@@ -92,13 +92,14 @@ class _Lowering:
         self.scalar_names: dict[Expression, str] = {}
 
     def run(self, skip_zeros: bool) -> Lowered:
-        applied = [self.selected(s) for s in self.spec.apply.statements]
-        tensor = _live([self.selected(s) for s in self.spec.tensor.statements], applied)
+        applied = _live(map(self.selected, self.spec.apply.statements), {PARAMETER})
+        read_there = {name for statement in applied for name in names(statement.value)}
+        tensor = _live(map(self.selected, self.spec.tensor.statements), read_there)
         norms = {n for s in tensor for n in names(s.value) if n.startswith(NORM)}
         kept = {PARAMETER, *self.states, *(n.removeprefix(NORM) for n in norms)}
         element = self.vectors(self.spec.element.statements, kept)
         per_tensor = self.tensor_statements(tensor, norms)
-        apply = self.vectors(self.spec.apply.statements, {PARAMETER})
+        apply = self.vectors(applied, {PARAMETER})
         if skip_zeros:
             element, apply = self.skipping(element, apply)
         read = [s.value for s in per_tensor] + list(self.tensor_scalars.values())
@@ -245,12 +246,12 @@ def _before(name: str) -> str:
     return f"{name}_before_"
 
 
-def _live(statements: list[Statement], readers: Sequence[Statement]) -> list[Statement]:
-    """The statements whose results are needed, in the end, by `readers`."""
-    needed = {name for reader in readers for name in names(reader.value)}
-    found = []
-    for statement in reversed(statements):
+def _live(statements: Iterable[Statement], read: Iterable[str]) -> list[Statement]:
+    """The statements without which names that are read afterwards would be others."""
+    needed, found = set(read), []
+    for statement in reversed([*statements]):
         if statement.target in needed:
+            needed.remove(statement.target)
             needed |= set(names(statement.value))
             found.append(statement)
     return found[::-1]

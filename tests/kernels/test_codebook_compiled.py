@@ -23,7 +23,7 @@ from bnbx.kernels.compiler import find_compiler
 from bnbx.kernels.cpu import aligned
 from bnbx.quant_types import dynamic8, linear8
 from bnbx.registry.quant_type import Codebook
-from codebooks import codebooks, full_codebooks, probes
+from codebooks import _full, _made, codebooks, full_codebooks, probes
 
 F32 = npt.NDArray[np.float32]
 
@@ -69,6 +69,12 @@ extern "C" void make_scales(const u32* largest, int count, float unit, Scale* sc
   for (int i = 0; i < count; ++i) scales[i] = make_scale<Type>(largest[i]);
 }
 """
+
+
+# It has runs of even steps, but some so close that there are no buckets.
+CLOSE = _full(
+    _made("even", 0, 6, "mirrored about zero", "ascending", False), 2.0**-16, "low", 0, False
+)
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +154,7 @@ def test_compiled_codes_are_the_nearest(
 @settings(max_examples=60)
 @given(codebook=full_codebooks(), seed=st.integers(0, 2**32 - 1))
 @example(codebook=Codebook(tuple(range(-127, 129)), unit=128.0), seed=0)
+@example(codebook=CLOSE, seed=0)
 def test_compiled_codes_are_the_nearest_in_any_unit(
     library: ctypes.CDLL, name: str, codebook: Codebook, seed: int
 ) -> None:
