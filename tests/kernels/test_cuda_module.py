@@ -75,11 +75,15 @@ def module(source: str, names: tuple[str, ...]) -> CudaModule:
 def test_launches_go_to_the_stream_of_torch_with_plain_arguments(recorder: Recorder) -> None:
     made = module('extern "C" __global__ void bnbx_run(float* x, const long long n) {}', ("run",))
     x = torch.zeros(3)
-    made.launch([Launch("run", 5, (x, np.int64(3))), Launch("run", 1000, (None, np.int64(0)))], 64)
+    none = Launch("run", 0, (x, np.int64(0)))  # of no blocks at all: CUDA would refuse it
+    made.launch(
+        [Launch("run", 5, (x, np.int64(3))), Launch("run", 1000, (None, np.int64(0))), none], 64
+    )
     most = 2 * cuda_module.BLOCKS_PER_MULTIPROCESSOR
     assert recorder.launches == [
         ("bnbx_run", (5,), (64,), (np.uint64(x.data_ptr()), np.int64(3)), 77),
         ("bnbx_run", (most,), (64,), (np.uint64(0), np.int64(0)), 77),
+        ("bnbx_run", (1,), (64,), (np.uint64(x.data_ptr()), np.int64(0)), 77),
     ]
 
 
