@@ -24,7 +24,7 @@ from benchmarks.side_by_side import Row, milliseconds, run
 CORES = os.cpu_count() or 1
 DTYPES = ("float32", "bfloat16")
 LEGEND = (
-    "quantize: times faster than bitsandbytes, which is asked for the same codes.",
+    "quantize: times faster than bitsandbytes, with the same table and block size.",
     "dequantize: times a copy of the output's bytes, into memory that is there already.",
 )
 
