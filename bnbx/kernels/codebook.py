@@ -24,10 +24,10 @@ F32 = npt.NDArray[np.float32]
 U32 = npt.NDArray[np.uint32]
 ONE_BITS = 0x3F800000
 # Constants of find_places in templates/cpu_codebook.h.
-FRACTION = 13
+FRACTION = 15
 NEAR_TIE = (1 << FRACTION) - 4
-BIAS = 1536.5 + 2 / (1 << FRACTION)
-SMALLEST_BINADE = 2.0**-31
+BIAS = 256.5 + 2 / (1 << FRACTION)
+SMALLEST = 2.0**-31 + 2.0**-54
 FIRST_PAIR = 48  # the pair of binades [2**-31, 2**-29)
 
 
@@ -55,16 +55,17 @@ class Buckets:
 
 @dataclass(frozen=True)
 class Segments:
-    """Thresholds as a few evenly spaced runs, each cut off exactly by one threshold.
+    """Thresholds as a few evenly spaced runs, each cut off exactly by one threshold, its cut.
 
-    `index[b]` and `cut[b]`, by pair of binades b = exponent // 2 (from 2**-31 up to 1), give the
-    run of x: index + (|x| > cut). The rank of x, in a signed type counted from the zero code, is
-    the whole part of min(slope * |x| + offset, high) above the bias, which is computed with
-    FRACTION bits of fraction. Where these say that x is next to a tie, it may be wrong.
+    The bits of |x| as an integer, plus `turn[b]` of their pair of binades b = exponent // 2 (from
+    2**-31 up to 1), have the run of x as their leading byte: a cut is where the sum carries. The
+    rank of x, in a signed type counted from the zero code, is the whole part of
+    min(slope * |x| + offset, high) above the bias, which is computed with FRACTION bits of
+    fraction. Where these say that x is next to a tie, it may be wrong; in a signed type also where
+    |x| is a cut, which the rest of the sum tells by being zero.
     """
 
-    index: npt.NDArray[np.int32]
-    cut: F32
+    turn: U32
     slope: F32
     offset: F32
     high: F32
@@ -96,13 +97,13 @@ class Tables:
         lines = self.segments or _NO_SEGMENTS
         planes = self.levels.view(np.uint8).reshape(256, 4).T
         parts: list[npt.NDArray[Any]] = [self.levels, planes, self.order, self.thresholds]
-        parts += [lines.index, lines.cut, lines.slope, lines.offset, lines.high]
+        parts += [lines.turn, lines.slope, lines.offset, lines.high]
         parts += [self.buckets.entries] if self.buckets else []
         return np.concatenate([np.ascontiguousarray(part).view(np.uint8).ravel() for part in parts])
 
 
 _NONE = np.zeros(16, np.float32)
-_NO_SEGMENTS = Segments(_NONE.view(np.int32), _NONE, _NONE, _NONE, _NONE, signed=False, zero=0)
+_NO_SEGMENTS = Segments(_NONE.view(np.uint32), _NONE, _NONE, _NONE, signed=False, zero=0)
 
 
 @lru_cache(maxsize=256)
@@ -195,8 +196,8 @@ def find_segments(thresholds: F32, zero: int, unit: float = 1.0) -> Segments | N
     elif zero != 0 or positive.size != thresholds.size:
         return None
     runs, cuts = _runs(positive)
-    binades = _binades(cuts)
-    if len(runs) > 16 or binades is None or positive.min() <= SMALLEST_BINADE:
+    turn = _turns(cuts, signed)
+    if len(runs) > 16 or turn is None or positive.min() <= SMALLEST:
         return None
     if cuts and unit > 1:  # beyond 2, binades are counted from the first one again
         return None
@@ -205,7 +206,7 @@ def find_segments(thresholds: F32, zero: int, unit: float = 1.0) -> Segments | N
     slope = _sixteen([slope for slope, _ in lines])
     offset = _sixteen([offset + bias for _, offset in lines])
     high = _sixteen([end + bias for _, end in runs])
-    segments = Segments(*binades, slope, offset, high, signed, zero)
+    segments = Segments(turn, slope, offset, high, signed, zero)
     return segments if _proven(segments, thresholds, unit) else None
 
 
@@ -235,15 +236,20 @@ def _even(run: npt.NDArray[np.float64]) -> bool:
     return bool(np.abs((run - run[0]) / spacing - steps).max() < 1e-3) if spacing > 0 else False
 
 
-def _binades(cuts: list[float]) -> tuple[npt.NDArray[np.int32], F32] | None:
-    """Per pair of binades: how many cuts lie below it, and the one inside it (infinity if none)."""
-    place = [(int(np.float32(cut).view(np.uint32)) >> 24) - FIRST_PAIR for cut in cuts]
-    if len(set(place)) != len(place) or any(not 0 <= p < 16 for p in place):
+def _turns(cuts: list[float], signed: bool) -> U32 | None:
+    """`Segments.turn`; None if a pair of binades has two cuts, or a cut lies outside all pairs.
+
+    A number that is a cut belongs to the run below, as ranks count thresholds below a number; in a
+    signed type to the run above, as it does if it is negative.
+    """
+    bits = np.asarray(cuts, np.float32).view(np.uint32).astype(np.int64)
+    pair = (bits >> 24) - FIRST_PAIR
+    if np.unique(pair).size != pair.size or ((pair < 0) | (pair >= 16)).any():
         return None
-    index = np.array([sum(p < pair for p in place) for pair in range(16)], np.int32)
-    cut = np.full(16, np.inf, np.float32)
-    cut[place] = cuts
-    return index, cut
+    runs = np.searchsorted(np.sort(pair), np.arange(16))  # cuts below a pair of binades
+    turn = (runs - (np.arange(16) + FIRST_PAIR)) << 24
+    turn[pair] = ((runs[pair] + 1) << 24) - bits - (0 if signed else 1)
+    return turn.astype(np.uint32)
 
 
 def _line(run: npt.NDArray[np.float64], first: int) -> tuple[float, float]:
@@ -257,9 +263,9 @@ def _line(run: npt.NDArray[np.float64], first: int) -> tuple[float, float]:
 
 def search_segments(segments: Segments, x: F32) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """What kernels compute: the ranks of x, and where they are not sure of them."""
-    a = np.maximum(np.abs(x) if segments.signed else x, np.float32(SMALLEST_BINADE))
-    pair = (a.view(np.uint32) >> 24).astype(np.int64) & 15
-    run = segments.index[pair] + (a > segments.cut[pair])
+    a = np.maximum(np.abs(x) if segments.signed else x, np.float32(SMALLEST))
+    turned = a.view(np.uint32) + segments.turn[(a.view(np.uint32) >> 24) & 15]
+    run = (turned >> 24) & 15
     product = a.astype(np.float64) * segments.slope[run]  # exact, so the sum is rounded once
     place = (product + segments.offset[run]).astype(np.float32)
     place = np.minimum(place, segments.high[run])
@@ -269,7 +275,7 @@ def search_segments(segments: Segments, x: F32) -> tuple[npt.NDArray[Any], npt.N
     bits = place.view(np.uint32)
     unsure = (bits & NEAR_TIE) == 0
     if segments.signed:
-        unsure |= a == segments.cut[pair]
+        unsure |= (turned & 0xFFFFFF) == 0
     return (bits >> FRACTION).astype(np.int64) & 255, unsure
 
 
@@ -284,7 +290,6 @@ def _proven(segments: Segments, thresholds: F32, unit: float) -> bool:
     most = np.float32(unit)
     ends = np.array([0, most, np.nextafter(most, 2 * most)], np.float32)
     x = np.concatenate([thresholds, up, down, ends, *([-ends] if segments.signed else [])])
-    x = x[~np.isin(np.abs(x), segments.cut) | (x > 0)] if segments.signed else x
     rank, unsure = search_segments(segments, x)
     excess = rank - np.searchsorted(thresholds, x, side="left")
     return bool(((excess == 0) | (unsure & (excess == 1))).all())

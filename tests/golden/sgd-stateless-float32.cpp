@@ -60,7 +60,8 @@ DEVICE void from_float(float x, float16& to) {
 
 DEVICE float rule_sqrt(float x) { return root(x); }
 DEVICE float rule_abs(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
-DEVICE float rule_sign(float x) { return x > 0.0f ? 1.0f : (x < 0.0f ? -1.0f : x); }
+// The sign bit on a one: vectorized, one comparison and not three.
+DEVICE float rule_sign(float x) { return x < 0.0f || x > 0.0f ? float_of((bits_of(x) & 0x80000000u) | 0x3f800000u) : x; }
 DEVICE float rule_min(float a, float b) { return a < b ? a : b; }
 DEVICE float rule_max(float a, float b) { return a > b ? a : b; }
 

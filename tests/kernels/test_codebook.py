@@ -236,7 +236,7 @@ def test_the_packed_tables_are_the_struct_of_the_kernels() -> None:
             rebuilt = np.ascontiguousarray(planes.T).view(np.float32).ravel()
             assert np.array_equal(rebuilt, found.levels)
             lines = found.segments
-            for field in ("index", "cut", "slope", "offset", "high"):
+            for field in ("turn", "slope", "offset", "high"):
                 expected = np.zeros(16) if lines is None else getattr(lines, field)
                 assert np.array_equal(np.array(getattr(read, field)), expected)
             offset = struct.entries.offset
