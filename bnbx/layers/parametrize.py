@@ -8,6 +8,7 @@ that layers have: `name`, `name.absmax`, `name.quant_state.bitsandbytes__nf4`, a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -27,6 +28,8 @@ from bnbx.registry import QuantType
 from bnbx.registry.names import nearest
 
 ORIGINAL = "original"
+# Of what a module keeps, that which registering a parametrization changes.
+_REGISTRIES = ("_parameters", "_modules", "_state_dict_hooks", "_load_state_dict_pre_hooks")
 
 
 class Dequantized(nn.Module):
@@ -113,12 +116,9 @@ def keep_in_codes(module: nn.Module, name: str, param: QuantParameter) -> None:
     module._parameters[name] = param
     parametrize.register_parametrization(module, name, Dequantized(param.quant_state), unsafe=True)
     module.parametrizations[name].__class__ = _Holder  # type: ignore[index]
-    for hooks, hook in (
-        (module._state_dict_hooks, _save),
-        (module._load_state_dict_pre_hooks, _load),
-    ):
-        if any(_is_ours(each, hook, name) for each in hooks.values()):
-            return
+    type.__setattr__(type(module), "__reduce_ex__", _reduce)
+    if any(_is_ours(hook, name) for hook in module._state_dict_hooks.values()):
+        return
     hooked: Any = module
     hooked._register_state_dict_hook(partial(_save, name=name))
     hooked.register_load_state_dict_pre_hook(partial(_load, name=name))
@@ -165,6 +165,38 @@ def _own_class(module: nn.Module) -> None:
         module.__class__ = type(kind.__name__, kind.__bases__, body)
 
 
+def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
+    """What pickle keeps of a module with parameters in codes: its own class, and what is in it.
+
+    torch refuses parametrized modules, since what computes a parameter may be anything; here it is
+    known.
+    """
+    del protocol
+    kind: Any = parametrize.type_before_parametrizations(module)
+    if len(coded_parameters(module)) < len(module.parametrizations):
+        module.__getstate__()  # another's is among them: torch's error
+    own = getattr(kind, "__getstate__", None)  # of any class since Python 3.11
+    return _blank, (kind,), own(module) if own else module.__dict__
+
+
+def _blank(kind: Any) -> nn.Module:
+    """A module that waits for what `_reduce` told of it."""
+    waiting: Any = type(kind.__name__, (kind,), {"__setstate__": _fill})
+    module: nn.Module = waiting.__new__(waiting)
+    return module
+
+
+def _fill(module: Any, state: dict[str, Any]) -> None:
+    module.__class__ = type(module).__base__
+    # `state` is a live module's where a module is copied by `copy.copy`
+    module.__setstate__({k: copy.copy(v) if k in _REGISTRIES else v for k, v in state.items()})
+    for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
+        for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
+            del hooks[key]
+    for name, holder in module._modules.pop("parametrizations").items():
+        keep_in_codes(module, name, getattr(holder, ORIGINAL))
+
+
 def coded_parameter(module: nn.Module, name: str) -> QuantParameter | None:
     """The parameter that holds the codes of a replaced one; None if it is not replaced."""
     if not parametrize.is_parametrized(module, name):
@@ -207,9 +239,11 @@ def parameter_of(module: nn.Module, name: str) -> nn.Parameter:
 # ---- state dicts
 
 
-def _is_ours(hook: Any, function: Any, name: str) -> bool:
+def _is_ours(hook: Any, name: str | None = None) -> bool:
+    """Whether a hook is `_save` or `_load`; of this parameter, if there is a name."""
     hook = getattr(hook, "hook", hook)
-    return isinstance(hook, partial) and hook.func is function and hook.keywords == {"name": name}
+    ours = isinstance(hook, partial) and hook.func in (_save, _load)
+    return ours and name in (None, hook.keywords["name"])
 
 
 def _save(

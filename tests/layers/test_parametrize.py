@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from bnbx.kernels.encoding import make_encoding
 from bnbx.kernels.rows import take
 from bnbx.layers.parametrize import coded_parameter
 from bnbx.layers.stacked import Stacked
-from bnbx.nn import QuantParameter, replace_parameter, restore_parameter
+from bnbx.nn import QuantParameter, quantize_, replace_parameter, restore_parameter
 from quantized_layers import TYPES, Experts
 
 
@@ -244,3 +246,52 @@ def test_a_copy_is_changed_alone() -> None:
     assert module.down is down
     assert isinstance(further.down, Stacked)
     assert torch.equal(further.up + 0, up)
+
+
+def saved_and_loaded(module: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    loaded: nn.Module = torch.load(file, weights_only=False)
+    return loaded
+
+
+def pickled(module: nn.Module) -> nn.Module:
+    loaded: nn.Module = pickle.loads(pickle.dumps(module))
+    return loaded
+
+
+@pytest.mark.parametrize("copied", [pickled, saved_and_loaded, copy.copy])
+@pytest.mark.parametrize("double", [False, True])
+def test_pickled_modules_are_as_before(double: bool, copied: Any) -> None:
+    module, dense = experts("nf4", double=double)
+    module.register_buffer("scale", torch.ones(3))
+    again = copied(module)
+    assert isinstance(again, Experts)
+    assert torch.equal(stacked(again).dense(), dense)
+    for key, value in module.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value)
+    other, coarser = experts("nf4", double=double, block_size=128)
+    other.register_buffer("scale", torch.ones(3))
+    again.load_state_dict(other.state_dict(), assign=True)
+    assert torch.equal(stacked(again).dense(), coarser)
+    restore_parameter(again, "up")
+    assert type(again) is Experts
+    assert torch.equal(stacked(copied(module)).dense(), dense)  # the first one is as it was
+
+
+def test_pickled_modules_share_what_they_shared() -> None:
+    first, second = Experts(), Experts()
+    second.up = first.up
+    both = nn.Sequential(first, second)
+    quantize_(both, "nf4", parameters=["up"])
+    params = [coded_parameter(module, "up") for module in pickled(both).children()]
+    assert params[0] is params[1]
+    assert params[0] is not coded_parameter(first, "up")
+
+
+def test_pickle_refuses_what_others_parametrize() -> None:
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(64, 64))
+    replace_parameter(layer, "bias")
+    with pytest.raises(RuntimeError, match="only supported through state_dict"):
+        pickle.dumps(layer)
