@@ -226,7 +226,7 @@ class Optimizer8bit(engine.Optimizer8bit):
             self._running = None
 
     def _resolved_in(self, p: Tensor, group: Mapping[str, Any]) -> Resolved:
-        return self.resolution.of(p, group, self.resolution.of_group(group))
+        return self.resolution.values_in(group)(p)
 
     def _own_keys(self) -> set[str]:
         names = [state.name for state in self.spec.states]

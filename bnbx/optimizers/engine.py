@@ -132,14 +132,14 @@ class Optimizer8bit(torch.optim.Optimizer):
         try:
             group = self.param_groups[-1]
             self._resolution.add_names(group)
-            resolved = self._resolution.of_group(group)
+            values_of = self._resolution.values_in(group)
             if len(set(group["params"])) < len(group["params"]):
                 raise OptionError("a parameter is given twice in one group; give it once")
             for p in group["params"]:
                 if is_frozen_in_codes(p):
                     continue
                 check_parameter(p)
-                own = self._resolution.of(p, group, resolved)
+                own = values_of(p)
                 states.prepare(p, own, self._pages)
                 if p.numel() >= own.min_8bit_size:
                     states.warn_of_signed_tables(self.spec, own)
@@ -155,7 +155,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         """
         for group in self.param_groups:
             if any(p is each for each in group["params"]):
-                return self._resolution.of(p, group, self._resolution.of_group(group))
+                return self._resolution.values_in(group)(p)
         raise OptionError(f"a tensor of shape {tuple(p.shape)} is no parameter of this optimizer")
 
     def choice(self, p: Tensor) -> Choice:
@@ -231,7 +231,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         for memory, grad, place in zip(params, grads, places, strict=True):
             p, group = every[place]
             compiled.check_memory(p, memory)
-            resolved = self._resolution.of(p, group, self._resolution.of_group(group))
+            resolved = self._resolution.values_in(group)(p)
             items.append(Item(p, memory, grad, resolved))
         with safe_after_fork():
             self._update(items, None)
@@ -275,18 +275,24 @@ class Optimizer8bit(torch.optim.Optimizer):
             raise
 
     def _slot(self, item: Item) -> Slot:
-        if item.p not in self.state or not item.p.is_contiguous():
-            check_parameter(item.p)
-            check_gradient(item.p, item.grad)
-        saved = self._states_of(item.p, item.resolved)
-        return self._slots.slot(item.p, item.grad, saved, item.resolved)
+        p, grad, resolved = item.p, item.grad, item.resolved
+        saved = self.state.get(p)
+        if saved is None or not p.is_contiguous():
+            check_parameter(p)
+            check_gradient(p, grad)
+        # percentile_clipping keeps norms beside, which a slot does not know of
+        elif resolved.options["percentile_clipping"] >= 100 and (
+            slot := self._slots.kept(p, grad, saved, resolved)
+        ):
+            return slot
+        return self._slots.slot(p, grad, self._states_of(p, resolved), resolved)
 
     def _with_gradient(self) -> Iterator[Item]:
         for group in self.param_groups:
-            of_group = self._resolution.of_group(group)
+            values_of = self._resolution.values_in(group)
             for p in group["params"]:
                 if p.grad is not None:
-                    yield Item(p, p, p.grad, self._resolution.of(p, group, of_group))
+                    yield Item(p, p, p.grad, values_of(p))
 
     def _factor(
         self,

@@ -232,12 +232,12 @@ def written(optimizer: Optimizer8bit, state_dict: dict[str, Any], save_as: str) 
     state: dict[Any, Any] = {}
     notes: dict[str, None] = {}
     for group, entry in zip(optimizer.param_groups, packed, strict=True):
-        of_group = optimizer.resolution.of_group(group)
+        values_of = optimizer.resolution.values_in(group)
         for p, index in zip(group["params"], entry["params"], strict=True):
             saved = state_dict["state"].get(index)
             if not saved:
                 continue
-            resolved = optimizer.resolution.of(p, group, of_group)
+            resolved = values_of(p)
             state[index], note = library.write(spec, p.shape, saved, resolved)
             notes |= dict.fromkeys(note)
             if RESIDUAL in saved:

@@ -139,7 +139,6 @@ class Slots:
         self.spec = spec
         self._slots: dict[Tensor, Slot] = {}
         self._plans: dict[Any, Plan] = {}
-        self._kernel_keys: dict[Any, Any] = {}
 
     def add(self, to: Gathering, item: Item, slot: Slot, gradient_scale: Tensor) -> None:
         """Add a parameter, whose slot it is; `gradient_scale` is what multiplies its gradient."""
@@ -171,16 +170,23 @@ class Slots:
             UnsupportedTensorError: the parameter or its gradient cannot be used.
             OptionError, CheckpointError: its states are not what it asks for.
         """
-        check_gradient(p, g)
-        kernel_key = self._kernel_keys.setdefault(resolved.kernel_key, resolved.kernel_key)
-        slot = self._slots.get(p)
-        if slot is None or not slot.fits(p, g, saved, kernel_key):
-            slot = self._slots[p] = self._make(p, g, saved, resolved, kernel_key)
+        slot = self.kept(p, g, saved, resolved)
+        if slot is None:
+            slot = self._slots[p] = self._make(p, g, saved, resolved)
         return slot
 
-    def _make(
-        self, p: Tensor, g: Tensor, saved: ParameterState, resolved: Resolved, kernel_key: Any
-    ) -> Slot:
+    def kept(self, p: Tensor, g: Tensor, saved: ParameterState, resolved: Resolved) -> Slot | None:
+        """The slot that a parameter has, None if there is none or anything has changed.
+
+        Raises:
+            UnsupportedTensorError: the gradient cannot be used.
+        """
+        check_gradient(p, g)
+        slot = self._slots.get(p)
+        return slot if slot and slot.fits(p, g, saved, resolved.kernel_key) else None
+
+    def _make(self, p: Tensor, g: Tensor, saved: ParameterState, resolved: Resolved) -> Slot:
+        kernel_key = resolved.kernel_key
         check_parameter(p)
         if g.shape != p.shape:
             raise UnsupportedTensorError(

@@ -53,10 +53,10 @@ class Modes:
             return
         found = []
         for group in optimizer.param_groups:
-            of_group = optimizer.resolution.of_group(group)
+            values_of = optimizer.resolution.values_in(group)
             for p in group["params"]:
                 if saved := optimizer.state.get(p):
-                    resolved = optimizer.resolution.of(p, group, of_group)
+                    resolved = values_of(p)
                     label = f"the state of a parameter of shape {tuple(p.shape)}"
                     check_states(label, p, saved, self.spec, resolved)
                     found.append((p, saved, resolved))

@@ -6,7 +6,7 @@ are kept by the values they came from, and overrides are looked up only when the
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -77,29 +77,32 @@ class Resolution:
                     f"did you mean {near!r}? It has: {', '.join(self.names)}"
                 )
 
-    def of_group(self, group: Mapping[str, Any]) -> Resolved:
-        """The group's values, checked again whenever one has changed.
+    def values_in(self, group: Mapping[str, Any]) -> Callable[[Tensor], Resolved]:
+        """What gives the values of a group's parameters.
+
+        The group's own are checked again whenever one has changed.
 
         Raises:
-            OptionError: a value out of range.
-            UnknownNameError: a quant type or state that is not there.
+            OptionError: a value out of range; the callable raises it too.
+            UnknownNameError: a quant type or state that is not there; so does the callable.
         """
-        return self._resolved(group, ())
-
-    def of(self, p: Tensor, group: Mapping[str, Any], of_group: Resolved) -> Resolved:
-        """The values of a parameter of a group, whose own are `of_group`."""
+        of_group = self._resolved(group, ())
         manager = GlobalOptimManager.get_instance()
         if not self.patterns and manager.empty:
-            return of_group
+            return lambda p: of_group
         if manager.version != self._version:
             self._layers.clear()
             self._version = manager.version
-        layers = self._layers.get(p)
-        if layers is None:
-            name = self.parameter_names.get(p)
-            by_name = self.patterns.layers_for(name) if name is not None else ()
-            layers = self._layers[p] = (*by_name, *manager.layers_for(p))
-        return self._resolved(group, layers) if layers else of_group
+
+        def values_of(p: Tensor) -> Resolved:
+            layers = self._layers.get(p)
+            if layers is None:
+                name = self.parameter_names.get(p)
+                by_name = self.patterns.layers_for(name) if name is not None else ()
+                layers = self._layers[p] = (*by_name, *manager.layers_for(p))
+            return self._resolved(group, layers) if layers else of_group
+
+        return values_of
 
     def _resolved(self, group: Mapping[str, Any], layers: tuple[Layer, ...]) -> Resolved:
         values = tuple(hashable(group[name]) for name in self.names)

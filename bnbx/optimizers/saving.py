@@ -143,8 +143,7 @@ class _Reading:
 
     def resolved(self, label: str, p: Tensor, group: Mapping[str, Any]) -> Resolved:
         try:
-            resolution = self.optimizer.resolution
-            return resolution.of(p, group, resolution.of_group(group))
+            return self.optimizer.resolution.values_in(group)(p)
         except (OptionError, UnknownNameError) as error:
             raise CheckpointError(f"{label}: {error}") from None
 

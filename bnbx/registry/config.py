@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from bnbx.errors import OptionError, UnknownNameError
@@ -56,11 +56,19 @@ class Resolved:
 
     @cached_property
     def kernel_key(self) -> tuple[Any, ...]:
-        """The part of it that decides how states are stored and kernels compiled."""
+        """The part of it that decides how states are stored and kernels compiled.
+
+        Equal ones are one object, so that a step can compare them by `is`.
+        """
         chosen = ("min_8bit_size", "block_wise", "skip_zeros", "master")
         options = tuple((name, self.options[name]) for name in chosen)
         switches, types = tuple(self.switches.items()), tuple(self.state_types.items())
-        return switches, types, options, self.clip
+        return _shared((switches, types, options, self.clip))
+
+
+@lru_cache(maxsize=1024)
+def _shared(key: tuple[Any, ...]) -> tuple[Any, ...]:
+    return key
 
 
 def resolve(spec: Optimizer, types: Catalog[QuantType], layers: Sequence[Layer]) -> Resolved:
