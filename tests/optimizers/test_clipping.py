@@ -109,6 +109,17 @@ def test_the_first_norm_of_zero_fills_nothing() -> None:
     assert (norms == 5).all()
 
 
+def test_a_history_begins_when_clipping_is_switched_on() -> None:
+    p = torch.zeros(10, requires_grad=True)
+    optimizer = Optimizer8bit([p], "sgd", lr=1.0)
+    for value, percentile, moved in ((5.0, 100, 5.0), (1.0, 5, 1.0), (3.0, 5, 1.0)):
+        optimizer.param_groups[0]["percentile_clipping"] = percentile
+        p.grad = torch.full((10,), value)
+        p.data.zero_()
+        optimizer.step()
+        torch.testing.assert_close(p.detach(), torch.full((10,), -moved))
+
+
 @pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 100_000])
 def test_norms_of_any_size(size: int) -> None:
     g = torch.randn(size)
