@@ -93,20 +93,30 @@ def _multiply(x: Tensor, factor: int) -> Tensor:
 
 
 def round_stochastically(x: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` (float32) in bfloat16 or float16, up or down by the bits of `random`."""
+    """`x` (float32) in bfloat16 or float16, up or down by the bits of `random`.
+
+    Only what rounding to nearest makes infinite becomes infinite.
+    """
     bits = x.view(torch.int32).long() & MASK
     magnitude, sign = bits & 0x7FFFFFFF, bits & 0x80000000
     if dtype is torch.bfloat16:
-        rounded = (magnitude + (random & 0xFFFF)) & 0xFFFF0000
+        rounded = _finite(magnitude, (magnitude + (random & 0xFFFF)) & 0xFFFF0000, 0x7F7F0000)
     else:
         places = _floats(magnitude) * 16777216.0 + (random >> 18).float() * (1 / 16384)
         small = magnitude < 0x38800000
         places = torch.where(small, places, torch.zeros_like(places))
         steps = (places.int().float() * (1 / 16777216.0)).view(torch.int32).long()
-        large = (magnitude + (random & 0x1FFF)) & 0xFFFFE000
+        large = _finite(magnitude, (magnitude + (random & 0x1FFF)) & 0xFFFFE000, 0x477FE000)
         rounded = torch.where(small, steps, large)
     value = torch.where(magnitude < 0x7F800000, _floats(rounded | sign), x)
     return value.to(dtype)
+
+
+def _finite(magnitude: Tensor, up: Tensor, largest: int) -> Tensor:
+    """`up`, but the largest number where rounding to nearest would give that."""
+    step = largest & -largest
+    over = (magnitude < largest + step // 2) & (up == largest + step)
+    return torch.where(over, torch.full_like(up, largest), up)
 
 
 def _floats(bits: Tensor) -> Tensor:

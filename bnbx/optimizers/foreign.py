@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from bnbx.errors import BnbxWarning, CheckpointError, OptionError
+from bnbx.kernels.evaluate import evaluate, tensor_operations
 from bnbx.kernels.signature import RESIDUAL
 from bnbx.optimizers import foreign_bitsandbytes, foreign_torch
 from bnbx.optimizers.resolution import SCHEDULER_KEYS
@@ -126,6 +127,7 @@ class _Dicts:
                 found = library.read(spec, flat, types)
             except CheckpointError as error:
                 raise CheckpointError(f"state dict, parameter {index}: {error}") from None
+            found |= _read(form, found)
             if not form.counts and found:
                 found[STEP] = 1  # all that can be known: it is not the first
             if found:
@@ -166,6 +168,18 @@ class _Dicts:
         if key in spec.arguments or key in OPTIONS or key not in self.tags:
             raise Unfit(f"its groups have no {key!r}")
         return {key: value}
+
+
+def _read(form: GroupFormat, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The states that are not what lies in their places."""
+    code, values = form.read, dict(found)
+    if not found.keys() >= {*code.reads, *code.writes}:
+        return {}
+    for statement in code.statements:
+        target = values[statement.target]
+        operations = tensor_operations(target.dtype, target.device)
+        values[statement.target] = evaluate(statement.value, values, operations)
+    return {name: values[name] for name in code.writes}
 
 
 def _needed(spec: Optimizer, name: str) -> set[str]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Set
+from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, Field, PlainSerializer
 
+from bnbx.registry.rule import Code, parse
 from bnbx.registry.spec import Frozen
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ class GroupFormat(Frozen):
             string.
         betas: the hyperparameters that its constructors take as `betas`, where these are not the
             rule's own.
+        read_code: makes the rule's states of what lies in their places, where all of the states
+            that it names are there; element by element, as eval_code does.
     """
 
     keys: Keys = Field(default_factory=dict, validate_default=True)
@@ -57,6 +61,12 @@ class GroupFormat(Frozen):
     counts: bool = True
     called: str = ""
     betas: tuple[str, ...] = ()
+    read_code: str = ""
+
+    @cached_property
+    def read(self) -> Code:
+        """Parsed `read_code`."""
+        return parse(self.read_code, "read_code")
 
     @property
     def placed(self) -> set[str]:
@@ -100,6 +110,13 @@ def check_formats(spec: Optimizer) -> None:
             raise ValueError(
                 f"saved_as[{name!r}] names {argument!r}; there are {', '.join(spec.arguments)}"
             )
+        states = [state.name for state in spec.states]
+        for state_name in (*form.read.reads, *form.read.writes):
+            if state_name not in states:
+                raise ValueError(
+                    f"saved_as[{name!r}]: read_code names {state_name!r}; "
+                    f"the states are {', '.join(states)}"
+                )
     for state in spec.states:
         for library, place in state.saved_as.items():
             if place_of(state, library) is None:

@@ -30,6 +30,7 @@ Section = Literal[
     "apply_code",
     "eval_code",
     "train_code",
+    "read_code",
     "constraint",
 ]
 HOST_SECTIONS = ("step_code", "constraint")

@@ -460,9 +460,9 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
       float v = State_v[I];
       // g = g + weight_decay * p
       g = g + (weight_decay_ * p);
-      // v = alpha * v + (1 - alpha) * g * g
+      // v = alpha * v + where(centered, alpha * (1 - alpha) * d * d, (1 - alpha) * g * g)
       v = (alpha_ * v) + ((k_1_minus_alpha_ * g) * g);
-      // n = g / (sqrt(where(centered, max(0, v - mean * mean), v)) + eps)
+      // n = g / (sqrt(v) + eps)
       float n = g / (rule_sqrt(v) + eps_);
       // m = where(momentum, momentum * m + n, n)
       float m = n;

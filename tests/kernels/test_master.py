@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -74,6 +75,24 @@ def test_over_all_noise_there_is_no_bias_at_all(x: float, dtype: torch.dtype) ->
     value = torch.full((1 << 16,), x, dtype=torch.float32)
     found = master.round_stochastically(value, torch.arange(1 << 16), dtype).double()
     assert float(found.mean()) == float(value[0])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    ("dtype", "halfway"), [(torch.bfloat16, (2 - 2**-8) * 2.0**127), (torch.float16, 65520.0)]
+)
+def test_only_what_nearest_rounding_makes_infinite_is_infinite(
+    dtype: torch.dtype, halfway: float, sign: int
+) -> None:
+    """Over all noise: up to half a step beyond the largest number all become that number."""
+    largest = torch.finfo(dtype).max
+    for x in (largest, float(np.nextafter(np.float32(halfway), np.float32(0)))):
+        value = torch.full((1 << 16,), sign * x, dtype=torch.float32)
+        found = master.round_stochastically(value, torch.arange(1 << 16), dtype)
+        assert set(found.double().tolist()) == {sign * largest}
+    value = torch.full((1 << 16,), sign * halfway, dtype=torch.float32)
+    found = master.round_stochastically(value, torch.arange(1 << 16), dtype)
+    assert set(found.double().tolist()) == {sign * largest, sign * math.inf}
 
 
 def neighbors(x: float, dtype: torch.dtype) -> tuple[float, float]:

@@ -222,6 +222,35 @@ def test_updates_are_held_to_a_part_of_the_parameter(rule: str, variant: str, mo
     assert clips >= 3 if most == 1e-3 else clips == 0 or most < 1  # adopt begins without an update
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize(
+    ("rule", "arguments"),
+    [
+        ("lars", dict(momentum=0.9)),
+        ("lamb", {}),
+        ("lamb", dict(max_unorm=0.0)),
+        ("adamw", dict(max_unorm=0.02)),
+        ("rmsprop", dict(max_unorm=0.02)),
+    ],
+)
+def test_a_bad_gradient_does_not_let_the_others_run_away(
+    rule: str, arguments: dict[str, Any], zero: bool, bad: float
+) -> None:
+    """Its update has no norm that the bound could hold to something."""
+    p = (torch.zeros if zero else torch.randn)(SIZE).mul(1e-3).requires_grad_()
+    before = p.detach().clone()
+    optimizer = Optimizer8bit([p], rule, bits=32, lr=0.1, weight_decay=0.0, **arguments)
+    p.grad = torch.randn(SIZE)
+    p.grad[7] = bad
+    optimizer.step()
+    moved = (p.detach() - before)[torch.arange(SIZE) != 7]
+    assert moved.isfinite().all()
+    if not zero:  # what is zero is never bound
+        most = arguments.get("max_unorm", 0.02) or 1.0
+        assert moved.norm() <= 0.1 * most * before.norm() * 1.001
+
+
 def test_max_unorm_needs_an_update_with_a_name() -> None:
     p = torch.zeros(3, requires_grad=True)
     with pytest.raises(OptionError, match="max_unorm needs a rule that writes its update as 'u'"):

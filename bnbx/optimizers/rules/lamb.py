@@ -3,6 +3,7 @@
 The step is as long as the parameter, times lr: trust = |p| / |u|, where u includes the weight
 decay (adam_w_mode; else it is L2, in the gradient). With max_unorm > 0 the ratio only shortens
 steps, to max_unorm times the parameter's norm, as in bitsandbytes; max_unorm=0 is the paper's.
+Where an update has no norm, since one gradient is no number, nothing else of the parameter moves.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ lamb = Optimizer(
     """,
     tensor_code="""
         ratio = where(max_unorm, min(max_unorm * norm_p / norm_u, 1), norm_p / norm_u)
-        trust = where(norm_p > 0, where(norm_u > 0, ratio, 1), 1)
+        ratio = where(norm_u > 0, ratio, where(norm_u == 0, 1, 0))
+        trust = where(norm_p > 0, ratio, 1)
     """,
     apply_code="""
         p = p - lr * trust * u

@@ -2,7 +2,8 @@
 
 SGD with momentum whose update is never longer than max_unorm times the parameter (the paper's
 trust coefficient); max_unorm=0 leaves it as it is. A parameter that is zero throughout is not
-held back, or it could never leave zero.
+held back, or it could never leave zero. Where an update has no norm, since one gradient is no
+number, nothing else of the parameter moves.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ lars = Optimizer(
     """,
     tensor_code="""
         most = max_unorm * norm_p
-        ratio = where(most > 0, where(norm_u > most, most / norm_u, 1), 1)
+        ratio = where(norm_u > most, most / norm_u, where(norm_u == norm_u, 1, 0))
+        ratio = where(most > 0, ratio, 1)
         trust = where(max_unorm, ratio, 1)
     """,
     apply_code="""

@@ -1,7 +1,10 @@
 """RMSprop: Tieleman and Hinton, Coursera lecture 6.5 (2012), as torch.optim.RMSprop.
 
-centered: arXiv:1308.0850, equations 38 to 45; a quantized mean may exceed the root of the mean
-square, so the variance is kept from going below zero.
+centered: arXiv:1308.0850, equations 38 to 45. There the variance is the mean square less the square
+of the mean; of two quantized states that difference is rounding, and the update explodes. Here v
+is the variance itself, which is never below zero, by the same equations: with d = g - mean,
+
+    mean' = mean + (1 - alpha) d,    v' = alpha v + alpha (1 - alpha) d**2
 """
 
 from __future__ import annotations
@@ -27,9 +30,10 @@ rmsprop = Optimizer(
     ),
     element_code="""
         g = g + weight_decay * p
-        v = alpha * v + (1 - alpha) * g * g
+        d = where(centered, g - mean, 0)
+        v = alpha * v + where(centered, alpha * (1 - alpha) * d * d, (1 - alpha) * g * g)
         mean = where(centered, alpha * mean + (1 - alpha) * g, 0)
-        n = g / (sqrt(where(centered, max(0, v - mean * mean), v)) + eps)
+        n = g / (sqrt(v) + eps)
         m = where(momentum, momentum * m + n, n)
         u = m
     """,
@@ -37,7 +41,7 @@ rmsprop = Optimizer(
         p = p - lr * u
     """,
     saved_as={
-        "torch.RMSprop": GroupFormat(),
+        "torch.RMSprop": GroupFormat(read_code="v = max(0, v - mean * mean)"),
         "bitsandbytes.RMSprop": GroupFormat(
             keys={"betas": ("alpha", "")},  # momentum has no effect there
             only=dict(momentum=0.0, centered=False),
