@@ -161,7 +161,7 @@ def _quantize(choice: Choice) -> bool:
         elif isinstance(module, nn.Embedding):
             _change(module, Embedding4bit if half else QuantEmbedding, new, settings.fit)
         else:
-            keep_in_codes(module, attribute, new)
+            keep_in_codes(module, attribute, new, settings.fit)
     state = new.quant_state
     return state is None or finite(encoding, state.parts(new.detach()), state.shape or ())
 
