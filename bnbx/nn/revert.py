@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bnbx.errors import OptionError
 from bnbx.kernels.coding import FLOATS
@@ -26,7 +26,7 @@ _BECOMES: tuple[tuple[type[nn.Module], type[nn.Module], tuple[str, ...]], ...] =
         ("quant_state", "quant_storage", "fit", "compute_dtype", "compute_type_is_set"),
     ),
     (QuantEmbedding, nn.Embedding, ("quant_state", "quant_storage", "fit")),
-    (Linear8bitLt, nn.Linear, ("state", "index")),
+    (Linear8bitLt, nn.Linear, ("state", "index", "dtype", "_used")),
     (Embedding8bit, nn.Embedding, ("dtype",)),
 )
 
@@ -67,7 +67,8 @@ def _revert(
     weight = module.weight
     if id(weight) not in made:
         kept.append(weight)
-        dense = _dense(module, dtype)
+        known = module.dense_dtype if isinstance(module, Linear8bitLt) else None
+        dense = module.dequantized_weight(dtype or known)
         made[id(weight)] = nn.Parameter(dense, requires_grad=requires_grad)
     module._parameters["weight"] = made[id(weight)]
     if dtype is not None:
@@ -84,12 +85,3 @@ def _convert(bias: nn.Parameter | None, dtype: torch.dtype) -> None:
     grad, bias.grad = bias.grad, None
     bias.data = bias.data.to(dtype)
     bias.grad = None if grad is None else grad.to(dtype)
-
-
-def _dense(module: Any, dtype: torch.dtype | None) -> Tensor:
-    if dtype is None and isinstance(module, Linear8bitLt):
-        # Its codes do not tell what they came from; the bias goes the same way as they do.
-        bias: Tensor | None = module.bias
-        dtype = torch.get_default_dtype() if bias is None else bias.dtype
-    found: Tensor = module.dequantized_weight(dtype)
-    return found
