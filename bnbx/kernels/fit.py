@@ -45,6 +45,12 @@ MARGIN = 1e-5  # of an error: what float32 sums may be off by, many times over
 PIECE = 1 << 20  # elements at a time, so that temporaries stay small; a multiple of 8
 
 
+def check_method(method: str | None) -> None:
+    """Raise OptionError if there is no such method; None is absmax, which searches nothing."""
+    if method is not None and method not in METHODS:
+        raise OptionError(f"fit={method!r}; expected one of {METHODS}, or None for absmax")
+
+
 def fit_scales(
     encoding: Encoding,
     x: Tensor,
@@ -73,8 +79,7 @@ def fit_scales(
         UnsupportedTensorError: x has another dtype or layout.
         QuantizedDataError: `start` does not fit.
     """
-    if method not in METHODS:
-        raise OptionError(f"fit={method!r}; expected one of {METHODS}, or None for absmax")
+    check_method(method)
     if steps < 0:
         raise OptionError(f"steps={steps!r}; expected a number of rounds, 0 or more")
     if start is None:

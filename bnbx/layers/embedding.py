@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bnbx.errors import BnbxWarning
+from bnbx.layers.fit import check_method
 from bnbx.layers.module import QuantizedModule
 from bnbx.layers.parameter import QuantParameter
 from bnbx.layers.products import look_up
@@ -64,9 +65,10 @@ class QuantEmbedding(QuantizedModule, nn.Embedding):
 
         Raises:
             UnknownNameError: no such quant type.
-            OptionError: a block size or storage that the type cannot have.
+            OptionError: a block size or storage that the type cannot have, or no such `fit`.
         """
         super().__init__(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
+        check_method(fit)
         self.quant_state = None
         self.fit = fit
         self.quant_storage = quant_storage

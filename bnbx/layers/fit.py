@@ -6,6 +6,6 @@ imports the other.
 
 from __future__ import annotations
 
-from bnbx.kernels.fit import METHODS, STEPS, fit_scales
+from bnbx.kernels.fit import METHODS, STEPS, check_method, fit_scales
 
-__all__ = ["METHODS", "STEPS", "fit_scales"]
+__all__ = ["METHODS", "STEPS", "check_method", "fit_scales"]

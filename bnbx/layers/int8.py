@@ -34,11 +34,14 @@ class Linear8bitLt(LoadsInt8, MovingModule, nn.Linear):
 
     Attributes:
         state: `MatmulLtState`: the threshold, and the codes that were used last.
+        dtype: of the floats that the weight was, where it is known; it follows conversions.
         index: as it was given; for those who keep an order of columns there.
     """
 
     weight: Any
     state: MatmulLtState
+    dtype: torch.dtype | None
+    _used: torch.dtype | None = None  # dtype of the last input, where `dtype` is unknown
 
     def __init__(
         self,
@@ -87,6 +90,22 @@ class Linear8bitLt(LoadsInt8, MovingModule, nn.Linear):
         """Of the weight."""
         return self.out_features, self.in_features
 
+    @property
+    def dense_dtype(self) -> torch.dtype:
+        """What a dense weight is to have here: the dtype that it had, as far as anything tells."""
+        if self.weight.is_floating_point():
+            found: torch.dtype = self.weight.dtype
+            return found
+        bias: Tensor | None = self.bias
+        beside = None if bias is None else bias.dtype
+        return beside or self.dtype or self._used or torch.get_default_dtype()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in torch; a weight that is assigned says what its dtype is, or that nobody knows."""
+        super().__setattr__(name, value)
+        if name == "weight":
+            self.dtype = value.dtype if value.is_floating_point() else None
+
     def forward(self, x: Tensor) -> Tensor:
         """The product; x is (..., in_features), the result (..., out_features).
 
@@ -95,6 +114,8 @@ class Linear8bitLt(LoadsInt8, MovingModule, nn.Linear):
         """
         if not torch.compiler.is_compiling():
             self.state.is_training = self.training
+            if self.dtype is None:
+                self._used = x.dtype
         weight = weight_of(self.weight, self.state.SCB)
         return product(cast_for_autocast(x), weight, self.bias, self.state)
 
@@ -124,8 +145,12 @@ class Linear8bitLt(LoadsInt8, MovingModule, nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As in torch; the absmax goes where the codes go, and stays float32."""
         absmax = self.state.SCB
+        was = self.weight.dtype if self.weight.is_floating_point() else self.dtype
         super()._apply(fn, recurse)
         weight = self.weight
+        self.dtype = (
+            None if was is None else fn(torch.empty(0, dtype=was, device=weight.device)).dtype
+        )
         if weight.dtype != torch.int8:
             self.state.reset_grads()
             return self
@@ -157,11 +182,16 @@ class Linear8bitLt(LoadsInt8, MovingModule, nn.Linear):
     def _keeps_floats(self) -> bool:
         return self.state.has_fp16_weights
 
-    def _take(self, codes: Tensor, absmax: Tensor, assign: bool) -> None:
+    def _take(
+        self, codes: Tensor, absmax: Tensor, assign: bool, dtype: torch.dtype | None = None
+    ) -> None:
         """Become these codes; a layer with `has_fp16_weights` takes their numbers."""
         weight = self.weight
         if not self.state.has_fp16_weights or weight.dtype == torch.int8:
-            super()._take(codes, absmax, assign)
+            # What is copied becomes of the dtype that is there, as floats would.
+            dtype = dtype if assign else self.dtype
+            super()._take(codes, absmax, assign, dtype)
+            self.dtype = dtype
             self.init_8bit_state()
             return
         numbers = dequantize_rows(codes, absmax, weight.dtype)

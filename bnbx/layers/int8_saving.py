@@ -91,11 +91,14 @@ class LoadsInt8(nn.Module):
         new = Int8Params(given, requires_grad=False)
         new.quantize(given.device if assign else self.weight.device)
         assert new.SCB is not None
-        self._take(new.detach(), new.SCB, assign)
+        self._take(new.detach(), new.SCB, assign, given.dtype)
         return True
 
-    def _take(self, codes: Tensor, absmax: Tensor, assign: bool) -> None:
-        """Become these codes."""
+    def _take(
+        self, codes: Tensor, absmax: Tensor, assign: bool, dtype: torch.dtype | None = None
+    ) -> None:
+        """Become these codes, of floats of this dtype, if that is known."""
+        del dtype
         weight = self.weight
         if not assign:
             if weight.is_meta and not codes.is_meta:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bnbx.errors import BnbxWarning, OptionError
 from bnbx.kernels.coding import FLOATS, check_tensor
+from bnbx.layers.fit import check_method
 from bnbx.layers.module import QuantizedModule
 from bnbx.layers.parameter import QuantParameter
 from bnbx.layers.products import autocast_dtype, multiply
@@ -71,10 +72,11 @@ class QuantLinear(QuantizedModule, nn.Linear):
 
         Raises:
             UnknownNameError: no such quant type.
-            OptionError: a block size or storage that the type cannot have, or a `compute_dtype`
-                that is no dtype of products.
+            OptionError: a block size or storage that the type cannot have, no such `fit`, or a
+                `compute_dtype` that is no dtype of products.
         """
         super().__init__(in_features, out_features, bias, device, dtype)
+        check_method(fit)
         self.quant_state = None
         self.fit = fit
         self.compute_dtype = compute_dtype

@@ -20,9 +20,11 @@ from typing_extensions import Self
 
 from bnbx.errors import BnbxError, OptionError, UnknownNameError
 from bnbx.kernels.quant_state import QuantState
+from bnbx.layers.fit import check_method
 from bnbx.layers.module import follow_dtype, is_beside, load_weight, save_state
 from bnbx.layers.moving import MovingModule
 from bnbx.layers.parameter import QuantParameter
+from bnbx.layers.reclass import change_class, class_of
 from bnbx.layers.stacked import Stacked
 from bnbx.registry import QuantType
 from bnbx.registry.names import nearest
@@ -70,7 +72,33 @@ class Dequantized(nn.Module):
 
 
 class _Holder(MovingModule, parametrize.ParametrizationList):
-    """What torch holds a parametrized parameter in; the parameter keeps its class where it goes."""
+    """What torch holds a parametrized parameter in; the parameter keeps its class where it goes.
+
+    Attributes:
+        fit: how scales are chosen where dense numbers come, see `bnbx.layers.fit`.
+        quant_state: the parameter's, which is told of it as layers are.
+    """
+
+    fit: str | None = None
+    quant_state: QuantState | None = None
+
+    def right_inverse(self, value: Any) -> None:
+        """Take dense numbers over: what torch calls where a tensor is assigned.
+
+        Raises:
+            QuantizedDataError: their shape is another, or they are no plain floats.
+        """
+        param: QuantParameter = getattr(self, ORIGINAL)
+        if not load_weight(self, ORIGINAL, _shape(param), value, {}, assign=False):
+            with torch.no_grad():
+                param.copy_(value)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *others: Any, **named: Any
+    ) -> None:
+        """Nothing where `_load` has done it, which knows entries by the parameter's own name."""
+        if f"{prefix}{ORIGINAL}" in state_dict:
+            super()._load_from_state_dict(state_dict, prefix, *others, **named)
 
 
 def replace_parameter(
@@ -99,24 +127,32 @@ def replace_parameter(
 
     Raises:
         UnknownNameError: the module has no such parameter, or there is no such quant type.
-        OptionError: it is parametrized already.
+        OptionError: it is parametrized already, or there is no such `fit`.
         UnsupportedTensorError: it is not float32, bfloat16 or float16.
     """
+    check_method(fit)
     param = parameter_of(module, name)
     new = kind(param, quant_type=quant_type, blocksize=block_size, compress_statistics=double)
     if not param.is_meta:
         new.quantize(fit=fit)
-    keep_in_codes(module, name, new)
+    keep_in_codes(module, name, new, fit)
     return new
 
 
-def keep_in_codes(module: nn.Module, name: str, param: QuantParameter) -> None:
+def keep_in_codes(
+    module: nn.Module, name: str, param: QuantParameter, fit: str | None = None
+) -> None:
     """Let a parameter in codes, or to be in codes, stand for a module's parameter."""
-    _own_class(module)
+    change_class(module, class_of(module))
     module._parameters[name] = param
     parametrize.register_parametrization(module, name, Dequantized(param.quant_state), unsafe=True)
-    module.parametrizations[name].__class__ = _Holder  # type: ignore[index]
+    holder: Any = module.parametrizations[name]  # type: ignore[index]
+    holder.__class__ = _Holder
+    holder.fit = fit
+    if param.module is None or isinstance(param.module, _Holder):
+        param.module = holder
     type.__setattr__(type(module), "__reduce_ex__", _reduce)
+    type.__setattr__(type(module), "register_parameter", _register)
     if any(_is_ours(hook, name) for hook in module._state_dict_hooks.values()):
         return
     hooked: Any = module
@@ -147,22 +183,24 @@ def restore_parameter(
         raise UnknownNameError(f"{type(module).__name__} has no parameter {name!r} in codes")
     if dense is None:
         dense = nn.Parameter(param.dequantize(dtype), requires_grad=False)
-    _own_class(module)
+    change_class(module, class_of(module))
+    holder: Any = module.parametrizations[name]  # type: ignore[index]
     parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+    holder._parameters.clear()  # it and the codes know one another: no cycle may keep them
     setattr(module, name, dense)
     return dense
 
 
-def _own_class(module: nn.Module) -> None:
-    """Give a parametrized module a class that no other module has.
-
-    torch makes one when it parametrizes, but a deepcopy shares it, and what is registered in one or
-    removed from it then would be so in both.
-    """
-    if parametrize.is_parametrized(module):
-        kind = type(module)
-        body = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
-        module.__class__ = type(kind.__name__, kind.__bases__, body)
+def _register(module: Any, name: str, param: nn.Parameter | None) -> None:
+    """As `register_parameter`, to which assigning a parameter leads; one in codes stays."""
+    if coded_parameter(module, name) is not None:
+        kind = class_of(module).__name__
+        raise OptionError(
+            f"{kind}.{name} is kept in codes, and cannot be another parameter: assign a tensor, "
+            "which is quantized (.detach() of a parameter is one), or make it dense first, with "
+            f"bnbx.nn.restore_parameter(module, {name!r}) or bnbx.dequantize_"
+        )
+    super(type(module), module).register_parameter(name, param)  # of the class below torch's
 
 
 def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
@@ -172,7 +210,7 @@ def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
     known.
     """
     del protocol
-    kind: Any = parametrize.type_before_parametrizations(module)
+    kind: Any = class_of(module)
     if len(coded_parameters(module)) < len(module.parametrizations):
         module.__getstate__()  # another's is among them: torch's error
     own = getattr(kind, "__getstate__", None)  # of any class since Python 3.11
@@ -194,7 +232,7 @@ def _fill(module: Any, state: dict[str, Any]) -> None:
         for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
             del hooks[key]
     for name, holder in module._modules.pop("parametrizations").items():
-        keep_in_codes(module, name, getattr(holder, ORIGINAL))
+        keep_in_codes(module, name, getattr(holder, ORIGINAL), holder.fit)
 
 
 def coded_parameter(module: nn.Module, name: str) -> QuantParameter | None:
@@ -236,6 +274,11 @@ def parameter_of(module: nn.Module, name: str) -> nn.Parameter:
     return found
 
 
+def _shape(param: QuantParameter) -> tuple[int, ...]:
+    """Of the dense numbers."""
+    return tuple(param.shape if param.quant_state is None else param.quant_state.shape or ())
+
+
 # ---- state dicts
 
 
@@ -274,24 +317,30 @@ def _load(
     name: str,
 ) -> None:
     """Entries under the parameter's own name; codes, or dense numbers."""
-    del strict, missing_keys, unexpected_keys
     key = f"{prefix}{name}"
+    above = f"{prefix}parametrizations.{name}."
     param = coded_parameter(module, name)
-    if param is None or key not in state_dict:
+    if param is None or (key not in state_dict and above + ORIGINAL in state_dict):
+        return
+    beside = {k: state_dict.pop(k) for k in list(state_dict) if is_beside(k, key)}
+    if key not in state_dict:
+        own: dict[str, Any] = {}
+        save_state(param.quant_state, own, f"{key}.", keep_vars=False)
+        missing_keys += [key, *(entry for entry in own if entry not in beside)]
         return
     given = state_dict.pop(key)
-    beside = {k: state_dict.pop(k) for k in list(state_dict) if is_beside(k, key)}
     holder: Any = module.parametrizations[name]  # type: ignore[index]
-    inner = f"{prefix}parametrizations.{name}.{ORIGINAL}"
-    shape = param.shape if param.quant_state is None else param.quant_state.shape or ()
     assign = bool(local_metadata.get("assign_to_params_buffers", False))
     try:
-        taken = load_weight(holder, ORIGINAL, shape, given, beside, assign)
+        if not load_weight(holder, ORIGINAL, _shape(param), given, beside, assign):
+            said: list[str] = []
+            entry = {above + ORIGINAL: given}
+            holder._load_from_state_dict(
+                entry, above, local_metadata, strict, missing_keys, unexpected_keys, said
+            )
+            error_msgs += [each.replace(above + ORIGINAL, key) for each in said]
     except BnbxError as error:
         error_msgs.append(f"{key}: {error}")
-        taken = True
-    # torch finds the entry of the child; once it is loaded, that is the parameter itself
-    state_dict[inner] = getattr(holder, ORIGINAL) if taken else given
     found = getattr(holder, ORIGINAL)
     for each in holder:
         if isinstance(each, Dequantized):

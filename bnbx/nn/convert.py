@@ -19,13 +19,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from bnbx.errors import BnbxError, BnbxWarning
+from bnbx.errors import BnbxError, BnbxWarning, OptionError
 from bnbx.kernels.coding import finite
 from bnbx.kernels.encoding import Encoding
 from bnbx.layers.embedding import QuantEmbedding
 from bnbx.layers.linear import QuantLinear
 from bnbx.layers.parameter import QuantParameter
 from bnbx.layers.parametrize import keep_in_codes
+from bnbx.layers.reclass import change_class
 from bnbx.nn.embedding import Embedding4bit
 from bnbx.nn.linear import Linear4bit, Params4bit
 from bnbx.nn.report import Entry, QuantizationReport
@@ -81,8 +82,8 @@ def quantize_(
         infinity in it, which makes NaN of its whole block, is told of there and in a warning.
 
     Raises:
-        OptionError: a pattern that matches nothing, or arguments that contradict one another; the
-            model is as it was.
+        OptionError: a pattern that matches nothing, a `progress` that is no bool, or arguments
+            that contradict one another; the model is as it was.
         UnknownNameError: no such quant type or argument; the model is as it was.
         BnbxError: a weight could not be encoded; those before it are.
     """
@@ -93,6 +94,11 @@ def quantize_(
         "fit": fit,
         "compute_dtype": compute_dtype,
     }
+    if progress is not None and not isinstance(progress, bool):
+        raise OptionError(
+            f"quantize_: progress={progress!r:.200}; expected True, False, or None to show a bar "
+            "on a terminal for large models"
+        )
     chosen = select(model, given, skip, overrides, parameters)
     total = len(chosen.choices)
     done: dict[int, Encoding] = {}
@@ -122,7 +128,9 @@ def dequantize_(
     """Undo `quantize_`, in place: layers become torch's own, with dense weights.
 
     Layers that were never anything else (`Linear4bit`, `Linear8bitLt`, `Embedding8bit`, ...) are
-    made dense too. What quantizing rounded off stays off.
+    made dense too. What quantizing rounded off stays off. Layers of a class that somebody derived
+    from these, or with another `forward` on them, may use their weight in their own way: they are
+    left, with all that shares their weights, and a warning says so.
 
     Args:
         model: is changed in place.
@@ -153,15 +161,15 @@ def _quantize(choice: Choice) -> bool:
     )
     if not param.is_meta:
         new.quantize(fit=settings.fit)
-    for module, attribute in choice.places:
-        if isinstance(module, nn.Linear):
+    for module, attribute, layer in choice.uses:
+        if not layer:
+            keep_in_codes(module, attribute, new, settings.fit)
+        elif isinstance(module, nn.Linear):
             module.compute_dtype = settings.compute_dtype  # type: ignore[assignment]
             module.compute_type_is_set = settings.compute_dtype is not None  # type: ignore[assignment]
             _change(module, Linear4bit if half else QuantLinear, new, settings.fit)
-        elif isinstance(module, nn.Embedding):
-            _change(module, Embedding4bit if half else QuantEmbedding, new, settings.fit)
         else:
-            keep_in_codes(module, attribute, new)
+            _change(module, Embedding4bit if half else QuantEmbedding, new, settings.fit)
     state = new.quant_state
     return state is None or finite(encoding, state.parts(new.detach()), state.shape or ())
 
@@ -184,7 +192,7 @@ def _change(module: Any, kind: type[nn.Module], weight: QuantParameter, fit: str
     module.quant_storage = weight.quant_storage
     module.fit = fit
     module._parameters["weight"] = weight  # which torch's own forward knows too
-    module.__class__ = kind
+    change_class(module, kind)
 
 
 @contextmanager

@@ -125,6 +125,8 @@ class Embedding8bit(LoadsInt8, MovingModule, nn.Embedding):
             destination[f"{prefix}SCB"] = absmax if keep_vars else absmax.detach()
             destination[f"{prefix}weight_format"] = torch.tensor(ROW_FORMAT, dtype=torch.uint8)
 
-    def _take(self, codes: Tensor, absmax: Tensor, assign: bool) -> None:
-        super()._take(codes, absmax, assign)
+    def _take(
+        self, codes: Tensor, absmax: Tensor, assign: bool, dtype: torch.dtype | None = None
+    ) -> None:
+        super()._take(codes, absmax, assign, dtype)
         self._keep()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from bnbx.kernels.encoding import Encoding, make_encoding
 from bnbx.layers.fit import METHODS
 from bnbx.layers.int8_params import Int8Params
 from bnbx.layers.parameter import QuantParameter
+from bnbx.layers.reclass import calls_its_class, class_of
 from bnbx.nn.patterns import Pattern, compile_pattern, compile_patterns
 from bnbx.registry import QuantType, quant_types
 from bnbx.registry.names import nearest
@@ -40,13 +41,21 @@ class Settings:
     compute_dtype: torch.dtype | None
 
 
+class Use(NamedTuple):
+    """An attribute that a parameter is; `layer` if it is the weight of one of torch's layers."""
+
+    module: nn.Module
+    attribute: str
+    layer: bool
+
+
 @dataclass(frozen=True)
 class Choice:
-    """A parameter to quantize, under the first of its names, and the attributes that it is."""
+    """A parameter to quantize, under the first of its names, and where it is used."""
 
     name: str
     param: nn.Parameter
-    places: tuple[tuple[nn.Module, str], ...]
+    uses: tuple[Use, ...]
     settings: Settings
 
 
@@ -71,7 +80,10 @@ class Chosen:
 
 @dataclass
 class _Place:
-    """A module that has a parameter; `can` if it is able to use it in codes, else `why` not."""
+    """A module that has a parameter; `can` if it is a layer to be one in codes, else `why` not.
+
+    `told` if a pattern may mean it that does nothing to it: it says why it is left.
+    """
 
     name: str
     path: str
@@ -80,6 +92,7 @@ class _Place:
     can: bool = False
     why: str = ""
     nameable: bool = False
+    told: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -128,7 +141,7 @@ def select(
     settings_of(wishes, base, "quantize_")
     groups: dict[int, list[_Place]] = {}
     params: dict[int, nn.Parameter] = {}
-    for place, param in _places(model):
+    for place, param in find_places(model):
         params[id(param)] = param
         _judge(place, param)
         groups.setdefault(id(param), []).append(place)
@@ -139,10 +152,10 @@ def select(
         why = _why_left(wishes, group)
         if why is None:
             found = _common_settings(wishes, group)
-            unique = {(id(p.module), p.attribute): (p.module, p.attribute) for p in group}
-            choices.append(Choice(group[0].name, param, tuple(unique.values()), found))
+            uses = dict.fromkeys(Use(p.module, p.attribute, p.can) for p in group)
+            choices.append(Choice(group[0].name, param, tuple(uses), found))
         lazy = isinstance(param, UninitializedParameter)
-        shape = () if lazy else _shape(param)
+        shape = () if lazy or param.is_nested else _shape(param)
         names = tuple(dict.fromkeys(place.name for place in group))
         listed.append(Listed(names, shape, 0 if lazy else _bytes(param), why, key))
     return Chosen(choices, listed)
@@ -153,12 +166,16 @@ def _shape(param: nn.Parameter) -> tuple[int, ...]:
     return tuple(param.shape if state is None or state.shape is None else state.shape)
 
 
-def _bytes(param: nn.Parameter) -> int:
-    """Bytes of a parameter, with those of its scales."""
+def _bytes(param: torch.Tensor) -> int:
+    """Bytes of a parameter, with those of its scales, or of what it is made of."""
+    flatten = getattr(param, "__tensor_flatten__", None)
+    if flatten is not None:
+        inner = [getattr(param, name) for name in flatten()[0]]
+        return sum(_bytes(each) for each in inner if isinstance(each, torch.Tensor))
     beside = getattr(param, "quant_state", None)
     scales = getattr(param, "SCB", None)
     return (
-        param.nbytes
+        param.numel() * param.itemsize  # torch counts no bytes of sparse ones
         + (0 if beside is None else beside.nbytes)
         + (0 if scales is None else scales.nbytes)
     )
@@ -167,7 +184,8 @@ def _bytes(param: nn.Parameter) -> int:
 # ---- what there is
 
 
-def _places(model: nn.Module) -> Iterable[tuple[_Place, nn.Parameter]]:
+def find_places(model: nn.Module) -> Iterable[tuple[_Place, nn.Parameter]]:
+    """Parameters, wherever they are, under the names that users know them by."""
     for path, module in model.named_modules(remove_duplicate=False):
         for attribute, param in module._parameters.items():
             if param is None:
@@ -181,33 +199,66 @@ def _places(model: nn.Module) -> Iterable[tuple[_Place, nn.Parameter]]:
 
 def _judge(place: _Place, param: nn.Parameter) -> None:
     """Whether a module can use its parameter in codes."""
-    module, kind = place.module, type(place.module)
+    module, kind = place.module, class_of(place.module)
     layer = next((each for each in LAYERS if isinstance(module, each)), None)
-    of_layer = layer is not None and place.attribute == "weight"
     if isinstance(param, (QuantParameter, Int8Params)):
-        place.why = ALREADY if not param.is_floating_point() else f"left to its {kind.__name__}"
-    elif isinstance(param, UninitializedParameter):
-        place.why = "it has no shape before the model has run"
-    elif param.dtype not in FLOATS:
-        place.why = f"{param.dtype} is neither float32, bfloat16 nor float16"
-    elif param.dim() < 2:
-        place.why = "fewer than two dimensions"
-    elif not param.numel():
-        place.why = "empty"
-    elif of_layer and kind not in LAYERS:
-        base = layer.__name__ if layer is not None else ""
-        place.why = (
-            f"{kind.__name__} is a subclass of {base}, which may use its weight in its own way"
-        )
-    elif isinstance(module, nn.Embedding) and module.max_norm is not None:
-        place.why = "max_norm renormalizes rows in place"
+        place.told = not param.is_floating_point()
+        place.why = ALREADY if place.told else f"left to its {kind.__name__}"
+    elif (why := _why_no_codes(param)) is not None:
+        place.why = why
+    elif layer is not None and place.attribute == "weight":
+        place.why = _why_no_layer(module, layer) or ""
+        place.can = not place.why
     elif isinstance(module, ParametrizationList):
         place.why = "it is parametrized"
-    elif of_layer:
-        place.can = True
+    elif (made := _computed_from(module, place.attribute)) is not None:
+        place.told = True
+        place.why = (
+            f"{made} is computed from it; make that a parameter first, such as by prune.remove"
+        )
     else:
         place.nameable = True
         place.why = f"a parameter of {kind.__name__}; name it in `parameters` to quantize it"
+
+
+def _why_no_codes(param: nn.Parameter) -> str | None:
+    """Why a parameter cannot be in codes, wherever it is; None if it can."""
+    if isinstance(param, UninitializedParameter):
+        return "it has no shape before the model has run"
+    # Libraries that quantize, too, and those that spread tensors over devices make tensors whose
+    # elements do not lie in memory as those of plain ones do.
+    if type(param).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return f"it is a tensor of another kind: {type(param).__name__}"
+    if param.is_nested or param.layout is not torch.strided:
+        return f"it is a tensor of another kind: {'nested' if param.is_nested else param.layout}"
+    if param.dtype not in FLOATS:
+        return f"{param.dtype} is neither float32, bfloat16 nor float16"
+    if param.dim() < 2:
+        return "fewer than two dimensions"
+    return None if param.numel() else "empty"
+
+
+def _why_no_layer(module: nn.Module, layer: type[nn.Module]) -> str | None:
+    """Why a module that is one of torch's layers cannot be one in codes; None if it can."""
+    kind = class_of(module)
+    if kind is not layer:
+        name = layer.__name__
+        return f"{kind.__name__} is a subclass of {name}, which may use its weight in its own way"
+    if not calls_its_class(module):
+        return "its forward is patched, and may use the weight in its own way"
+    if getattr(module, "max_norm", None) is not None:
+        return "max_norm renormalizes rows in place"
+    return None
+
+
+def _computed_from(module: nn.Module, attribute: str) -> str | None:
+    """What a module makes of `weight_orig`, `weight_g` and so on before it is called.
+
+    Pruning, spectral_norm and weight_norm of torch.nn.utils do. In codes such a parameter saves
+    little, as what is made of it is kept dense, and they could not be undone.
+    """
+    made = attribute.rpartition("_")[0]
+    return made if isinstance(module.__dict__.get(made), torch.Tensor) else None
 
 
 def _check_patterns(wishes: _Wishes, model: nn.Module, places: list[_Place]) -> None:
@@ -217,9 +268,9 @@ def _check_patterns(wishes: _Wishes, model: nn.Module, places: list[_Place]) -> 
     for pattern in wishes.skip:
         pattern.check_used(every, "modules and parameters")
     for pattern in wishes.parameters:
-        found = [p.name for p in places if p.nameable or p.why == ALREADY]
+        found = [p.name for p in places if p.nameable or p.told]
         pattern.check_used(found, "parameters that may be named")
-    usable = [p for p in places if p.can or p.nameable or p.why == ALREADY]
+    usable = [p for p in places if p.can or p.nameable or p.told]
     shown = [p.path if p.can and p.path else p.name for p in usable]
     others = [name for place in usable for name in place.names]
     for override in wishes.overrides:

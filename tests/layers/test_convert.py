@@ -191,6 +191,7 @@ def test_fitted_scales_err_less() -> None:
         ({"fit": "mes"}, OptionError, "fit='mes'; expected one of mse"),
         ({"block_size": 33}, OptionError, "block size 33"),
         ({"compute_dtype": torch.float64}, OptionError, "compute_dtype=torch.float64"),
+        ({"progress": "no"}, OptionError, "progress='no'; expected True, False, or None"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_changed(

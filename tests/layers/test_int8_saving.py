@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from bnbx.kernels import int8
 from bnbx.layers.int8 import Linear8bitLt
 from bnbx.layers.int8_params import Int8Params
+from bnbx.nn import dequantize_
 from compiled import shared_cache
 
 KEYS = ["weight", "bias", "SCB", "weight_format"]
@@ -214,3 +217,50 @@ def test_meta_layers_want_assign() -> None:
     made = make(move=False, device="meta", bias=False)  # of a bias torch warns
     with pytest.raises(RuntimeError, match="pass assign=True"):
         made.load_state_dict(make(bias=False).state_dict())
+
+
+# ---- the dtype that a dense weight has again
+
+
+def dtypes(layer: Any) -> set[torch.dtype]:
+    """Of the parameters of a dense layer, which computes in one dtype or not at all."""
+    dequantize_(layer)
+    assert type(layer) is nn.Linear
+    assert layer.__dict__.keys() == nn.Linear(1, 1).__dict__.keys()
+    return {p.dtype for p in layer.parameters()}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_dense_weight_has_the_dtype_that_it_had(frozen: bool, bias: bool) -> None:
+    saved = make(bias=bias).state_dict()
+    ways: list[Callable[[Any], Any]] = [
+        lambda layer: layer.bfloat16().to("cpu"),
+        lambda layer: layer.to("cpu").bfloat16(),
+        lambda layer: layer.to("cpu", torch.bfloat16),
+        lambda layer: layer.bfloat16().to("cpu").to("meta").to_empty(device="cpu"),
+        lambda layer: copy.deepcopy(layer.bfloat16().to("cpu")),
+        lambda layer: pickle.loads(pickle.dumps(layer.bfloat16().to("cpu"))),
+    ]
+    for way in ways:
+        assert dtypes(way(make(frozen, move=False, bias=bias))) == {torch.bfloat16}
+    layer = make(frozen, move=False, bias=bias).bfloat16().to("cpu")
+    layer.load_state_dict(saved)  # of float32, copied
+    assert dtypes(layer) == {torch.bfloat16}
+
+
+def test_a_dense_weight_has_the_dtype_of_what_was_loaded_or_used() -> None:
+    def dense() -> dict[str, Tensor]:
+        return {"weight": torch.randn(40, 96, dtype=torch.bfloat16)}
+
+    for layer in (make(bias=False), make(bias=False, move=False)):
+        layer.load_state_dict(dense(), assign=True)
+        assert dtypes(layer.to("cpu")) == {torch.bfloat16}
+    layer = make(bias=False)
+    layer.load_state_dict(make(bias=False).state_dict(), assign=True)
+    layer(numbers())
+    layer(numbers().bfloat16())  # all that is known of what these codes came from
+    assert dtypes(layer) == {torch.bfloat16}
+    layer = make(bias=False)
+    layer.load_state_dict(make(bias=False).state_dict(), assign=True)
+    assert dtypes(layer) == {torch.float32}

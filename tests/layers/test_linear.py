@@ -196,6 +196,8 @@ def test_wrong_inputs_are_errors_that_name_them() -> None:
         found(torch.ones(2, 64, dtype=torch.long))
     with pytest.raises(UnknownNameError, match="did you mean 'nf4'"):
         QuantLinear(4, 4, quant_type="nf44")
+    with torch.device("meta"), pytest.raises(OptionError, match="fit='mes'; expected one of"):
+        QuantLinear(4, 4, fit="mes")
     with pytest.raises(OptionError, match="block size 48"):
         QuantLinear(4, 4, block_size=48)
     with pytest.raises(OptionError, match="scale per row"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -12,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnbx.errors import OptionError, UnknownNameError
+from bnbx.errors import OptionError, QuantizedDataError, UnknownNameError
 from bnbx.kernels.coding import decode, encode
 from bnbx.kernels.encoding import make_encoding
 from bnbx.kernels.rows import take
-from bnbx.layers.parametrize import coded_parameter
+from bnbx.layers.parametrize import coded_parameter, keep_in_codes
 from bnbx.layers.stacked import Stacked
 from bnbx.nn import QuantParameter, quantize_, replace_parameter, restore_parameter
 from quantized_layers import TYPES, Experts
@@ -185,6 +187,92 @@ def test_state_dict_has_the_entries_of_layers() -> None:
     del saved["up.absmax"]
     with pytest.raises(RuntimeError, match=r"up: .*absmax is None"):
         again.load_state_dict(saved)
+
+
+def test_keys_that_are_missing_are_told_by_their_names() -> None:
+    module, dense = experts()
+    saved = dict(module.state_dict())
+    beside = [key for key in saved if key != "up"]
+    del saved["up"]
+    found = module.load_state_dict(saved, strict=False)
+    assert (found.missing_keys, found.unexpected_keys) == (["up"], [])
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "up"\.'):
+        module.load_state_dict(saved)
+    found = module.load_state_dict({"other": dense}, strict=False)
+    assert (found.missing_keys, found.unexpected_keys) == (["up", *beside], ["other"])
+    outer = nn.Sequential(module)
+    assert outer.load_state_dict({}, strict=False).missing_keys[0] == "0.up"
+    assert torch.equal(stacked(module).dense(), dense)
+
+
+@pytest.mark.parametrize("shape", [(4, 64, 64), (4, 64, 63)])
+def test_dense_numbers_are_copied_before_anything_is_quantized(shape: tuple[int, ...]) -> None:
+    module = Experts()
+    param = QuantParameter(module.up)
+    keep_in_codes(module, "up", param)
+    numbers = torch.ones(shape)
+    if shape[-1] == 63:
+        with pytest.raises(RuntimeError, match="size mismatch for up: copying"):
+            module.load_state_dict({"up": numbers})
+        return
+    module.load_state_dict({"up": numbers})
+    assert torch.equal(param, numbers)
+    module.up = 2 * numbers  # type: ignore[assignment]
+    assert coded_parameter(module, "up") is param
+    assert torch.equal(param, 2 * numbers)
+
+
+def test_fit_holds_for_all_dense_numbers_that_come() -> None:
+    fitted, dense = experts("linear3", fit="mse")
+    numbers = Experts().state_dict()["up"]
+    fitted.up = numbers
+    expected = stacked(fitted).dense()
+    assert not torch.equal(expected, dense)
+    replace_parameter(plain := Experts(), "up", "linear3")
+    plain.load_state_dict({"up": numbers})
+    assert not torch.equal(stacked(plain).dense(), expected)
+    with torch.device("meta"):
+        empty = Experts()
+    quantize_(empty, "linear3", parameters=["up"], fit="mse")
+    for module in (empty, fitted, copy.deepcopy(fitted), copy.copy(fitted), pickled(fitted)):
+        if module is not empty:
+            module.load_state_dict({"up": torch.zeros(4, 64, 64)})
+        module.load_state_dict({"up": numbers}, assign=module is empty)
+        assert torch.equal(stacked(module.to("cpu")).dense(), expected)  # type: ignore[arg-type]
+    with torch.device("meta"), pytest.raises(OptionError, match="fit='msee'; expected one of"):
+        replace_parameter(Experts(), "up", fit="msee")
+
+
+def test_tensors_are_quantized_where_they_are_assigned() -> None:
+    module, dense = experts("int8")
+    param = coded_parameter(module, "up")
+    numbers = torch.randn(4, 64, 64)
+    module.up = numbers  # type: ignore[assignment]
+    assert coded_parameter(module, "up") is param
+    torch.testing.assert_close(stacked(module).dense(), numbers, rtol=0, atol=0.05)
+    kept = stacked(module).dense()
+    module.up = module.up
+    torch.testing.assert_close(stacked(module).dense(), kept)
+    with pytest.raises(QuantizedDataError, match=r"shape \(3,\); expected \(4, 64, 64\)"):
+        module.up = torch.ones(3)  # type: ignore[assignment]
+    with pytest.raises(OptionError, match=r"Experts.up is kept in codes.*restore_parameter"):
+        module.up = nn.Parameter(dense)
+    module.other = nn.Parameter(dense)
+    assert type(module.other) is nn.Parameter
+    restore_parameter(module, "up")
+    module.up = nn.Parameter(dense)
+    assert torch.equal(module.up, dense)
+
+
+def test_codes_are_freed_once_a_parameter_is_dense() -> None:
+    module, _ = experts()
+    codes = weakref.ref(coded_parameter(module, "up"))
+    gc.disable()
+    try:
+        restore_parameter(module, "up")
+        assert codes() is None
+    finally:
+        gc.enable()
 
 
 def test_copies_and_conversions() -> None:
