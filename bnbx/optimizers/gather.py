@@ -18,6 +18,7 @@ from torch.nn import Parameter
 
 from bnbx.errors import UnsupportedTensorError
 from bnbx.kernels.batch import Batch, seed_of, step_scalars
+from bnbx.kernels.memory import readable
 from bnbx.kernels.plan import Plan, make_plan
 from bnbx.kernels.signature import RESIDUAL, RESIDUAL_TYPES
 from bnbx.optimizers.sparse import SparseUpdate, check_rows, gather_rows
@@ -161,7 +162,7 @@ class Slots:
         if key not in to.tensors:
             to.tensors[key] = []
             to.about[key] = (slot.plan, resolved)
-        to.tensors[key].append((target, g.contiguous(), *slot.tensors, gradient_scale))
+        to.tensors[key].append((target, readable(g), *slot.tensors, gradient_scale))
 
     def slot(self, p: Tensor, g: Tensor, saved: ParameterState, resolved: Resolved) -> Slot:
         """The slot of a parameter, made anew if anything has changed.
@@ -257,6 +258,11 @@ def check_parameter(p: Tensor) -> None:
     if p.layout is not _STRIDED:
         raise UnsupportedTensorError(
             f"a parameter of shape {tuple(p.shape)} has layout {p.layout}; expected a dense tensor"
+        )
+    if p.is_neg():
+        raise UnsupportedTensorError(
+            f"a parameter of shape {tuple(p.shape)} is a negative view: its numbers lie in memory "
+            "with the other sign; make it of p.resolve_neg()"
         )
     span = 1 + sum((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
     if span < p.numel():

@@ -83,6 +83,38 @@ def test_gradients_may_have_any_layout() -> None:
     assert_same(optimizer, other)
 
 
+@pytest.mark.parametrize(
+    "arguments", [{}, {"percentile_clipping": 5}, {"block_wise": False}], ids=str
+)
+@pytest.mark.parametrize("shape", [(), (5000,), (64, 70)])
+def test_gradients_may_be_negative_views(shape: tuple[int, ...], arguments: dict[str, Any]) -> None:
+    """What is_neg has the other sign in memory."""
+    params = parameters(torch.float32, [shape])
+    others = dense(params)
+    optimizer, other = (
+        create("adamw", ps, **{**ARGUMENTS, **arguments}) for ps in (params, others)
+    )
+    for _ in range(3):
+        values = gradients(params)
+        set_gradients(others, values)
+        params[0].grad = torch._neg_view(-values[0])
+        assert params[0].grad.is_neg()
+        optimizer.step()
+        other.step()
+    assert_same(optimizer, other)
+
+
+def test_gradient_of_a_conjugate_descends() -> None:
+    """Autograd makes a negative view of it."""
+    p = torch.tensor([0.5], requires_grad=True)
+    loss = (torch.complex(torch.ones(1), p).conj() * (1 + 2j)).real.sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert p.grad is not None
+    assert p.grad.is_neg()
+    create("sgd", [p], lr=0.1).step()
+    assert p.item() == pytest.approx(0.5 - 0.1 * 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_parameters_that_share_a_buffer_at_odd_offsets(dtype: torch.dtype) -> None:
     """As sharded training has it: no pointer is aligned, and neighbors belong to others."""
@@ -194,6 +226,7 @@ REFUSED: dict[str, Callable[[], Tensor]] = {
     "int64": lambda: torch.zeros(10, dtype=torch.int64),
     "float64": lambda: torch.zeros(10, dtype=torch.float64, requires_grad=True),
     "sparse_coo": lambda: torch.eye(3).to_sparse().requires_grad_(),
+    "negative view": lambda: torch._neg_view(torch.zeros(10)).requires_grad_(),
     "expanded": lambda: torch.zeros(1).expand(10).detach().requires_grad_(),
 }
 
