@@ -30,7 +30,8 @@ def load(master: str, p: Tensor, residual: Tensor | None) -> Tensor:
         return value
     if master == "kahan":
         return value + residual.float()
-    return value + residual.float() * torch.tensor(1 / 127, device=p.device) * half_step(p)
+    part = torch.tensor(1 / 127, dtype=torch.float32, device=p.device)
+    return value + residual.float() * part * half_step(p)
 
 
 def store(

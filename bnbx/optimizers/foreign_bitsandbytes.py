@@ -188,7 +188,7 @@ def write(
             found[key] = _together([values_of(s, saved, shape) for s in stack], stack)
     if float(resolved.hyper.get(CLIP, 0)) > 0 and found.keys() - {STEP}:
         device = next(iter(found[key] for key in by_key)).device
-        found[UPDATE_NORM] = torch.zeros(1, device=device)
+        found[UPDATE_NORM] = torch.zeros(1, dtype=torch.float32, device=device)
     widened = any(quantized) and not fits
     note = f"it takes 8 bits in blocks of {BLOCK} for all states or none; others are in float32"
     return found, [note] if widened else []

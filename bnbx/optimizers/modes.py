@@ -72,7 +72,7 @@ class Modes:
         flat = p.reshape(-1)
         values: dict[str, Any] = {}
         for name, number in resolved.hyper.items():
-            values[name] = torch.tensor(float(number), dtype=torch.float64)
+            values[name] = torch.tensor(float(number), dtype=torch.float64, device="cpu")
         for state in self.spec.active_states(resolved.switches):
             if state.name in read:
                 storage = storage_of(state, resolved, p.numel())

@@ -183,7 +183,8 @@ def new_state(p: Tensor, state: State, resolved: Resolved, make: Make) -> Parame
     number = float(resolved.hyper[state.initial]) if state.initial else 0.0
     if storage.quant_type is None:
         return {name: make(entries[name], number)}
-    codes, absmax = encode(storage, torch.full((1,), number))
+    values = torch.tensor([number], dtype=torch.float32, device="cpu")
+    codes, absmax = encode(storage, values)
     code = int(unpack(codes, storage.quant_type, 1))
     period = filled_with(code, storage.quant_type)
     made = make(entries[name], period[0])
@@ -201,7 +202,8 @@ def values_of(storage: Storage, saved: Mapping[str, Any], shape: torch.Size) -> 
     """The values of a state of a parameter of `shape`, in float32."""
     name = storage.state.name
     if storage.quant_type is None:
-        return torch.as_tensor(saved[name])
+        value: Tensor = saved[name]
+        return value
     packed, absmax = saved[name].reshape(-1), saved[absmax_name(name)]
     return decode(storage, packed, absmax, shape.numel()).view(shape)
 
