@@ -29,7 +29,7 @@ from bnbx.optimizers.gather import (
     Slots,
     check_gradient,
     check_parameter,
-    is_frozen_in_codes,
+    is_left_alone,
 )
 from bnbx.optimizers.modes import Modes
 from bnbx.optimizers.overrides import compile_overrides, split_names
@@ -136,7 +136,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             if len(set(group["params"])) < len(group["params"]):
                 raise OptionError("a parameter is given twice in one group; give it once")
             for p in group["params"]:
-                if is_frozen_in_codes(p):
+                if is_left_alone(p):
                     continue
                 check_parameter(p)
                 own = values_of(p)
