@@ -18,8 +18,8 @@ from bnbx.errors import CheckpointError, SpecError
 from bnbx.kernels.plan import Storage
 from bnbx.kernels.signature import absmax_name
 from bnbx.optimizers.clipping import NORMS
-from bnbx.optimizers.foreign_torch import floats, whole
-from bnbx.optimizers.state import WHOLE, type_key, values_of
+from bnbx.optimizers.foreign_torch import floats
+from bnbx.optimizers.state import WHOLE, type_key, values_of, whole_step
 from bnbx.registry import QuantType, quant_types
 from bnbx.registry.config import Resolved
 from bnbx.registry.formats import place_of
@@ -71,7 +71,7 @@ def read(spec: Optimizer, saved: Mapping[str, Any], types: dict[str, str]) -> di
     """
     found: dict[str, Any] = {}
     if STEP in saved:
-        found[STEP] = whole(saved[STEP])
+        found[STEP] = whole_step(saved[STEP])
     if NORMS in saved:
         found[NORMS] = saved[NORMS]
     for state in spec.states:

@@ -63,6 +63,7 @@ class Slot:
             and p.device == self.device
             and p.shape == self.shape
             and g.shape == self.shape
+            and type(saved.get(STEP)) is int
             and all(map(is_, map(saved.get, self.names), self.tensors))
             and tuple(map(Tensor.numel, self.tensors)) == self.sizes
         )
@@ -203,7 +204,7 @@ class Slots:
             )
         active = self.spec.active_states(resolved.switches)
         storages = tuple(storage_of(state, resolved, p.numel()) for state in active)
-        check_held(saved, storages)
+        check_held(p, saved, storages, resolved)
         label = f"the state of a parameter of shape {tuple(p.shape)}"
         check_states(label, p, saved, self.spec, resolved)
         quantized = tuple(storage.quant_type is not None for storage in storages)
