@@ -118,9 +118,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         text = super().__repr__()
         if type(self).__name__ != Optimizer8bit.__name__:
             return text
-        return text.replace(
-            " (", f" of {self.spec.name} (", 1
-        )  # what `create` makes
+        return text.replace(" (", f" of {self.spec.name} (", 1)  # what `create` makes
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its own hyperparameters and options win over the optimizer's.

@@ -235,7 +235,8 @@ def whole_step(step: Any) -> int:
     """
     if isinstance(step, Tensor):
         if step.numel() != 1 or step.is_meta:
-            raise CheckpointError(f"'step' is {describe(step)}; expected one number")
+            where = f"shape {tuple(step.shape)}, on {step.device}"
+            raise CheckpointError(f"'step' has {where}; expected one number")
         step = step.item()
     step = step.item() if isinstance(step, np.generic) else step
     if isinstance(step, (int, float)) and not isinstance(step, bool) and step == step // 1:
