@@ -1,4 +1,4 @@
-"""Memory of tensors: what may be read of it, an error where it is lost, large pages where new."""
+"""Memory of tensors: whose it is, an error where it is lost, large pages where it is new."""
 
 from __future__ import annotations
 
@@ -71,16 +71,6 @@ def lost(tensor: Tensor) -> str:
         f"of shape {tuple(tensor.shape)}, {tensor.dtype}, has a storage of {held} bytes: it was "
         "freed or made smaller"
     )
-
-
-def readable(tensor: Tensor) -> Tensor:
-    """The tensor's numbers as they lie in memory, one beside the other.
-
-    A negative view (`tensor.is_neg()`), as autograd makes of the imaginary part of a conjugate,
-    has them with the other sign.
-    """
-    tensor = tensor.contiguous()
-    return tensor.resolve_neg() if tensor.is_neg() else tensor
 
 
 def is_wrapper(tensor: Tensor) -> bool:

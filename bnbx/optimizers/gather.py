@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from bnbx.errors import UnsupportedTensorError
 from bnbx.kernels.batch import Batch, seed_of, step_scalars
-from bnbx.kernels.memory import is_wrapper, name_of, readable
+from bnbx.kernels.memory import is_wrapper, name_of
 from bnbx.kernels.plan import Plan, make_plan
 from bnbx.kernels.signature import RESIDUAL, RESIDUAL_TYPES
 from bnbx.optimizers.sparse import SparseUpdate, check_rows, gather_rows
@@ -164,7 +164,10 @@ class Slots:
         if key not in to.tensors:
             to.tensors[key] = []
             to.about[key] = (slot.plan, resolved)
-        to.tensors[key].append((target, readable(g), *slot.tensors, gradient_scale))
+        g = g.contiguous()
+        if g.is_neg():  # as autograd makes of a conjugate; in memory it has the other sign
+            g = g.resolve_neg()
+        to.tensors[key].append((target, g, *slot.tensors, gradient_scale))
 
     def slot(self, p: Tensor, g: Tensor, saved: ParameterState, resolved: Resolved) -> Slot:
         """The slot of a parameter, made anew if anything has changed.
