@@ -25,6 +25,14 @@ else:
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "bnbx"
 MAX_LINES = 420
+# Functions of torch that make a tensor of its default device; but for the last three, floating
+# numbers get its default dtype.
+MAKERS = (
+    "as_tensor asarray empty empty_strided eye full linspace logspace ones rand randn "
+    "scalar_tensor tensor zeros arange randint randperm"
+).split()
+# The demo is a user's program; a parameter that is made of nothing is torch's own default.
+FOLLOWERS = ("bnbx/demo/", "bnbx/layers/int8_params.py", "bnbx/layers/parameter.py")
 
 
 def text(name: str) -> str:
@@ -52,6 +60,19 @@ def requirement_name(requirement: str) -> str:
 def pins() -> dict[str, str]:
     lines = (line for line in text("constraints.txt").splitlines() if line)
     return {requirement_name(line): line for line in lines if not line.startswith("#")}
+
+
+@pytest.mark.parametrize("name", [name for name in package_files() if name.endswith(".py")])
+def test_tensors_do_not_follow_defaults(name: str) -> None:
+    """Under torch.set_default_dtype and torch.device, helpers stay what they are."""
+    calls = [node for node in ast.walk(ast.parse(text(name))) if isinstance(node, ast.Call)]
+    for call in calls if not name.startswith(FOLLOWERS) else []:
+        maker = ast.unparse(call.func).removeprefix("torch.")
+        if maker not in MAKERS or not ast.unparse(call.func).startswith("torch."):
+            continue
+        said = {keyword.arg for keyword in call.keywords}
+        needed = {"device"} if maker in MAKERS[-3:] else {"dtype", "device"}
+        assert None in said or needed <= said, f"{name}:{call.lineno}: {ast.unparse(call)}"
 
 
 @pytest.mark.parametrize("name", [name for name in package_files() if name.endswith(".py")])

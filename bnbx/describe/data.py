@@ -39,7 +39,7 @@ def _probabilities(seed: int) -> Tensor:
     """(ROWS, COLUMNS) float64: the middles of as many equal shares, shuffled."""
     generator = torch.Generator().manual_seed(seed)
     count = ROWS * COLUMNS
-    order = torch.randperm(count, generator=generator)
+    order = torch.randperm(count, generator=generator, device="cpu")
     return ((order.double() + 0.5) / count).view(ROWS, COLUMNS)
 
 

@@ -100,10 +100,10 @@ def one_number(what: str, value: Any, why: str) -> Tensor:
         OptionError, InputError: it is none.
     """
     if not isinstance(value, Tensor):
-        value = number(what, value)
+        value = torch.tensor(number(what, value), dtype=torch.float32, device="cpu")
     elif dense(what, value).is_complex():
         raise InputError(f"{what} is {value.dtype}; expected a real number")
-    found = torch.as_tensor(value, dtype=torch.float32)
+    found: Tensor = value.to(torch.float32)
     of_size(what, found, 1, why)
     return found
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 from itertools import product
 from statistics import NormalDist
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from bnbx.functional.statistics import estimate_quantiles
 from bnbx.registry import quant_types
 
 ENTRIES = 256
+PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -48,7 +50,7 @@ def table(numbers: tuple[float, ...], device: torch.device | str | None = None) 
 
 @lru_cache(maxsize=64)
 def _kept(numbers: tuple[float, ...]) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float32)
+    return torch.tensor(numbers, dtype=torch.float32, device="cpu")
 
 
 def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool = True) -> Tensor:
@@ -70,9 +72,9 @@ def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool =
     count = 1 << total_bits
     if signed and (add_zero or total_bits < 8):
         count -= 1
-    numbers = torch.linspace(-1.0 if signed else 0.0, 1.0, count)
+    numbers = torch.linspace(-1.0 if signed else 0.0, 1.0, count, **PLAIN)
     half = count // 2
-    return torch.cat([numbers[:half], torch.zeros(ENTRIES - count), numbers[half:]])
+    return torch.cat([numbers[:half], torch.zeros(ENTRIES - count, **PLAIN), numbers[half:]])
 
 
 def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -> Tensor:
@@ -93,15 +95,17 @@ def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -
         raise OptionError(f"offset={offset!r}; expected a number between 0.5 and 1")
     above = _normal_quantiles(offset, 9 if use_extra_value else 8)
     below = _normal_quantiles(offset, 8)
-    zeros = torch.zeros(ENTRIES - len(above) - len(below))
-    numbers = torch.cat([torch.tensor(above), -torch.tensor(below), zeros]).sort().values
+    zeros = torch.zeros(ENTRIES - len(above) - len(below), **PLAIN)
+    parts = [torch.tensor(above, **PLAIN), -torch.tensor(below, **PLAIN), zeros]
+    numbers = torch.cat(parts).sort().values
     return numbers / numbers.max()
 
 
 def _normal_quantiles(offset: float, count: int) -> list[float]:
     """Normal quantiles from `offset` down to, but without, the median."""
     normal = NormalDist()
-    return [normal.inv_cdf(share) for share in torch.linspace(offset, 0.5, count)[:-1].tolist()]
+    shares = torch.linspace(offset, 0.5, count, **PLAIN)[:-1].tolist()
+    return [normal.inv_cdf(share) for share in shares]
 
 
 def create_fp8_map(
@@ -184,7 +188,7 @@ def _decade(count: int, power: int, signed: bool) -> list[float]:
     """Mid-points of `count` even pieces of [0.1, 1], times a power of ten."""
     if count < 1:
         return []
-    edges = torch.linspace(0.1, 1, count + 1, dtype=torch.float32)
+    edges = torch.linspace(0.1, 1, count + 1, **PLAIN)
     middles = (edges[:-1] + edges[1:]) / 2.0 * 10.0**power
     return [*middles.tolist(), *((-middles).tolist() if signed else [])]
 
@@ -217,7 +221,8 @@ def create_quantile_map(
 
 def _filled(numbers: list[float], *, normalize: bool = False) -> Tensor:
     # Python's sort keeps zeros in their order, which tells -0.0 from 0.0 in the table.
-    found = torch.tensor(sorted([*sorted(numbers), *[0.0] * (ENTRIES - len(numbers))]))
+    every = sorted([*sorted(numbers), *[0.0] * (ENTRIES - len(numbers))])
+    found = torch.tensor(every, **PLAIN)
     return found / found.max() if normalize else found
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bnbx.errors import UnsupportedTensorError
 from bnbx.kernels.evaluate import HOST, evaluate
+from bnbx.kernels.memory import is_wrapper, name_of
 from bnbx.kernels.plan import Plan
 from bnbx.registry.optimizer import STEP
 
@@ -44,19 +45,40 @@ class Batch:
         """The row table (with its closing row), and the number of chunks."""
         chunk = self.plan.chunk
         table, chunks = [], 0
-        for tensors in self.tensors:
+        for number, tensors in enumerate(self.tensors):
             numel = tensors[0].numel()
             pointers = [*map(Tensor.data_ptr, tensors)]
             if numel and 0 in pointers:
-                raise UnsupportedTensorError(
-                    f"a tensor of {numel} elements has no memory: the storage of the parameter, "
-                    "of its gradient or of its state was freed"
-                )
+                tensors = self._written_out(number)
+                pointers = [*map(Tensor.data_ptr, tensors)]
             table.append([*pointers, numel, chunks])
             chunks += -(-numel // chunk)
         width = len(table[0]) if table else 2
         table.append([0] * (width - 1) + [chunks])
         return np.array(table, np.int64), chunks
+
+    def _written_out(self, number: int) -> tuple[Tensor, ...]:
+        """A parameter's tensors, its gradient in memory if torch has put off to write zeros.
+
+        Raises:
+            UnsupportedTensorError: another of them has no memory, or the gradient for another
+                reason.
+        """
+        p, g, *rest = self.tensors[number]
+        written = (p, g.clone() if g._is_zerotensor() else g, *rest)
+        for what, tensor in zip(("parameter", "gradient"), written, strict=False):
+            if is_wrapper(tensor):
+                raise UnsupportedTensorError(
+                    f"the {what} of {p.numel()} elements is a {name_of(tensor)}, which stands for "
+                    "other tensors and has no memory of its own; expected a plain tensor"
+                )
+        if 0 in map(Tensor.data_ptr, written):
+            raise UnsupportedTensorError(
+                f"a tensor of {p.numel()} elements has no memory: the storage of the parameter, "
+                "of its gradient or of its state was freed"
+            )
+        self.tensors = [*self.tensors[:number], written, *self.tensors[number + 1 :]]
+        return written
 
     def first_chunks(self) -> list[int]:
         """The number of the chunk that each tensor begins with; noise is numbered by it."""

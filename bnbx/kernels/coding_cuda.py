@@ -127,7 +127,11 @@ def encode(
     x = x.contiguous()
     parts = encoding.empty(x.shape, x.device, out)
     plan = CodingPlan(encoding, NUMBERS[x.dtype], rand is not None or seed is not None)
-    whole = torch.tensor(NOTHING, dtype=torch.int32).pin_memory().to(x.device, non_blocking=True)
+    whole = (
+        torch.tensor(NOTHING, dtype=torch.int32, device="cpu")
+        .pin_memory()
+        .to(x.device, non_blocking=True)
+    )
     rand = None if rand is None else rand.contiguous()
     numbers = _ascending(encoding, x.device.index) if plan.stochastic else None
     counts = [0 if given is None else given.numel() for given in (rand, numbers)]

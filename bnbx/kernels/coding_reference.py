@@ -106,7 +106,7 @@ def mean_of(scales: Tensor) -> Tensor:
     beyond float32.
     """
     if not scales.numel():
-        return torch.zeros((), device=scales.device)
+        return torch.zeros((), dtype=torch.float32, device=scales.device)
     mean = scales.mean()
     # The sum of smaller ones is not; what vanishes would not count. No branch: devices would wait.
     smaller = (scales * 2.0**-64).mean() * 2.0**64
@@ -118,7 +118,8 @@ def mean_of(scales: Tensor) -> Tensor:
 
 def tensor_scale_of(encoding: Encoding, largest: Tensor) -> Tensor:
     """The scale (1,) of a tensor with this largest finite magnitude: e4m3 scales then reach 448."""
-    found = largest / torch.tensor(E4M3_MOST * encoding.codebook.unit, device=largest.device)
+    most = E4M3_MOST * encoding.codebook.unit
+    found = largest / torch.tensor(most, dtype=torch.float32, device=largest.device)
     return torch.where(found > 0, found, 1.0)
 
 
@@ -140,7 +141,8 @@ def scales_of(
         factor = kept.float()
         large = factor >= SMALLEST
         inverse = (unit * (1.0 / torch.where(large, factor, 1.0))).clamp(max=LARGEST_FLOAT)
-        inverse = torch.where(large, inverse, torch.tensor(1 / SMALLEST, dtype=torch.float32))
+        limit = torch.tensor(1 / SMALLEST, dtype=torch.float32, device="cpu")
+        inverse = torch.where(large, inverse, limit)
         inverse = 1.0 / factor if encoding.quant_type.grid else inverse
         return kept, factor, torch.where(factor.isfinite(), inverse, 0.0)
     if dtype == "e8m0":
@@ -192,14 +194,14 @@ def _padding(encoding: Encoding, blocks: Tensor, columns: int) -> Tensor:
 def _largest(blocks: Tensor) -> Tensor:
     """The largest magnitude of each row; NaN if there is one."""
     if blocks.shape[1] == 0:
-        return torch.zeros(blocks.shape[0], device=blocks.device)
+        return torch.zeros(blocks.shape[0], dtype=torch.float32, device=blocks.device)
     return (blocks.view(torch.int32) & 0x7FFFFFFF).amax(1).view(torch.float32)
 
 
 def _center(blocks: Tensor, padding: Tensor) -> Tensor:
     """The mid-point of each row's range, without the padding; NaN if it has no finite range."""
     if blocks.shape[1] == 0:
-        return torch.zeros(blocks.shape[0], device=blocks.device)
+        return torch.zeros(blocks.shape[0], dtype=torch.float32, device=blocks.device)
     high = torch.where(padding, -torch.inf, blocks).amax(1)
     center = 0.5 * high + 0.5 * torch.where(padding, torch.inf, blocks).amin(1)
     return torch.where(center.isfinite(), center, torch.nan)
@@ -231,4 +233,5 @@ def _codes(
 def _natural(encoding: Encoding) -> Tensor:
     """The numbers of the table, in code order, in the unit of thresholds."""
     values = encoding.codebook.values
-    return torch.tensor([torch.nan if v is None else v for v in values], dtype=torch.float32)
+    numbers = [torch.nan if v is None else v for v in values]
+    return torch.tensor(numbers, dtype=torch.float32, device="cpu")

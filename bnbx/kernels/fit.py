@@ -273,7 +273,7 @@ def _least_squares(best: _Choice, norm: Tensor, size: int) -> tuple[Tensor, Tens
 
 
 def _largest(blocks: Tensor, center: Tensor | None) -> Tensor:
-    found = torch.zeros(len(blocks), device=blocks.device)
+    found = torch.zeros(len(blocks), dtype=torch.float32, device=blocks.device)
     for x in torch.split(blocks, PIECE, 1):
         x = x.float() if center is None else x.float() - center[:, None]
         found = torch.maximum(found, x.abs().amax(1))

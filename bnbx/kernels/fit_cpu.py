@@ -72,7 +72,7 @@ def sums(
     codes: Tensor | None,
 ) -> Tensor:
     """Five numbers a block, (5, blocks); see `bnbx.kernels.fit_reference.sums`."""
-    found = torch.empty((SUMS, len(x)))
+    found = torch.empty((SUMS, len(x)), dtype=torch.float32, device="cpu")
     job, kept = _job(encoding, x, inverse, center)
     kept += [_plain(factor), _plain(norm)]
     job.factor, job.norm = kept[-2].data_ptr(), kept[-1].data_ptr()

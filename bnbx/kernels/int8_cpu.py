@@ -63,9 +63,9 @@ def library() -> ctypes.CDLL:
 def quantize_rows(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """See `bnbx.kernels.int8.quantize_rows`; x is (rows, columns) with neighbors side by side."""
     rows, columns = x.shape
-    codes = torch.empty((rows, columns), dtype=torch.int8)
-    absmax = torch.empty(rows, dtype=torch.float32)
-    outlier = torch.zeros(columns, dtype=torch.bool)
+    codes = torch.empty((rows, columns), dtype=torch.int8, device="cpu")
+    absmax = torch.empty(rows, dtype=torch.float32, device="cpu")
+    outlier = torch.zeros(columns, dtype=torch.bool, device="cpu")
     _quantize(x, threshold, codes, absmax, outlier)
     if threshold > 0 and rows > 1:
         codes[:, outlier.nonzero()[:, 0]] = 0
@@ -91,7 +91,7 @@ def _quantize(
 
 def dequantize_rows(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     """See `bnbx.kernels.int8.dequantize_rows`; codes is (rows, columns), neighbors side by side."""
-    to = torch.empty(codes.shape, dtype=dtype)
+    to = torch.empty(codes.shape, dtype=dtype, device="cpu")
     job = Decode(
         codes.data_ptr(),
         absmax.data_ptr(),
@@ -109,17 +109,17 @@ def linear(
     x: Tensor, weight: Tensor, weight_absmax: Tensor, bias: Tensor | None, threshold: float
 ) -> tuple[Tensor, Tensor]:
     """See `bnbx.kernels.int8.linear`; x is (rows, columns) with neighbors side by side."""
-    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
+    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device="cpu")
     bias = None if bias is None else bias.float()
-    columns = torch.empty(0, dtype=torch.int32)
-    outlier = torch.zeros(x.shape[1] if threshold > 0 else 0, dtype=torch.bool)
+    columns = torch.empty(0, dtype=torch.int32, device="cpu")
+    outlier = torch.zeros(x.shape[1] if threshold > 0 else 0, dtype=torch.bool, device="cpu")
     together = max(LEAST_ROWS, int(BLOCK_SHARE * weight.shape[0] * x.element_size()))
     if threshold > 0 and x.shape[0] > together:  # a column is one of outliers for all rows
         _quantize(x, threshold, None, None, outlier)
     together = min(together, len(x))
     width = -(-x.shape[1] // VECTOR) * VECTOR + VECTOR
-    codes = torch.empty((together, width), dtype=torch.int8)
-    absmax = torch.empty(together, dtype=torch.float32)
+    codes = torch.empty((together, width), dtype=torch.int8, device="cpu")
+    absmax = torch.empty(together, dtype=torch.float32, device="cpu")
     for first in range(0, len(x), max(1, together)):
         block = x[first : first + together]
         _quantize(block, threshold, codes, absmax, outlier)
@@ -132,7 +132,7 @@ def linear(
 
 def _columns(outlier: Tensor) -> Tensor:
     """The columns (count,) int32 that are marked."""
-    room = torch.empty(outlier.numel() + 1, dtype=torch.int32)
+    room = torch.empty(outlier.numel() + 1, dtype=torch.int32, device="cpu")
     count = library().bnbx_int8_columns(outlier.data_ptr(), outlier.numel(), room.data_ptr())
     return room[:count]
 
@@ -147,9 +147,9 @@ def _multiply(
     rows, (outs, depth), outliers = len(numbers), weight_codes.shape, len(columns)
     count, parallel = threads.threads_for(weight_codes.numel() * max(1, rows // 16))
     slices = min(count * SLICES_PER_THREAD, -(-outs // GROUP)) if count > 1 else 1
-    sums = torch.empty(rows, dtype=torch.int32)
-    x_outliers = torch.empty(rows * outliers, dtype=torch.float32)
-    weight_outliers = torch.empty(slices * GROUP * outliers, dtype=torch.float32)
+    sums = torch.empty(rows, dtype=torch.int32, device="cpu")
+    x_outliers = torch.empty(rows * outliers, dtype=torch.float32, device="cpu")
+    weight_outliers = torch.empty(slices * GROUP * outliers, dtype=torch.float32, device="cpu")
     job = Product(
         codes.data_ptr(),
         codes.stride(0),

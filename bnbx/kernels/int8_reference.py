@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 MOST = 127
-STEP = torch.tensor(1.0) / MOST  # a float32 number
+STEP = torch.tensor(1.0, dtype=torch.float32, device="cpu") / MOST  # a float32 number
 EXACT = 1024  # so many products of codes add up to less than 2**24, exactly in float32
 
 
@@ -64,4 +64,5 @@ def products(codes: Tensor, weight: Tensor) -> Tensor:
 
 def _limit(threshold: float, device: torch.device) -> Tensor:
     """What magnitudes are compared with; no number is an outlier where the threshold is 0."""
-    return torch.tensor(threshold if threshold > 0 else torch.nan, device=device)
+    limit = threshold if threshold > 0 else torch.nan
+    return torch.tensor(limit, dtype=torch.float32, device=device)

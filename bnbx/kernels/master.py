@@ -23,6 +23,11 @@ def residual_dtype(master: str, parameter: torch.dtype) -> torch.dtype | None:
     return {"kahan": parameter, "residual": torch.int8}.get(master)
 
 
+def master_that_keeps(residual: torch.dtype) -> str:
+    """The master that keeps a tensor of this dtype."""
+    return "residual" if residual is torch.int8 else "kahan"
+
+
 def load(master: str, p: Tensor, residual: Tensor | None) -> Tensor:
     """The parameter in float32."""
     value = p.float()
@@ -30,7 +35,8 @@ def load(master: str, p: Tensor, residual: Tensor | None) -> Tensor:
         return value
     if master == "kahan":
         return value + residual.float()
-    return value + residual.float() * torch.tensor(1 / 127, device=p.device) * half_step(p)
+    part = torch.tensor(1 / 127, dtype=torch.float32, device=p.device)
+    return value + residual.float() * part * half_step(p)
 
 
 def store(

@@ -1,4 +1,4 @@
-"""Memory of tensors: an error where it is lost, large pages where it is new."""
+"""Memory of tensors: whose it is, an error where it is lost, large pages where it is new."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from bnbx.errors import InputError
 
@@ -70,6 +71,20 @@ def lost(tensor: Tensor) -> str:
         f"of shape {tuple(tensor.shape)}, {tensor.dtype}, has a storage of {held} bytes: it was "
         "freed or made smaller"
     )
+
+
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether a tensor only stands for others, as a DTensor does: it has no memory of its own."""
+    if type(tensor) in (Tensor, Parameter) or not tensor.numel():
+        return False
+    storage = tensor.untyped_storage()  # of a traced one, on the meta device
+    held = storage.device.type != "meta" and storage.nbytes() > 0
+    return held and tensor.data_ptr() == 0
+
+
+def name_of(tensor: Tensor) -> str:
+    """The class of a tensor, with its module."""
+    return f"{type(tensor).__module__}.{type(tensor).__qualname__}"
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -38,7 +38,7 @@ def codes_at(packed: Tensor, quant_type: QuantType, places: Tensor) -> Tensor:
 
 def filled_with(code: int, quant_type: QuantType) -> list[int]:
     """The bytes that repeat where every element has this code."""
-    one = torch.full((8,), code, dtype=torch.uint8)
+    one = torch.full((8,), code, dtype=torch.uint8, device="cpu")
     period: list[int] = pack(one, quant_type).tolist()
     return period[:1] if len(set(period)) == 1 else period
 

@@ -265,8 +265,10 @@ class QuantState:
         found = checked_fields(fields)
         what = f"quantization state of {found['quant_type']!r}"
         spec = spec_entry(found, what)
-        second = None
+        second = offset = None
         if "nested_absmax" in fields:
+            number = torch.tensor(found["nested_offset"], dtype=torch.float32, device="cpu")
+            offset = number.to(device)
             second = cls(
                 absmax=scales_entry(what, fields, "nested_absmax", torch.float32, device),
                 code=tensor_entry(what, fields, "nested_quant_map", torch.float32, device),
@@ -275,13 +277,13 @@ class QuantState:
             )
             second.quant_type = intern(type_of_table(second.code))
         state = cls(
-            absmax=torch.empty(0),
+            absmax=torch.empty(0, dtype=torch.float32, device="cpu"),
             shape=found["shape"],
             code=tensor_entry(what, fields, "quant_map", torch.float32, device),
             blocksize=found["blocksize"],
             quant_type=found["quant_type"] if spec is None else intern(spec),
             dtype=DTYPES[found["dtype"]],
-            offset=None if second is None else torch.tensor(found["nested_offset"]).to(device),
+            offset=offset,
             state2=second,
             signed=found["signed"],
         )

@@ -87,15 +87,17 @@ def _scaled(x: Tensor, block_size: int) -> Tensor:
 
 def _start(magnitudes: Tensor, count: int) -> list[float]:
     """`count` magnitudes, ascending, as dense as the root of these are; the last is 1."""
-    found = torch.histc(magnitudes, BINS, 0, 1) if len(magnitudes) else torch.ones(BINS)
+    none = not len(magnitudes)
+    found = magnitudes.new_ones(BINS) if none else torch.histc(magnitudes, BINS, 0, 1)
     below = found.double().sqrt().cumsum(0)
-    shares = torch.arange(1, count, dtype=torch.float64) / count * below[-1]
-    return [*((torch.searchsorted(below, shares) + 0.5) / BINS).float().tolist(), 1.0]
+    shares = torch.arange(1, count, dtype=torch.float64, device="cpu") / count * below[-1]
+    places = torch.searchsorted(below, shares).float()
+    return [*((places + 0.5) / BINS).tolist(), 1.0]
 
 
 def _medians(ordered: Tensor, start: list[float]) -> list[float]:
     """Numbers, but for the ends and zero, moved to the medians of the elements nearest to them."""
-    numbers = torch.tensor(start)
+    numbers = torch.tensor(start, dtype=torch.float32, device="cpu")
     free = (numbers.abs() < 1) & (numbers != 0)
     free[0] = free[-1] = False
     for _ in range(ROUNDS):

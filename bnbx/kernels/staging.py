@@ -165,7 +165,7 @@ class CudaOperations:
     def pinned(self, nbytes: int) -> Tensor:
         """Page-locked host bytes."""
         with _cuda.device(self.device):
-            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def on_device(self, nbytes: int) -> Tensor:
         """Device bytes; allocated for the side stream, so kernels of others are done with them."""
@@ -200,11 +200,11 @@ class ImmediateOperations:
 
     def pinned(self, nbytes: int) -> Tensor:
         """Ordinary bytes."""
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
     def on_device(self, nbytes: int) -> Tensor:
         """Ordinary bytes, other than those of `pinned`."""
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
     def copy(self, to: Tensor, source: Tensor) -> None:
         """Copy now."""
@@ -224,7 +224,7 @@ class _Slot:
     """A pinned and a device buffer, and how far the piece in them has come."""
 
     def __init__(self) -> None:
-        self.pinned = self.device = torch.empty(0, dtype=torch.uint8)
+        self.pinned = self.device = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.clear()
 
     def clear(self) -> None:
@@ -301,7 +301,8 @@ class Stager:
         for slot in self._slots:
             slot.clear()
             if slot.device.numel() < nbytes:
-                slot.pinned = slot.device = torch.empty(0, dtype=torch.uint8)  # free them first
+                # Free them first.
+                slot.pinned = slot.device = torch.empty(0, dtype=torch.uint8, device="cpu")
                 capacity = max(nbytes, self.piece_bytes)
                 slot.pinned = self._do.pinned(capacity)
                 slot.device = self._do.on_device(capacity)

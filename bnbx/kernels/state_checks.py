@@ -28,7 +28,7 @@ def checked_encoding(state: QuantState, what: str) -> Encoding:
 
 def check_table(state: QuantState, encoding: Encoding, what: str) -> None:
     """Raise QuantizedDataError unless the table is that of the type."""
-    expected = torch.tensor(encoding.codebook.levels)
+    expected = torch.tensor(encoding.codebook.levels, dtype=torch.float32, device="cpu")
     code = state.code.cpu() if state.code is not None else expected
     same = code.shape == expected.shape and torch.allclose(
         code, expected, rtol=0, atol=1e-6, equal_nan=True

@@ -55,7 +55,7 @@ def alone(part: Tensor) -> Tensor:
 
 def pack_json(fields: Mapping[str, Any]) -> Tensor:
     """JSON as uint8 (bytes,)."""
-    return torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)
+    return torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8, device="cpu")
 
 
 def unpack_json(key: str, packed: Any) -> dict[str, Any]:

@@ -177,7 +177,9 @@ class Linear8bitLt(LoadsInt8, MovingModule, nn.Linear):
         if weight.dtype == torch.int8:
             absmax = self._absmax()
             destination[f"{prefix}SCB"] = absmax if keep_vars else absmax.detach()
-            destination[f"{prefix}weight_format"] = torch.tensor(ROW_FORMAT, dtype=torch.uint8)
+            destination[f"{prefix}weight_format"] = torch.tensor(
+                ROW_FORMAT, dtype=torch.uint8, device="cpu"
+            )
 
     def _keeps_floats(self) -> bool:
         return self.state.has_fp16_weights

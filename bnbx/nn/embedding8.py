@@ -123,7 +123,9 @@ class Embedding8bit(LoadsInt8, MovingModule, nn.Embedding):
         if weight.dtype == torch.int8 and not (weight.is_meta and weight.SCB is None):
             absmax = self._absmax()
             destination[f"{prefix}SCB"] = absmax if keep_vars else absmax.detach()
-            destination[f"{prefix}weight_format"] = torch.tensor(ROW_FORMAT, dtype=torch.uint8)
+            destination[f"{prefix}weight_format"] = torch.tensor(
+                ROW_FORMAT, dtype=torch.uint8, device="cpu"
+            )
 
     def _take(
         self, codes: Tensor, absmax: Tensor, assign: bool, dtype: torch.dtype | None = None

@@ -29,7 +29,7 @@ from bnbx.optimizers.gather import (
     Slots,
     check_gradient,
     check_parameter,
-    is_frozen_in_codes,
+    is_left_alone,
 )
 from bnbx.optimizers.modes import Modes
 from bnbx.optimizers.overrides import compile_overrides, split_names
@@ -37,7 +37,7 @@ from bnbx.optimizers.paging import Pages
 from bnbx.optimizers.resolution import Resolution
 from bnbx.optimizers.scaling import Scaling, combined, overflow_flag
 from bnbx.optimizers.staged import Staging
-from bnbx.optimizers.switches import check_implementation
+from bnbx.optimizers.switches import IMPLEMENTATION, check_implementation
 from bnbx.registry import Optimizer as OptimizerSpec
 from bnbx.registry import optimizers, quant_types
 from bnbx.registry.config import Resolved, check_known, resolve
@@ -45,9 +45,7 @@ from bnbx.registry.optimizer import STEP
 from bnbx.registry.options import unaliased
 
 # What the constructor takes beside the arguments that are resolved for each parameter.
-CONSTRUCTOR_ARGUMENTS = frozenset(
-    "params rule overrides page_dir foreach fused capturable differentiable".split()
-)
+CONSTRUCTOR_ARGUMENTS = frozenset(["params", "rule", "overrides", "page_dir", *IMPLEMENTATION])
 
 
 class Optimizer8bit(torch.optim.Optimizer):
@@ -116,6 +114,12 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     # ---- groups
 
+    def __repr__(self) -> str:
+        text = super().__repr__()
+        if type(self).__name__ != Optimizer8bit.__name__:
+            return text
+        return text.replace(" (", f" of {self.spec.name} (", 1)  # what `create` makes
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its own hyperparameters and options win over the optimizer's.
 
@@ -127,6 +131,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         if isinstance(param_group, Mapping):
             given = {key: _plain(value) for key, value in unaliased(param_group).items()}
             self._resolution.check_keys(key for key in given if key != "params")
+            check_implementation(**{key: given[key] for key in IMPLEMENTATION if key in given})
             param_group = split_names(given)
         super().add_param_group(param_group)
         try:
@@ -136,7 +141,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             if len(set(group["params"])) < len(group["params"]):
                 raise OptionError("a parameter is given twice in one group; give it once")
             for p in group["params"]:
-                if is_frozen_in_codes(p):
+                if is_left_alone(p):
                     continue
                 check_parameter(p)
                 own = values_of(p)
@@ -326,6 +331,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         for key in states.engine_entries(p, resolved):
             if key not in saved:
                 saved.update(states.new_engine_state(p, key, resolved))
+        states.settle(p, saved, resolved)
         return saved
 
     # ---- evaluation

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bnbx.errors import OptionError, UnknownNameError
 from bnbx.optimizers import state as states
-from bnbx.optimizers.gather import is_frozen_in_codes
+from bnbx.optimizers.gather import is_left_alone
 from bnbx.optimizers.overrides import names_of
 from bnbx.optimizers.resolution import ARGUMENT, GROUP
 from bnbx.registry import Optimizer as OptimizerSpec
@@ -316,7 +316,7 @@ def _explain(optimizer: Explained, name: str, group: int, p: Tensor) -> Paramete
     sizes = {key: t.numel() * t.element_size() for key, t in held.items()}
     if not saved and why != FROZEN:
         sizes = states.state_bytes(p, spec, resolved)
-    if is_frozen_in_codes(p):
+    if is_left_alone(p):
         target, passed_over = "none", FROZEN
     else:
         choice = optimizer.choice(p)

@@ -18,8 +18,8 @@ from bnbx.errors import CheckpointError, SpecError
 from bnbx.kernels.plan import Storage
 from bnbx.kernels.signature import absmax_name
 from bnbx.optimizers.clipping import NORMS
-from bnbx.optimizers.foreign_torch import floats, whole
-from bnbx.optimizers.state import WHOLE, type_key, values_of
+from bnbx.optimizers.foreign_torch import floats
+from bnbx.optimizers.state import WHOLE, type_key, values_of, whole_step
 from bnbx.registry import QuantType, quant_types
 from bnbx.registry.config import Resolved
 from bnbx.registry.formats import place_of
@@ -71,7 +71,7 @@ def read(spec: Optimizer, saved: Mapping[str, Any], types: dict[str, str]) -> di
     """
     found: dict[str, Any] = {}
     if STEP in saved:
-        found[STEP] = whole(saved[STEP])
+        found[STEP] = whole_step(saved[STEP])
     if NORMS in saved:
         found[NORMS] = saved[NORMS]
     for state in spec.states:
@@ -188,7 +188,7 @@ def write(
             found[key] = _together([values_of(s, saved, shape) for s in stack], stack)
     if float(resolved.hyper.get(CLIP, 0)) > 0 and found.keys() - {STEP}:
         device = next(iter(found[key] for key in by_key)).device
-        found[UPDATE_NORM] = torch.zeros(1, device=device)
+        found[UPDATE_NORM] = torch.zeros(1, dtype=torch.float32, device=device)
     widened = any(quantized) and not fits
     note = f"it takes 8 bits in blocks of {BLOCK} for all states or none; others are in float32"
     return found, [note] if widened else []

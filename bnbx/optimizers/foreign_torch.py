@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from bnbx.errors import CheckpointError
+from bnbx.optimizers.state import whole_step
+from bnbx.optimizers.switches import IMPLEMENTATION
 from bnbx.registry.formats import place_of
 from bnbx.registry.optimizer import STEP, Optimizer
 
 # Keys of groups: how a step is computed, not what.
-WITHOUT_EFFECT = frozenset("foreach fused capturable differentiable".split())
+WITHOUT_EFFECT = frozenset(IMPLEMENTATION)
 INERT: Mapping[str, Any] = {}
 SHARED_OPTIONS = frozenset({"maximize"})
 ELSEWHERE: frozenset[str] = frozenset()
@@ -39,23 +41,12 @@ def read(spec: Optimizer, saved: Mapping[str, Any], types: dict[str, str]) -> di
     del types  # nothing is quantized
     found: dict[str, Any] = {}
     if STEP in saved:
-        found[STEP] = whole(saved[STEP])
+        found[STEP] = whole_step(saved[STEP])
     for state in spec.states:
         place = place_of(state, "torch")
         if place is not None and place[0] in saved:
             found[state.name] = floats(place[0], saved[place[0]])
     return found
-
-
-def whole(step: Any) -> int:
-    """A step count as an int, from a number or a tensor of one."""
-    if isinstance(step, Tensor):
-        if step.numel() != 1:
-            raise CheckpointError(f"'step' has shape {tuple(step.shape)}; expected one number")
-        step = step.item()
-    if isinstance(step, (int, float)) and not isinstance(step, bool) and step == step // 1:
-        return int(step)
-    raise CheckpointError(f"'step' is {step!r}; expected a whole number")
 
 
 def floats(key: str, value: Any) -> Tensor:

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
+from torch.nn.parameter import is_lazy
 
 from bnbx.errors import UnsupportedTensorError
 from bnbx.kernels.batch import Batch, seed_of, step_scalars
+from bnbx.kernels.memory import is_wrapper, name_of
 from bnbx.kernels.plan import Plan, make_plan
 from bnbx.kernels.signature import RESIDUAL, RESIDUAL_TYPES
 from bnbx.optimizers.sparse import SparseUpdate, check_rows, gather_rows
@@ -61,6 +63,7 @@ class Slot:
             and p.device == self.device
             and p.shape == self.shape
             and g.shape == self.shape
+            and type(saved.get(STEP)) is int
             and all(map(is_, map(saved.get, self.names), self.tensors))
             and tuple(map(Tensor.numel, self.tensors)) == self.sizes
         )
@@ -161,7 +164,10 @@ class Slots:
         if key not in to.tensors:
             to.tensors[key] = []
             to.about[key] = (slot.plan, resolved)
-        to.tensors[key].append((target, g.contiguous(), *slot.tensors, gradient_scale))
+        g = g.contiguous()
+        if g.is_neg():  # as autograd makes of a conjugate; in memory it has the other sign
+            g = g.resolve_neg()
+        to.tensors[key].append((target, g, *slot.tensors, gradient_scale))
 
     def slot(self, p: Tensor, g: Tensor, saved: ParameterState, resolved: Resolved) -> Slot:
         """The slot of a parameter, made anew if anything has changed.
@@ -201,7 +207,7 @@ class Slots:
             )
         active = self.spec.active_states(resolved.switches)
         storages = tuple(storage_of(state, resolved, p.numel()) for state in active)
-        check_held(saved, storages)
+        check_held(p, saved, storages, resolved)
         label = f"the state of a parameter of shape {tuple(p.shape)}"
         check_states(label, p, saved, self.spec, resolved)
         quantized = tuple(storage.quant_type is not None for storage in storages)
@@ -239,31 +245,50 @@ class Slots:
         self._slots.clear()
 
 
-def is_frozen_in_codes(p: Tensor) -> bool:
-    """Whether `p` is the weight of a quantized layer, which `model.parameters()` has too.
+def is_left_alone(p: Tensor) -> bool:
+    """Whether `p` is frozen and could not be updated, as the weight of a quantized layer.
 
-    It gets no gradient, so it has no states and no step.
+    `model.parameters()` has such too. It gets no gradient, so it has no states and no step.
     """
-    return isinstance(p, Parameter) and not p.requires_grad and not p.dtype.is_floating_point
+    frozen = isinstance(p, Parameter) and not p.requires_grad and not is_lazy(p)
+    return frozen and bool(_flaw(p))
 
 
 def check_parameter(p: Tensor) -> None:
     """Raise UnsupportedTensorError if `p` cannot be a parameter."""
-    if p.dtype not in DTYPE_NAMES:
+    if is_lazy(p):
         raise UnsupportedTensorError(
-            f"a parameter of shape {tuple(p.shape)} has dtype {p.dtype}; expected one of "
-            f"{', '.join(map(str, DTYPE_NAMES))}"
+            "a parameter of a lazy module has no shape yet; run the model once on some input "
+            "before its optimizer is made"
         )
+    if flaw := _flaw(p):
+        raise UnsupportedTensorError(f"a parameter of shape {tuple(p.shape)} {flaw}")
+
+
+def _flaw(p: Tensor) -> str:
+    """Why no step can update `p`; "" if one can."""
+    if p.dtype not in DTYPE_NAMES:
+        return f"has dtype {p.dtype}; expected one of {', '.join(map(str, DTYPE_NAMES))}"
     if p.layout is not _STRIDED:
-        raise UnsupportedTensorError(
-            f"a parameter of shape {tuple(p.shape)} has layout {p.layout}; expected a dense tensor"
+        return f"has layout {p.layout}; expected a dense tensor"
+    if is_wrapper(p):
+        return (
+            f"is a {name_of(p)}, which stands for other tensors and has no memory of its own; "
+            "expected a plain tensor. Sharded training has those with FullyShardedDataParallel("
+            "..., use_orig_params=True), not with fully_shard"
+        )
+    if p.is_neg():
+        return (
+            "is a negative view: its numbers lie in memory with the other sign; make it of "
+            "p.resolve_neg()"
         )
     span = 1 + sum((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
     if span < p.numel():
-        raise UnsupportedTensorError(
-            f"a parameter of shape {tuple(p.shape)} and strides {p.stride()} is expanded or "
-            "overlaps itself: several of its elements share memory; pass the tensor it is made from"
+        return (
+            f"and strides {p.stride()} is expanded or overlaps itself: several of its elements "
+            "share memory; pass the tensor it is made from"
         )
+    return ""
 
 
 def check_gradient(p: Tensor, g: Tensor) -> None:

@@ -15,7 +15,7 @@ from bnbx.kernels.evaluate import evaluate, tensor_operations
 from bnbx.kernels.master import load, store
 from bnbx.kernels.signature import RESIDUAL
 from bnbx.kernels.threads import safe_after_fork
-from bnbx.optimizers.state import check_states, master_of, storage_of, values_of
+from bnbx.optimizers.state import check_states, master_of, settle, storage_of, values_of
 from bnbx.registry import Optimizer as OptimizerSpec
 from bnbx.registry.checks import select
 from bnbx.registry.config import Resolved
@@ -58,6 +58,7 @@ class Modes:
                 if saved := optimizer.state.get(p):
                     resolved = values_of(p)
                     label = f"the state of a parameter of shape {tuple(p.shape)}"
+                    settle(p, saved, resolved)
                     check_states(label, p, saved, self.spec, resolved)
                     found.append((p, saved, resolved))
         with safe_after_fork():
@@ -72,7 +73,7 @@ class Modes:
         flat = p.reshape(-1)
         values: dict[str, Any] = {}
         for name, number in resolved.hyper.items():
-            values[name] = torch.tensor(float(number), dtype=torch.float64)
+            values[name] = torch.tensor(float(number), dtype=torch.float64, device="cpu")
         for state in self.spec.active_states(resolved.switches):
             if state.name in read:
                 storage = storage_of(state, resolved, p.numel())

@@ -95,9 +95,9 @@ class Pages:
         shape = tuple(shape)
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes < SMALLEST:
-            return torch.full(shape, fill, dtype=dtype)
+            return torch.full(shape, fill, dtype=dtype, device="cpu")
         strides = torch.empty(shape, dtype=dtype, device="meta").stride()
-        tensor: Tensor = torch.empty(0, dtype=dtype)
+        tensor: Tensor = torch.empty(0, dtype=dtype, device="cpu")
         tensor.set_(self._take(nbytes), 0, shape, strides)
         if fill:
             tensor.fill_(fill)
@@ -207,7 +207,7 @@ def managed_zeros(
         with cupy.cuda.Device(index):
             memory = cupy.ndarray((nbytes,), "uint8", cupy.cuda.malloc_managed(nbytes))
         # Not through DLPack, which names managed memory a device that torch does not know.
-        flat = torch.as_tensor(memory, device=torch.device("cuda", index))
+        flat = torch.as_tensor(memory, dtype=torch.uint8, device=torch.device("cuda", index))
         tensor: Tensor = torch.empty(0, dtype=dtype, device=flat.device)
         tensor.set_(flat.untyped_storage(), 0, shape, empty.stride())
         return tensor.fill_(fill)

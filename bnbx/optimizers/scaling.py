@@ -76,7 +76,9 @@ def overflow_flag(found_inf: Any) -> Tensor | None:
             parameter has a gradient.
     """
     if not isinstance(found_inf, Tensor):
-        return torch.tensor([float(found_inf)]) if found_inf else None
+        if not found_inf:
+            return None
+        return torch.tensor([float(found_inf)], dtype=torch.float32, device="cpu")
     return found_inf.detach().reshape(1).float()
 
 
@@ -122,7 +124,7 @@ class Scaling:
         """Take back these steps later, if `found_inf` says so."""
         if found_inf is None or found_inf.device.type != "cuda":
             return
-        flag = torch.empty(1, dtype=torch.float32, pin_memory=True)
+        flag = torch.empty(1, dtype=torch.float32, device="cpu", pin_memory=True)
         flag.copy_(found_inf.reshape(1), non_blocking=True)
         arrived: Any = _cuda.Event()
         arrived.record(_cuda.current_stream(found_inf.device))

@@ -173,7 +173,8 @@ class _Blocks:
         codebook = self.storage.codebook
         values = [codebook.levels[code] for code in codebook.codes]
         shortest = min(end for end in (max(values), -min(values)) if end > 0)
-        untouched = self.levels().abs() >= torch.tensor(shortest, dtype=torch.float32)
+        end = torch.tensor(shortest, dtype=torch.float32, device="cpu")
+        untouched = self.levels().abs() >= end
         untouched[self.inside] = False
         present = self.absmax[self.blocks]
         return torch.where(untouched.view(-1, self.size).any(1), present, torch.zeros_like(present))

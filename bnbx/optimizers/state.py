@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bnbx.errors import BnbxWarning, CheckpointError, OptionError
-from bnbx.kernels.master import residual_dtype
+from bnbx.kernels.master import master_that_keeps, residual_dtype
+from bnbx.kernels.memory import lost
 from bnbx.kernels.packing import filled_with, packed_size, unpack
 from bnbx.kernels.plan import DTYPES, Storage
 from bnbx.kernels.reference import decode, encode
@@ -183,7 +186,8 @@ def new_state(p: Tensor, state: State, resolved: Resolved, make: Make) -> Parame
     number = float(resolved.hyper[state.initial]) if state.initial else 0.0
     if storage.quant_type is None:
         return {name: make(entries[name], number)}
-    codes, absmax = encode(storage, torch.full((1,), number))
+    values = torch.tensor([number], dtype=torch.float32, device="cpu")
+    codes, absmax = encode(storage, values)
     code = int(unpack(codes, storage.quant_type, 1))
     period = filled_with(code, storage.quant_type)
     made = make(entries[name], period[0])
@@ -201,7 +205,8 @@ def values_of(storage: Storage, saved: Mapping[str, Any], shape: torch.Size) -> 
     """The values of a state of a parameter of `shape`, in float32."""
     name = storage.state.name
     if storage.quant_type is None:
-        return torch.as_tensor(saved[name])
+        value: Tensor = saved[name]
+        return value
     packed, absmax = saved[name].reshape(-1), saved[absmax_name(name)]
     return decode(storage, packed, absmax, shape.numel()).view(shape)
 
@@ -222,8 +227,50 @@ def new_engine_state(p: Tensor, key: str, resolved: Resolved) -> ParameterState:
     return {key: torch.zeros(entry.shape, dtype=entry.dtype, device=p.device)}
 
 
-def check_held(saved: Mapping[str, Any], storages: tuple[Storage, ...]) -> None:
+def whole_step(step: Any) -> int:
+    """A step count as an int, from a number of any kind or a tensor of one.
+
+    Raises:
+        CheckpointError: it is no whole number.
+    """
+    if isinstance(step, Tensor):
+        if step.numel() != 1 or step.is_meta:
+            where = f"shape {tuple(step.shape)}, on {step.device}"
+            raise CheckpointError(f"'step' has {where}; expected one number")
+        step = step.item()
+    step = step.item() if isinstance(step, np.generic) else step
+    if isinstance(step, (int, float)) and not isinstance(step, bool) and step == step // 1:
+        return int(step)
+    raise CheckpointError(f"'step' is {step!r}; expected a whole number")
+
+
+def settle(p: Tensor, saved: ParameterState, resolved: Resolved) -> None:
+    """Bring what a user may have changed to the form that it has here, or leave it to the checks.
+
+    That is the count of steps, a tensor in torch.optim, and the dtype of the parameter.
+    """
+    with suppress(CheckpointError):
+        saved[STEP] = whole_step(saved.get(STEP))
+    held, entry = saved.get(RESIDUAL), engine_entries(p, resolved).get(RESIDUAL)
+    if not isinstance(held, Tensor) or entry is None or held.dtype is entry.dtype or lost(held):
+        return
+    if held.dtype in HALF_DTYPES and entry.dtype in HALF_DTYPES:  # as of model.half()
+        saved[RESIDUAL] = held.to(entry.dtype)
+
+
+def check_held(
+    p: Tensor, saved: Mapping[str, Any], storages: tuple[Storage, ...], resolved: Resolved
+) -> None:
     """Raise OptionError if a state is stored in another way than its parameter asks for by now."""
+    kept, master = saved.get(RESIDUAL), master_of(p, resolved)
+    if isinstance(kept, Tensor) and residual_dtype(master, p.dtype) is not None:
+        of_master = master_that_keeps(kept.dtype)
+        if of_master != master:
+            raise OptionError(
+                f"{RESIDUAL!r} is {kept.dtype}, as master={of_master!r} keeps it, but its "
+                f"parameter now asks for master={master!r}; what one keeps is of no use to the "
+                "other. Set it back, or load_state_dict into a new optimizer, which begins without"
+            )
     for storage in storages:
         held = saved.get(type_key(storage.state.name), FLOAT32)
         if held != label_of(storage):

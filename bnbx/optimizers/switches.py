@@ -6,8 +6,12 @@ from typing import Any
 
 from bnbx.errors import NotYetError, OptionError
 
+IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 
-def check_implementation(foreach: Any, fused: Any, capturable: Any, differentiable: Any) -> None:
+
+def check_implementation(
+    foreach: Any = None, fused: Any = None, capturable: Any = False, differentiable: Any = False
+) -> None:
     """Accept what torch.optim accepts, where the result is the same.
 
     Raises:

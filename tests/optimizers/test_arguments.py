@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnbx import optim
-from bnbx.errors import BnbxError, BnbxWarning, OptionError, UnknownNameError
+from bnbx.errors import BnbxError, BnbxWarning, NotYetError, OptionError, UnknownNameError
 from bnbx.optim import create
 from bnbx.optimizers.engine import Optimizer8bit
 from bnbx.registry import optimizers
@@ -225,6 +225,33 @@ def test_repr_tells_the_values() -> None:
     assert text.startswith("AdamW8bit (")
     for words in ("lr: 0.125", "betas: (0.9, 0.999)", "bits: 8", "state_types: {'m': 'linear8'}"):
         assert words in text
+
+
+def test_repr_tells_the_rule_where_the_class_does_not() -> None:
+    text = repr(create("lion", [parameter()]))
+    assert text.startswith("Optimizer8bit of lion (\nParameter Group 0")
+
+
+IMPLEMENTATIONS = {
+    "capturable": (NotYetError, True, "capturable=True: a captured CUDA graph would freeze"),
+    "differentiable": (OptionError, True, "differentiable=True: steps write parameters in place"),
+    "foreach": (OptionError, "yes", "foreach='yes': expected one of None, True, False"),
+}
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_implementations_are_refused_with_the_reason(name: str) -> None:
+    error, value, message = IMPLEMENTATIONS[name]
+    with pytest.raises(error, match=message):
+        AdamW8bit([parameter()], **{name: value})
+    with pytest.raises(error, match=message):
+        AdamW8bit([{"params": [parameter()], name: value}])
+
+
+def test_groups_of_an_optimizer_of_torch_can_be_used() -> None:
+    groups = torch.optim.AdamW([parameter()]).param_groups
+    assert groups[0]["capturable"] is False
+    AdamW8bit(groups)
 
 
 def test_factory() -> None:

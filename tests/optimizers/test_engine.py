@@ -9,11 +9,13 @@ import tracemalloc
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bnbx.errors import CheckpointError
 from bnbx.kernels import cpu
 from bnbx.optim import create
 from bnbx.optimizers.engine import Optimizer8bit
@@ -393,3 +395,34 @@ def test_a_step_makes_no_temporary_tensors() -> None:
     with Allocations() as made:  # the instrument does see temporaries
         torch.zeros(7)
     assert made.sizes == [7]
+
+
+@pytest.mark.parametrize("step", [5.0, torch.tensor(5.0), torch.tensor([5]), np.int64(5)], ids=repr)
+@pytest.mark.parametrize("percentile", [100, 5])
+def test_steps_may_be_counted_in_a_number_of_any_kind(step: Any, percentile: int) -> None:
+    """torch.optim keeps a tensor; a user who sets the count may write one too."""
+    moved = []
+    for count in (5, step):
+        p = torch.ones(5000, requires_grad=True)
+        optimizer = create("adamw", [p], percentile_clipping=percentile)
+        p.grad = torch.ones(5000)
+        optimizer.step()
+        optimizer.state[p]["step"] = count
+        optimizer.step()
+        assert type(optimizer.state[p]["step"]) is int
+        assert optimizer.state[p]["step"] == 6
+        moved.append(p.detach())
+    assert torch.equal(*moved)
+
+
+@pytest.mark.parametrize("step", [5.5, None, True, "5", torch.tensor([1.0, 2.0])], ids=repr)
+def test_what_is_no_count_of_steps_is_refused(step: Any) -> None:
+    p = torch.ones(5000, requires_grad=True)
+    optimizer = create("adamw", [p])
+    p.grad = torch.ones(5000)
+    optimizer.step()
+    before = p.detach().clone()
+    optimizer.state[p]["step"] = step
+    with pytest.raises(CheckpointError, match=r"a parameter of shape \(5000,\): 'step' is .*whole"):
+        optimizer.step()
+    assert torch.equal(p, before)

@@ -112,6 +112,14 @@ def test_masters_come_along(master: str) -> None:
     assert ((after - before).abs() <= 2 * ulp(p.detach()) * fine + 1e-6).all()
 
 
+def test_a_parameter_of_another_dtype_comes_along() -> None:
+    params = parameters(torch.bfloat16, [(5000,)])
+    optimizer = trained(params, master="kahan")
+    params[0].grad, params[0].data = None, params[0].data.half()
+    optimizer.eval()
+    assert optimizer.state[params[0]]["residual"].dtype is torch.float16
+
+
 def test_stochastic_rounding_is_for_steps() -> None:
     params = parameters(torch.bfloat16, [(5000,)])
     other = copies(params)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import bnbx.optim
+from bnbx.errors import BnbxWarning, OptionError
 from bnbx.kernels import cpu, master
 from bnbx.kernels.signature import make_signature
 from bnbx.kernels.source import render
@@ -115,6 +116,36 @@ def test_what_a_master_costs(name: str, bytes_: int) -> None:
     kept = optimizer.state[p]["residual"]
     assert kept.shape == p.shape
     assert kept.element_size() == bytes_
+
+
+def test_what_kahan_keeps_follows_the_dtype_of_its_parameter() -> None:
+    """`model.half()` in mid-run: what rounding has lost is added back all the same."""
+    _, p, optimizer = trained(torch.bfloat16, master="kahan")
+    kept = optimizer.state[p]["residual"]
+    total = p.detach().float() + kept.float()
+    p.grad, p.data = None, p.data.half()
+    p.grad = torch.zeros_like(p)
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    kept = optimizer.state[p]["residual"]
+    assert kept.dtype is torch.float16
+    assert torch.allclose(p.detach().float() + kept.float(), total, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(("name", "other"), [("kahan", "residual"), ("residual", "kahan")])
+def test_a_master_cannot_become_another_in_mid_run(name: str, other: str) -> None:
+    _, p, optimizer = trained(torch.bfloat16, master=name)
+    before = p.detach().clone()
+    optimizer.param_groups[0]["master"] = other
+    message = f"as master='{name}' keeps it, but its parameter now asks for master='{other}'"
+    with pytest.raises(OptionError, match=message):
+        optimizer.step()
+    assert torch.equal(p, before)
+    fresh = bnbx.optim.create("adamw", [p], bits=32, master=other)
+    with pytest.warns(BnbxWarning, match="residual|master"):
+        fresh.load_state_dict(optimizer.state_dict())
+    fresh.param_groups[0]["master"] = other
+    fresh.step()
 
 
 # ---- states that are switched off

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnbx.errors import UnsupportedTensorError
-from bnbx.optim import create
+from bnbx.optim import create, explain
 from bnbx.optimizers.engine import Optimizer8bit
 from optimizers.compare import assert_same, equal
 from optimizers.variants import copies, fill, gapped, gradients, parameters, set_gradients
@@ -81,6 +81,38 @@ def test_gradients_may_have_any_layout() -> None:
     optimizer.step()
     other.step()
     assert_same(optimizer, other)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"percentile_clipping": 5}, {"block_wise": False}], ids=str
+)
+@pytest.mark.parametrize("shape", [(), (5000,), (64, 70)])
+def test_gradients_may_be_negative_views(shape: tuple[int, ...], arguments: dict[str, Any]) -> None:
+    """What is_neg has the other sign in memory."""
+    params = parameters(torch.float32, [shape])
+    others = dense(params)
+    optimizer, other = (
+        create("adamw", ps, **{**ARGUMENTS, **arguments}) for ps in (params, others)
+    )
+    for _ in range(3):
+        values = gradients(params)
+        set_gradients(others, values)
+        params[0].grad = torch._neg_view(-values[0])
+        assert params[0].grad.is_neg()
+        optimizer.step()
+        other.step()
+    assert_same(optimizer, other)
+
+
+def test_gradient_of_a_conjugate_descends() -> None:
+    """Autograd makes a negative view of it."""
+    p = torch.tensor([0.5], requires_grad=True)
+    loss = (torch.complex(torch.ones(1), p).conj() * (1 + 2j)).real.sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert p.grad is not None
+    assert p.grad.is_neg()
+    create("sgd", [p], lr=0.1).step()
+    assert p.item() == pytest.approx(0.5 - 0.1 * 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -164,7 +196,101 @@ def test_gradient_of_another_dtype() -> None:
     assert equal(optimizer.state[p]["m"], other.state[wide]["m"])
 
 
+@pytest.mark.parametrize("arguments", [{}, {"percentile_clipping": 5}], ids=str)
+def test_gradients_may_be_zeros_that_torch_has_not_written(arguments: dict[str, Any]) -> None:
+    params = parameters(torch.float32, [(5000,), (3,), (64, 70)])
+    others = dense(params)
+    optimizer, other = (
+        create("adamw", ps, **{**ARGUMENTS, **arguments}) for ps in (params, others)
+    )
+    for _ in range(2):
+        value = gradients(params[:1])[0]
+        params[0].grad = value
+        params[1].grad = torch._efficientzerotensor((3,))
+        params[2].grad = torch._efficientzerotensor((64, 70))
+        set_gradients(others, [value, torch.zeros(3), torch.zeros(64, 70)])
+        optimizer.step()
+        other.step()
+    assert_same(optimizer, other)
+
+
+FROZEN = (torch.float64, torch.complex64, torch.int8, torch.bool, torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("dtype", FROZEN, ids=str)
+def test_frozen_parameters_may_have_any_dtype(dtype: torch.dtype) -> None:
+    frozen = nn.Parameter(torch.zeros(8, 8).to(dtype), requires_grad=False)
+    p = torch.ones(8, requires_grad=True)
+    optimizer = create("adamw", [frozen, p], **ARGUMENTS)
+    p.grad = torch.ones(8)
+    optimizer.step()
+    assert (p < 1).all()
+    assert frozen not in optimizer.state
+    assert explain(optimizer).parameters[0].target == "none"
+
+
+def test_parameter_that_is_no_longer_frozen_is_refused_in_the_step() -> None:
+    p = nn.Parameter(torch.zeros(8, dtype=torch.float64), requires_grad=False)
+    optimizer = create("adamw", [p], **ARGUMENTS)
+    p.requires_grad_()
+    p.grad = torch.ones(8, dtype=torch.float64)
+    with pytest.raises(UnsupportedTensorError, match=r"a parameter of .* has dtype torch\.float64"):
+        optimizer.step()
+
+
 # ---- refused
+
+
+class Wrapper(Tensor):
+    """A tensor without memory, as a DTensor is one: it stands for another."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapper:
+        made: Wrapper = Tensor._make_wrapper_subclass(
+            cls, inner.shape, dtype=inner.dtype, device=inner.device, requires_grad=False
+        )
+        return made
+
+    def __init__(self, inner: Tensor) -> None:
+        self.wrapped = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func is torch.ops.aten.detach.default:
+            return Wrapper(args[0].wrapped)
+        raise NotImplementedError(f"{func} of a wrapper")
+
+
+class Sub(Tensor):
+    """A tensor like any other."""
+
+
+def test_subclass_with_memory_is_updated() -> None:
+    p = nn.Parameter(torch.ones(5000).as_subclass(Sub))
+    optimizer = create("adamw", [p], **ARGUMENTS)
+    p.grad = torch.ones(5000)
+    optimizer.step()
+    assert (p < 1).all()
+
+
+def test_gradient_without_memory_is_refused() -> None:
+    p = torch.zeros(5000, requires_grad=True)
+    optimizer = create("adamw", [p], **ARGUMENTS)
+    p.grad = Wrapper(torch.ones(5000))
+    with pytest.raises(UnsupportedTensorError, match=r"the gradient of .* is a .*\.Wrapper, which"):
+        optimizer.step()
+    assert not p.any()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_parameters_of_a_lazy_module_are_refused_until_it_has_run(frozen: bool) -> None:
+    model = nn.LazyLinear(3)
+    for p in model.parameters():
+        p.requires_grad = not frozen
+    with pytest.raises(UnsupportedTensorError, match="lazy module has no shape yet; run the model"):
+        create("adamw", model.parameters())
+    model(torch.ones(2, 5))
+    create("adamw", model.parameters())
 
 
 def sparse_gradient(p: Tensor) -> None:
@@ -194,6 +320,8 @@ REFUSED: dict[str, Callable[[], Tensor]] = {
     "int64": lambda: torch.zeros(10, dtype=torch.int64),
     "float64": lambda: torch.zeros(10, dtype=torch.float64, requires_grad=True),
     "sparse_coo": lambda: torch.eye(3).to_sparse().requires_grad_(),
+    "negative view": lambda: torch._neg_view(torch.zeros(10)).requires_grad_(),
+    "Wrapper, which stands": lambda: nn.Parameter(Wrapper(torch.zeros(10))),
     "expanded": lambda: torch.zeros(1).expand(10).detach().requires_grad_(),
 }
 
