@@ -10,10 +10,10 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bnbx.errors import CheckpointError
+from bnbx.optimizers.state import own_entry
 from bnbx.registry import Optimizer
 
 CUSTOM = Optimizer(
@@ -47,15 +47,9 @@ def loaded(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> Loade
         for p, index in zip(group["params"], entry["params"], strict=True):
             if index in state_dict["state"]:
                 values = state_dict["state"][index]
-                states[p] = {key: _placed(value, p) for key, value in values.items()}
+                states[p] = {key: own_entry(value, p) for key, value in values.items()}
     merged = [
         {**old, **copy.deepcopy({k: v for k, v in new.items() if k != "params"})}
         for old, new in zip(groups, saved, strict=True)
     ]
     return merged, states
-
-
-def _placed(value: Any, p: Tensor) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to(p.device, copy=True, memory_format=torch.preserve_format)
-    return copy.deepcopy(value)

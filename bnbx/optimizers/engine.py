@@ -317,8 +317,8 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def _states_of(self, p: Tensor, resolved: Resolved) -> states.ParameterState:
         saved: states.ParameterState = self.state[p]
-        if not saved:
-            saved[STEP] = 0
+        if STEP not in saved and not saved.keys() & states.rule_keys(self.spec):
+            saved[STEP] = 0  # there may be entries of somebody's own
         for state in self.spec.active_states(resolved.switches):
             if state.name not in saved:  # new, or switched on by a change of its hyperparameter
                 make = states.maker(p, resolved, self._pages)

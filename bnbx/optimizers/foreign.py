@@ -21,6 +21,7 @@ from bnbx.errors import BnbxWarning, CheckpointError, OptionError
 from bnbx.kernels.signature import RESIDUAL
 from bnbx.optimizers import foreign_bitsandbytes, foreign_torch
 from bnbx.optimizers.resolution import SCHEDULER_KEYS
+from bnbx.optimizers.state import ENGINE_KEYS, rule_keys
 from bnbx.registry import optimizers
 from bnbx.registry.formats import GroupFormat, Holds, parts_of, place_of
 from bnbx.registry.optimizer import STEP, Optimizer
@@ -242,6 +243,9 @@ def written(optimizer: Optimizer8bit, state_dict: dict[str, Any], save_as: str) 
             notes |= dict.fromkeys(note)
             if RESIDUAL in saved:
                 notes[f"{save_as} keeps no {RESIDUAL} of 16-bit parameters"] = None
+            own = [repr(key) for key in saved if key not in rule_keys(spec) | ENGINE_KEYS]
+            if own:
+                notes[f"entries that are no state's are left out: {', '.join(own)}"] = None
     if notes:
         warnings.warn(
             f"save_as={save_as!r}: {'; '.join(notes)}", BnbxWarning, stacklevel=user_level()

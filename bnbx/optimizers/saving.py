@@ -28,6 +28,7 @@ from bnbx.kernels.signature import RESIDUAL, absmax_name
 from bnbx.optimizers import foreign
 from bnbx.optimizers.clipping import HISTORY, NORMS
 from bnbx.optimizers.state import (
+    ENGINE_KEYS,
     WHOLE,
     Entry,
     ParameterState,
@@ -37,11 +38,13 @@ from bnbx.optimizers.state import (
     entries_of,
     label_of,
     maker,
+    own_entry,
+    rule_keys,
     storage_of,
     type_key,
     values_of,
 )
-from bnbx.registry import QuantType, quant_types
+from bnbx.registry import QuantType, optimizers, quant_types
 from bnbx.registry.config import Resolved
 from bnbx.registry.optimizer import STEP, State
 
@@ -72,12 +75,8 @@ def written(optimizer: Optimizer8bit, state_dict: dict[str, Any], save_as: str) 
 
 def header(optimizer: Optimizer8bit) -> dict[str, Any]:
     """What a state dict says of itself."""
-    labels = {
-        value
-        for saved in optimizer.state.values()
-        for key, value in saved.items()
-        if key.endswith("_type")
-    }
+    keys = [type_key(state.name) for state in optimizer.spec.states]
+    labels = {saved[key] for saved in optimizer.state.values() for key in keys if key in saved}
     names = sorted({label.removesuffix(WHOLE) for label in labels})
     return {
         "format": FORMAT,
@@ -156,16 +155,16 @@ class _Reading:
             raise CheckpointError(
                 f"{label}: 'step' is {MOST_STEPS} or more; expected what float64 can count"
             )
-        rest = set(saved) - {STEP}
+        rest = set(saved) - ENGINE_KEYS
         for state in self.optimizer.spec.states:
             keys = {state.name, absmax_name(state.name), type_key(state.name)}
             if state.name in saved:
                 found |= self.state(label, p, state, saved, resolved)
             rest -= keys if state.name in saved else set()
         found |= self.engine_states(label, p, saved, resolved)
-        found |= {key: saved[key] for key in rest - {RESIDUAL, NORMS}}
+        found |= {key: self.own(label, key, saved[key], p) for key in rest}
         check_states(label, p, found, self.optimizer.spec, resolved)
-        return found
+        return {key: found[key] for key in (*saved, *found) if key in found}  # in saved order
 
     def state(
         self, label: str, p: Tensor, state: State, saved: Mapping[str, Any], resolved: Resolved
@@ -227,6 +226,21 @@ class _Reading:
             if value is not None and key == RESIDUAL:
                 self.note("residual dropped")
         return found
+
+    def own(self, label: str, key: Any, value: Any, p: Tensor) -> Any:
+        """An entry that is no state's: somebody's own, unless the name is that of another rule."""
+        spec = self.optimizer.spec
+        if key not in rule_keys(spec):
+            for other in optimizers():
+                if key in rule_keys(other):
+                    raise CheckpointError(
+                        f"{label}: unexpected {key!r}, a state of {other.name!r}; {spec.name!r} "
+                        f"has {sorted(state.name for state in spec.states)}. An entry of your own "
+                        "needs a name that no rule has"
+                    )
+        if isinstance(value, Tensor) and value.layout is torch.strided:
+            _check_memory(f"{label}: {key!r}", value)
+        return own_entry(value, p)
 
     def placed(self, tensor: Tensor, p: Tensor, resolved: Resolved) -> Tensor:
         """A copy, contiguous, where the states of `p` live."""
@@ -322,6 +336,11 @@ def _check_entry(label: str, value: Any, entry: Entry) -> None:
         raise CheckpointError(f"{label} has dtype {value.dtype}; expected {entry.dtype}")
     if value.layout is not torch.strided or value.device.type == "meta":
         raise CheckpointError(f"{label} is {value.layout} on {value.device}; expected values")
+    _check_memory(label, value)
+
+
+def _check_memory(label: str, value: Tensor) -> None:
+    """Raise CheckpointError if there is no memory for all elements."""
     last = sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
     room = value.untyped_storage().nbytes() // value.itemsize - value.storage_offset()
     if value.numel() and last >= room:
