@@ -6,13 +6,13 @@ are saved and loaded as they are: no dtype is changed, since one of them may be 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from bnbx.errors import CheckpointError
+from bnbx.optimizers.matching import merged_groups, saved_numbers
 from bnbx.optimizers.state import own_entry
 from bnbx.registry import Optimizer
 
@@ -37,19 +37,9 @@ def loaded(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> Loade
             "'param_groups'"
         )
     saved = state_dict["param_groups"]
-    sizes = [[len(g["params"]) for g in each] for each in (groups, saved)]
-    if sizes[0] != sizes[1]:
-        raise CheckpointError(
-            f"the state dict has groups of {sizes[1]} parameters, the optimizer has {sizes[0]}"
-        )
     states = {}
-    for group, entry in zip(groups, saved, strict=True):
-        for p, index in zip(group["params"], entry["params"], strict=True):
-            if index in state_dict["state"]:
-                values = state_dict["state"][index]
-                states[p] = {key: own_entry(value, p) for key, value in values.items()}
-    merged = [
-        {**old, **copy.deepcopy({k: v for k, v in new.items() if k != "params"})}
-        for old, new in zip(groups, saved, strict=True)
-    ]
-    return merged, states
+    for group, numbers in zip(groups, saved_numbers(groups, saved), strict=True):
+        for p, number in zip(group["params"], numbers, strict=True):
+            if number is not None and number in state_dict["state"]:
+                states[p] = own_entry(state_dict["state"][number], p)
+    return merged_groups(groups, saved), states

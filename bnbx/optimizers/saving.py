@@ -7,7 +7,6 @@ are not stored as the optimizer stores them are converted, with one warning that
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ from bnbx.kernels.plan import Storage
 from bnbx.kernels.signature import RESIDUAL, absmax_name
 from bnbx.optimizers import foreign
 from bnbx.optimizers.clipping import HISTORY, NORMS
+from bnbx.optimizers.matching import merged_groups, saved_numbers
 from bnbx.optimizers.state import (
     ENGINE_KEYS,
     WHOLE,
@@ -121,12 +121,13 @@ class _Reading:
 
     def result(self) -> Loaded:
         saved_groups = self.state_dict["param_groups"]
-        groups = _merged_groups(self.optimizer.param_groups, saved_groups)
+        numbers = saved_numbers(self.optimizer.param_groups, saved_groups)
+        groups = merged_groups(self.optimizer.param_groups, saved_groups, STORAGE_OPTIONS)
         _check_indices(saved_groups, self.state_dict["state"])
         loaded: dict[Tensor, ParameterState] = {}
-        for number, (group, entry) in enumerate(zip(groups, saved_groups, strict=True)):
-            for p, index in zip(group["params"], _by_name(group, entry), strict=True):
-                saved = self.state_dict["state"].get(index)
+        for number, (group, indices) in enumerate(zip(groups, numbers, strict=True)):
+            for p, index in zip(group["params"], indices, strict=True):
+                saved = None if index is None else self.state_dict["state"].get(index)
                 label = f"state dict, group {number}, parameter {index}"
                 resolved = self.resolved(label, p, group)
                 if saved:
@@ -365,30 +366,6 @@ def _has_our_groups(state_dict: Mapping[str, Any]) -> bool:
     groups = state_dict.get("param_groups") or []
     ours = STORAGE_OPTIONS - {"paged"}
     return "state" in state_dict and all(ours <= set(g) for g in groups) and bool(groups)
-
-
-def _merged_groups(current: Groups, saved: Groups) -> Groups:
-    """The saved groups' hyperparameters with the current groups' parameters and storage."""
-    sizes = [[len(g["params"]) for g in groups] for groups in (current, saved)]
-    if sizes[0] != sizes[1]:
-        raise CheckpointError(
-            f"the state dict has groups of {sizes[1]} parameters, the optimizer has {sizes[0]}"
-        )
-    kept = {"params", "param_names", *STORAGE_OPTIONS}
-    return [
-        {**old, **copy.deepcopy({k: v for k, v in new.items() if k not in kept})}
-        for old, new in zip(current, saved, strict=True)
-    ]
-
-
-def _by_name(group: Mapping[str, Any], entry: Mapping[str, Any]) -> list[Any]:
-    """The saved numbers of a group's parameters; by name where both have the same names."""
-    names, saved = group.get("param_names"), entry.get("param_names")
-    numbers = list(entry["params"])
-    if not names or not saved or list(names) == list(saved) or sorted(names) != sorted(saved):
-        return numbers
-    known = dict(zip(saved, numbers, strict=True))
-    return [known[name] for name in names]
 
 
 def mode_of(state_dict: Mapping[str, Any]) -> str:
