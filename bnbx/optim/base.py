@@ -165,7 +165,7 @@ class Optimizer8bit(engine.Optimizer8bit):
             OptionError: it has no gradient, or the optimizer is in evaluation mode.
             UnsupportedTensorError: a gradient that cannot be used.
         """
-        self._modes.check_training()
+        self._modes.check_training(self.param_groups)
         item, scale = self._running or (None, None)
         if item is None or item.p is not p:
             if p.grad is None:

@@ -130,7 +130,8 @@ class Optimizer8bit(torch.optim.Optimizer):
             param_group = split_names(given)
         super().add_param_group(param_group)
         try:
-            group = self.param_groups[-1]
+            *others, group = self.param_groups
+            self._modes.put([group], self._modes.of(others))
             self._resolution.add_names(group)
             values_of = self._resolution.values_in(group)
             if len(set(group["params"])) < len(group["params"]):
@@ -174,9 +175,14 @@ class Optimizer8bit(torch.optim.Optimizer):
         return self._pages
 
     @property
+    def modes(self) -> Modes:
+        """What turns the parameters into those to evaluate, and back."""
+        return self._modes
+
+    @property
     def mode(self) -> str:
         """The mode that the parameters are in: train or eval."""
-        return self._modes.mode
+        return self._modes.of(self.param_groups)
 
     # ---- the step
 
@@ -198,7 +204,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         """
         if torch.compiler.is_compiling():
             return compiled.step_in_graph(self, self._handle, closure, grad_scale)
-        self._modes.check_training()
+        self._modes.check_training(self.param_groups)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -224,7 +230,7 @@ class Optimizer8bit(torch.optim.Optimizer):
                 updated.
             OptionError: the optimizer is in evaluation mode, or has no such parameters.
         """
-        self._modes.check_training()
+        self._modes.check_training(self.param_groups)
         every = [(p, group) for group in self.param_groups for p in group["params"]]
         compiled.check_places(places, (len(params), len(grads)), len(every))
         items = []
@@ -364,7 +370,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         Raises:
             CheckpointError: it does not fit; then the optimizer is as before.
         """
-        groups, loaded, self._modes.mode = saving.read(self, state_dict)
+        groups, loaded = saving.read(self, state_dict)
         self._slots.clear()
         self.param_groups = groups
         self.state.clear()
@@ -376,7 +382,7 @@ class Optimizer8bit(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._scaling.settle()
         own = {"spec": self.spec, "_resolution": self._resolution, "_pages": self._pages}
-        return {**super().__getstate__(), **own, "_modes": self._modes}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.spec = state["spec"]

@@ -63,7 +63,7 @@ ENGINE_DTYPES = {
 MOST_STEPS = 2**53  # up to which float64 counts
 MOST_JSON = 100_000  # characters of a quant type; a table of 8 bits takes a tenth
 Groups = list[dict[str, Any]]
-Loaded = tuple[Groups, dict[Tensor, ParameterState], str]
+Loaded = tuple[Groups, dict[Tensor, ParameterState]]
 
 
 def written(optimizer: Optimizer8bit, state_dict: dict[str, Any], save_as: str) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def header(optimizer: Optimizer8bit) -> dict[str, Any]:
 
 
 def read(optimizer: Optimizer8bit, state_dict: dict[str, Any]) -> Loaded:
-    """The groups, states and mode of a state dict, checked; nothing of the optimizer changes.
+    """The groups and states of a state dict, checked; nothing of the optimizer changes.
 
     Raises:
         CheckpointError: it does not fit.
@@ -115,6 +115,8 @@ class _Reading:
         self.optimizer = optimizer
         self.state_dict = state_dict
         self.types = _check_header(optimizer, state_dict)
+        header = state_dict.get(HEADER, {}).get("mode")
+        self.mode = optimizer.modes.saved(state_dict["param_groups"], header)
         if ours:
             _check_groups(optimizer, state_dict)
         self.converted: dict[str, int] = {}
@@ -139,7 +141,8 @@ class _Reading:
                 BnbxWarning,
                 stacklevel=foreign.user_level(),
             )
-        return groups, loaded, mode_of(self.state_dict)
+        self.optimizer.modes.put(groups, self.mode)
+        return groups, loaded
 
     def resolved(self, label: str, p: Tensor, group: Mapping[str, Any]) -> Resolved:
         try:
@@ -269,13 +272,11 @@ def _check_header(
             f"the state dict has format {about.get('format')!r}; this version of bnbx reads "
             f"format {FORMAT}. Load it with the version that wrote it."
         )
-    spec, mode = optimizer.spec, mode_of(state_dict)
+    spec = optimizer.spec
     if about.get("rule") != spec.name:
         raise CheckpointError(
             f"the state dict is of rule {about.get('rule')!r}, this optimizer is {spec.name!r}"
         )
-    if mode != "train" and (mode not in spec.modes or not spec.modes[mode].statements):
-        raise CheckpointError(f"the state dict is in mode {mode!r}, which {spec.name!r} lacks")
     if about.get("rule_digest", spec.digest) != spec.digest:
         warnings.warn(
             f"the rule {spec.name!r} has changed since the checkpoint was written: its states "
@@ -366,9 +367,3 @@ def _has_our_groups(state_dict: Mapping[str, Any]) -> bool:
     groups = state_dict.get("param_groups") or []
     ours = STORAGE_OPTIONS - {"paged"}
     return "state" in state_dict and all(ours <= set(g) for g in groups) and bool(groups)
-
-
-def mode_of(state_dict: Mapping[str, Any]) -> str:
-    """The mode that the parameters were in."""
-    about = state_dict.get(HEADER)
-    return str(about.get("mode", "train")) if isinstance(about, Mapping) else "train"
