@@ -31,6 +31,7 @@ from bnbx.optimizers.gather import (
     check_parameter,
     is_frozen_in_codes,
 )
+from bnbx.optimizers.manager import GlobalOptimManager
 from bnbx.optimizers.modes import Modes
 from bnbx.optimizers.overrides import compile_overrides, split_names
 from bnbx.optimizers.paging import Pages
@@ -48,6 +49,7 @@ from bnbx.registry.options import unaliased
 CONSTRUCTOR_ARGUMENTS = frozenset(
     "params rule overrides page_dir foreach fused capturable differentiable".split()
 )
+OVERRIDES = "_overrides"  # of parameters, in a pickle: the manager knows those of a process
 
 
 class Optimizer8bit(torch.optim.Optimizer):
@@ -381,14 +383,17 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._scaling.settle()
+        params = (p for group in self.param_groups for p in group["params"])
         own = {"spec": self.spec, "_resolution": self._resolution, "_pages": self._pages}
-        return {**super().__getstate__(), **own}
+        overrides = GlobalOptimManager.get_instance().overrides_of(params)
+        return {**super().__getstate__(), **own, OVERRIDES: overrides}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.spec = state["spec"]
         self._start()
-        super().__setstate__(state)
+        super().__setstate__({key: state[key] for key in state if key != OVERRIDES})
         self._resolution.clear()
+        GlobalOptimManager.get_instance().adopt(state.get(OVERRIDES, []))
 
 
 def _listed(params: Any) -> Any:
