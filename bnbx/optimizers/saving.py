@@ -8,7 +8,7 @@ are not stored as the optimizer stores them are converted, with one warning that
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,6 +61,7 @@ ENGINE_DTYPES = {
     NORMS: (torch.float32,),
 }
 MOST_STEPS = 2**53  # up to which float64 counts
+MOST_LABEL = 1000  # bytes of the label of a quant type
 MOST_JSON = 100_000  # characters of a quant type; a table of 8 bits takes a tenth
 Groups = list[dict[str, Any]]
 Loaded = tuple[Groups, dict[Tensor, ParameterState]]
@@ -69,8 +70,27 @@ Loaded = tuple[Groups, dict[Tensor, ParameterState]]
 def written(optimizer: Optimizer8bit, state_dict: dict[str, Any], save_as: str) -> dict[str, Any]:
     """A state dict of torch's with our header, or in the format of another library."""
     if save_as == HEADER:
-        return {**state_dict, HEADER: header(optimizer)}
+        keys = [type_key(state.name) for state in optimizer.spec.states]
+        state = {index: _with_labels(saved, keys) for index, saved in state_dict["state"].items()}
+        return {**state_dict, "state": state, HEADER: header(optimizer)}
     return foreign.written(optimizer, state_dict, save_as)
+
+
+def _with_labels(saved: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """The states of a parameter with labels of types as the tensors of their bytes.
+
+    torch.distributed.checkpoint flattens tensors and numbers only, and reads into tensors in place.
+    """
+    labels = {key: saved[key].encode() for key in keys if key in saved}
+    return {**saved, **{k: torch.tensor(list(v), dtype=torch.uint8) for k, v in labels.items()}}
+
+
+def _text(label: str, value: Any) -> Any:
+    """A label that `_with_labels` made a tensor, or what else is there."""
+    if not isinstance(value, Tensor):
+        return value
+    _check_entry(label, value, Entry(value.shape, torch.uint8))
+    return bytes(value.reshape(-1)[:MOST_LABEL].tolist()).decode(errors="replace")
 
 
 def header(optimizer: Optimizer8bit) -> dict[str, Any]:
@@ -196,7 +216,7 @@ class _Reading:
         for key in keys:
             if key not in saved:
                 raise CheckpointError(f"{label}: {key!r} is missing; there are {sorted(saved)}")
-        text = saved[type_key(state.name)]
+        text = _text(f"{label}: {keys[1]!r}", saved[keys[1]])
         name = str(text).removesuffix(WHOLE)
         known = set(quant_types().names() if self.types is None else self.types)
         if name not in known:

@@ -2,10 +2,11 @@
 
 A quantized state is three entries of `optimizer.state[p]`: the codes under the state's name
 (uint8, of the parameter's shape; one-dimensional where codes have fewer bits than a byte),
-`<name>_absmax` (float32, one per block, or one in all) and `<name>_type`, the quant type's name. A
-state without these is a float32 tensor of the parameter's shape. `residual` is what a 16-bit
-parameter's master keeps beside it, `gnorm_vec` the last 100 gradient norms. `step` is a Python
-int, 1 after the first step. Entries under other names are somebody's own: they are left alone.
+`<name>_absmax` (float32, one per block, or one in all) and `<name>_type`, the quant type's name (in
+a state dict, the bytes of it, since flattened checkpoints hold no text). A state without these is
+a float32 tensor of the parameter's shape. `residual` is what a 16-bit parameter's master keeps
+beside it, `gnorm_vec` the last 100 gradient norms. `step` is a Python int, 1 after the first step.
+Entries under other names are somebody's own: they are left alone.
 """
 
 from __future__ import annotations

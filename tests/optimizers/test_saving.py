@@ -243,6 +243,21 @@ def test_states_and_groups_are_enough() -> None:
     assert other.param_groups[0]["bits"] == 8
 
 
+def test_names_of_types_are_tensors_of_bytes_or_text() -> None:
+    """A flattened checkpoint holds no text; ours once did."""
+    optimizer, params = made("adamw, 8 bits", [])
+    train(optimizer, params, 0, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    state = saved["state"][0]
+    assert bytes(state["m_type"].tolist()) == b"dynamic8"
+    assert optimizer.state[params[0]]["m_type"] == "dynamic8"
+    assert state["m_type"].data_ptr() != state["v_type"].data_ptr()  # may be read into
+    state["m_type"] = "dynamic8"
+    other, _ = made("adamw, 8 bits", copies(params))
+    other.load_state_dict(through_a_file(saved))
+    assert_same(optimizer, other)
+
+
 def test_a_tensor_learning_rate_is_not_shared_with_the_checkpoint() -> None:
     first = create("adamw", [torch.zeros(3)], lr=torch.tensor(0.5))
     second = create("adamw", [torch.zeros(3)])
