@@ -20,7 +20,7 @@ from torch import Tensor
 from bnbx.errors import BnbxWarning, CheckpointError, OptionError
 from bnbx.kernels.signature import RESIDUAL
 from bnbx.optimizers import foreign_bitsandbytes, foreign_torch
-from bnbx.optimizers.resolution import SCHEDULER_KEYS
+from bnbx.optimizers.resolution import TAGS
 from bnbx.optimizers.state import ENGINE_KEYS, rule_keys
 from bnbx.registry import optimizers
 from bnbx.registry.formats import GroupFormat, Holds, parts_of, place_of
@@ -34,7 +34,7 @@ LIBRARIES: Mapping[str, ModuleType] = {
     "torch": foreign_torch,
     "bitsandbytes": foreign_bitsandbytes,
 }
-TAGS = SCHEDULER_KEYS | {"params", "param_names"}
+OF_GROUPS = TAGS | {"params", "param_names"}
 
 
 class Unfit(Exception):  # noqa: N818 - not an error: the next format may fit
@@ -89,7 +89,7 @@ class _Dicts:
     ) -> None:
         self.groups: list[Mapping[str, Any]] = list(state_dict["param_groups"])
         self.state: Mapping[Any, Any] = state_dict["state"]
-        self.tags = {key for group in groups for key in group if key not in ours} | TAGS
+        self.tags = {key for group in groups for key in group if key not in ours} | OF_GROUPS
 
     def fit(self, spec: Optimizer) -> bool:
         """Whether a rule can go on from it."""
