@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,6 +49,13 @@ class Embedding(nn.Embedding):
             device=device,
             dtype=dtype,
         )
+        self._keep_states_wide()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._keep_states_wide()  # of a copy, which the manager does not know
+
+    def _keep_states_wide(self) -> None:
         manager = GlobalOptimManager.get_instance()
         manager.register_module_override(self, "weight", {"bits": 32})
 

@@ -16,13 +16,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from bnbx.errors import OptionError
-from bnbx.kernels.signature import RESIDUAL, absmax_name
 from bnbx.kernels.threads import safe_after_fork
 from bnbx.optim.custom import CUSTOM, loaded
 from bnbx.optim.legacy_names import betas_of, name_of
 from bnbx.optimizers import engine
 from bnbx.optimizers import state as states
-from bnbx.optimizers.clipping import NORMS
 from bnbx.optimizers.gather import Item
 from bnbx.registry import Optimizer as OptimizerSpec
 from bnbx.registry.config import Resolved
@@ -167,19 +165,14 @@ class Optimizer8bit(engine.Optimizer8bit):
             OptionError: it has no gradient, or the optimizer is in evaluation mode.
             UnsupportedTensorError: a gradient that cannot be used.
         """
-        self._modes.check_training()
+        self._modes.check_training(self.param_groups)
         item, scale = self._running or (None, None)
         if item is None or item.p is not p:
             if p.grad is None:
                 raise OptionError(f"update_step: a parameter of shape {tuple(p.shape)} has no grad")
             item = Item(p, p, p.grad, self._resolved_in(p, group))
-        saved = self.state[p]
-        theirs = {key: saved.pop(key) for key in saved.keys() - self._own_keys()}
-        try:
-            with safe_after_fork():
-                super()._update([item], scale, (gindex << 32) + pindex)
-        finally:
-            saved.update(theirs)
+        with safe_after_fork():
+            super()._update([item], scale, (gindex << 32) + pindex)
 
     def get_state_buffer(self, p: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Zeros of the shape of `p`, kept where its states are: paged if they are."""
@@ -227,11 +220,6 @@ class Optimizer8bit(engine.Optimizer8bit):
 
     def _resolved_in(self, p: Tensor, group: Mapping[str, Any]) -> Resolved:
         return self.resolution.values_in(group)(p)
-
-    def _own_keys(self) -> set[str]:
-        names = [state.name for state in self.spec.states]
-        keys = [key for n in names for key in (n, absmax_name(n), states.type_key(n))]
-        return {STEP, RESIDUAL, NORMS, *keys}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

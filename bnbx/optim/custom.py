@@ -6,14 +6,14 @@ are saved and loaded as they are: no dtype is changed, since one of them may be 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bnbx.errors import CheckpointError
+from bnbx.optimizers.matching import merged_groups, saved_numbers
+from bnbx.optimizers.state import own_entry
 from bnbx.registry import Optimizer
 
 CUSTOM = Optimizer(
@@ -37,25 +37,9 @@ def loaded(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> Loade
             "'param_groups'"
         )
     saved = state_dict["param_groups"]
-    sizes = [[len(g["params"]) for g in each] for each in (groups, saved)]
-    if sizes[0] != sizes[1]:
-        raise CheckpointError(
-            f"the state dict has groups of {sizes[1]} parameters, the optimizer has {sizes[0]}"
-        )
     states = {}
-    for group, entry in zip(groups, saved, strict=True):
-        for p, index in zip(group["params"], entry["params"], strict=True):
-            if index in state_dict["state"]:
-                values = state_dict["state"][index]
-                states[p] = {key: _placed(value, p) for key, value in values.items()}
-    merged = [
-        {**old, **copy.deepcopy({k: v for k, v in new.items() if k != "params"})}
-        for old, new in zip(groups, saved, strict=True)
-    ]
-    return merged, states
-
-
-def _placed(value: Any, p: Tensor) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to(p.device, copy=True, memory_format=torch.preserve_format)
-    return copy.deepcopy(value)
+    for group, numbers in zip(groups, saved_numbers(groups, saved), strict=True):
+        for p, number in zip(group["params"], numbers, strict=True):
+            if number is not None and number in state_dict["state"]:
+                states[p] = own_entry(state_dict["state"][number], p)
+    return merged_groups(groups, saved), states

@@ -31,6 +31,7 @@ from bnbx.optimizers.gather import (
     check_parameter,
     is_left_alone,
 )
+from bnbx.optimizers.manager import GlobalOptimManager
 from bnbx.optimizers.modes import Modes
 from bnbx.optimizers.overrides import compile_overrides, split_names
 from bnbx.optimizers.paging import Pages
@@ -46,6 +47,7 @@ from bnbx.registry.options import unaliased
 
 # What the constructor takes beside the arguments that are resolved for each parameter.
 CONSTRUCTOR_ARGUMENTS = frozenset(["params", "rule", "overrides", "page_dir", *IMPLEMENTATION])
+OVERRIDES = "_overrides"  # of parameters, in a pickle: the manager knows those of a process
 
 
 class Optimizer8bit(torch.optim.Optimizer):
@@ -135,7 +137,8 @@ class Optimizer8bit(torch.optim.Optimizer):
             param_group = split_names(given)
         super().add_param_group(param_group)
         try:
-            group = self.param_groups[-1]
+            *others, group = self.param_groups
+            self._modes.put([group], self._modes.of(others))
             self._resolution.add_names(group)
             values_of = self._resolution.values_in(group)
             if len(set(group["params"])) < len(group["params"]):
@@ -179,9 +182,14 @@ class Optimizer8bit(torch.optim.Optimizer):
         return self._pages
 
     @property
+    def modes(self) -> Modes:
+        """What turns the parameters into those to evaluate, and back."""
+        return self._modes
+
+    @property
     def mode(self) -> str:
         """The mode that the parameters are in: train or eval."""
-        return self._modes.mode
+        return self._modes.of(self.param_groups)
 
     # ---- the step
 
@@ -203,7 +211,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         """
         if torch.compiler.is_compiling():
             return compiled.step_in_graph(self, self._handle, closure, grad_scale)
-        self._modes.check_training()
+        self._modes.check_training(self.param_groups)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -229,7 +237,7 @@ class Optimizer8bit(torch.optim.Optimizer):
                 updated.
             OptionError: the optimizer is in evaluation mode, or has no such parameters.
         """
-        self._modes.check_training()
+        self._modes.check_training(self.param_groups)
         every = [(p, group) for group in self.param_groups for p in group["params"]]
         compiled.check_places(places, (len(params), len(grads)), len(every))
         items = []
@@ -322,8 +330,8 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def _states_of(self, p: Tensor, resolved: Resolved) -> states.ParameterState:
         saved: states.ParameterState = self.state[p]
-        if not saved:
-            saved[STEP] = 0
+        if STEP not in saved and not saved.keys() & states.rule_keys(self.spec):
+            saved[STEP] = 0  # there may be entries of somebody's own
         for state in self.spec.active_states(resolved.switches):
             if state.name not in saved:  # new, or switched on by a change of its hyperparameter
                 make = states.maker(p, resolved, self._pages)
@@ -370,7 +378,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         Raises:
             CheckpointError: it does not fit; then the optimizer is as before.
         """
-        groups, loaded, self._modes.mode = saving.read(self, state_dict)
+        groups, loaded = saving.read(self, state_dict)
         self._slots.clear()
         self.param_groups = groups
         self.state.clear()
@@ -381,14 +389,17 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._scaling.settle()
+        params = (p for group in self.param_groups for p in group["params"])
         own = {"spec": self.spec, "_resolution": self._resolution, "_pages": self._pages}
-        return {**super().__getstate__(), **own, "_modes": self._modes}
+        overrides = GlobalOptimManager.get_instance().overrides_of(params)
+        return {**super().__getstate__(), **own, OVERRIDES: overrides}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.spec = state["spec"]
         self._start()
-        super().__setstate__(state)
+        super().__setstate__({key: state[key] for key in state if key != OVERRIDES})
         self._resolution.clear()
+        GlobalOptimManager.get_instance().adopt(state.get(OVERRIDES, []))
 
 
 def _listed(params: Any) -> Any:

@@ -21,7 +21,8 @@ from bnbx.errors import BnbxWarning, CheckpointError, OptionError
 from bnbx.kernels.evaluate import evaluate, tensor_operations
 from bnbx.kernels.signature import RESIDUAL
 from bnbx.optimizers import foreign_bitsandbytes, foreign_torch
-from bnbx.optimizers.resolution import SCHEDULER_KEYS
+from bnbx.optimizers.resolution import TAGS
+from bnbx.optimizers.state import ENGINE_KEYS, rule_keys
 from bnbx.registry import optimizers
 from bnbx.registry.formats import GroupFormat, Holds, parts_of, place_of
 from bnbx.registry.optimizer import STEP, Optimizer
@@ -34,7 +35,7 @@ LIBRARIES: Mapping[str, ModuleType] = {
     "torch": foreign_torch,
     "bitsandbytes": foreign_bitsandbytes,
 }
-TAGS = SCHEDULER_KEYS | {"params", "param_names"}
+OF_GROUPS = TAGS | {"params", "param_names"}
 
 
 class Unfit(Exception):  # noqa: N818 - not an error: the next format may fit
@@ -89,7 +90,7 @@ class _Dicts:
     ) -> None:
         self.groups: list[Mapping[str, Any]] = list(state_dict["param_groups"])
         self.state: Mapping[Any, Any] = state_dict["state"]
-        self.tags = {key for group in groups for key in group if key not in ours} | TAGS
+        self.tags = {key for group in groups for key in group if key not in ours} | OF_GROUPS
 
     def fit(self, spec: Optimizer) -> bool:
         """Whether a rule can go on from it."""
@@ -256,6 +257,9 @@ def written(optimizer: Optimizer8bit, state_dict: dict[str, Any], save_as: str) 
             notes |= dict.fromkeys(note)
             if RESIDUAL in saved:
                 notes[f"{save_as} keeps no {RESIDUAL} of 16-bit parameters"] = None
+            own = [repr(key) for key in saved if key not in rule_keys(spec) | ENGINE_KEYS]
+            if own:
+                notes[f"entries that are no state's are left out: {', '.join(own)}"] = None
     if notes:
         warnings.warn(
             f"save_as={save_as!r}: {'; '.join(notes)}", BnbxWarning, stacklevel=user_level()

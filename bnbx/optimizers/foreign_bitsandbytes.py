@@ -181,12 +181,12 @@ def write(
             )
         by_key.setdefault(place[0], []).append(storage)
     fits = fits and all(len({_values(s) for s in stack}) == 1 for stack in by_key.values())
-    found: dict[str, Any] = {STEP: saved[STEP]}
+    found: dict[str, Any] = {key: saved[key] for key in (STEP, NORMS) if key in saved}
     for key, stack in by_key.items():
         found |= _written_stack(key, stack, saved, shape) if fits else {}
         if not fits:
             found[key] = _together([values_of(s, saved, shape) for s in stack], stack)
-    if float(resolved.hyper.get(CLIP, 0)) > 0 and found.keys() - {STEP}:
+    if float(resolved.hyper.get(CLIP, 0)) > 0 and by_key:
         device = next(iter(found[key] for key in by_key)).device
         found[UPDATE_NORM] = torch.zeros(1, dtype=torch.float32, device=device)
     widened = any(quantized) and not fits

@@ -44,6 +44,7 @@ class _Setting:
 
 
 Settings = dict[str, _Setting]
+Overrides = list[tuple[Tensor, tuple[Layer, ...]]]
 
 
 @dataclass
@@ -70,6 +71,11 @@ class GlobalOptimManager:
     An override of a parameter follows the `torch.nn.Parameter` object, which `module.to(...)`
     keeps. Where it is replaced by another (`torch.__future__.set_overwrite_module_params_on_`
     `conversion`, XLA, FSDP), override the module's attribute instead, which is looked up anew.
+    The same holds under `torch.__future__.set_swap_module_params_on_conversion`: torch swaps no
+    tensor that is referred to weakly, as one with an override is ("Couldn't swap ...").
+
+    Copies of an optimizer (deepcopy, pickle) give their parameters the overrides that the
+    original's had.
     """
 
     _instance: ClassVar[GlobalOptimManager | None] = None
@@ -229,6 +235,32 @@ class GlobalOptimManager:
             (origin, {setting.key: setting.value for setting in together})
             for origin, together in groupby(settings, lambda setting: setting.origin)
         )
+
+    def overrides_of(self, params: Iterable[Tensor]) -> Overrides:
+        """The layers of those parameters that have any; see `adopt`."""
+        if self.empty:
+            return []
+        return [(p, layers) for p in params if (layers := self.layers_for(p))]
+
+    def adopt(self, overrides: Overrides) -> None:
+        """Give copies of parameters what `overrides_of` found for the originals.
+
+        What a parameter has already, since it is no copy or its module has spoken, stays as it is.
+        """
+        with self._lock:
+            for p, layers in overrides:
+                held, wanted = _merged(self.layers_for(p)), _merged(layers)
+                new = {key for key in wanted if key not in held or held[key] != wanted[key]}
+                if not new:
+                    continue
+                self._version += 1
+                settings = self._tensors.setdefault(p, {})
+                for origin, layer in layers:
+                    self._put(settings, origin, {k: layer[k] for k in layer if k in new})
+
+
+def _merged(layers: Iterable[Layer]) -> dict[str, Any]:
+    return {key: value for _, layer in layers for key, value in layer.items()}
 
 
 def _label(call: str) -> str:

@@ -20,9 +20,10 @@ from bnbx.registry.config import Layer, Resolved, resolve
 from bnbx.registry.names import closest
 from bnbx.registry.options import options_of
 
-# What torch's schedulers write into groups, which may be used again for a new optimizer.
-SCHEDULER_KEYS = frozenset(
-    "initial_lr base_lr max_lr min_lr swa_lr base_momentum max_momentum".split()
+# What torch's schedulers write into groups, which may be used again for a new optimizer, and the
+# norm that training loops clip the gradients of a group to.
+TAGS = frozenset(
+    "initial_lr base_lr max_lr min_lr swa_lr base_momentum max_momentum max_norm".split()
 )
 ARGUMENT, GROUP = "argument", "param group"
 MAX_KEPT = 1024  # a schedule makes a new learning rate every step
@@ -68,10 +69,10 @@ class Resolution:
         self._layers.clear()
 
     def check_keys(self, keys: Iterable[str]) -> None:
-        """Groups may carry tags of their own (schedulers add some), but no near misses."""
+        """Groups may carry tags of their own (schedulers add some), but no slips of the hand."""
         for key in keys:
             near = closest(key, self.names)
-            if near and key not in self.names and key not in SCHEDULER_KEYS:
+            if near and key not in self.names and key not in TAGS:
                 raise UnknownNameError(
                     f"parameter group: {self.spec.name} has no argument {key!r}; "
                     f"did you mean {near!r}? It has: {', '.join(self.names)}"

@@ -7,9 +7,8 @@ are not stored as the optimizer stores them are converted, with one warning that
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +26,9 @@ from bnbx.kernels.plan import Storage
 from bnbx.kernels.signature import RESIDUAL, absmax_name
 from bnbx.optimizers import foreign
 from bnbx.optimizers.clipping import HISTORY, NORMS
+from bnbx.optimizers.matching import merged_groups, saved_numbers
 from bnbx.optimizers.state import (
+    ENGINE_KEYS,
     WHOLE,
     Entry,
     ParameterState,
@@ -37,11 +38,13 @@ from bnbx.optimizers.state import (
     entries_of,
     label_of,
     maker,
+    own_entry,
+    rule_keys,
     storage_of,
     type_key,
     values_of,
 )
-from bnbx.registry import QuantType, quant_types
+from bnbx.registry import QuantType, optimizers, quant_types
 from bnbx.registry.config import Resolved
 from bnbx.registry.optimizer import STEP, State
 
@@ -58,26 +61,42 @@ ENGINE_DTYPES = {
     NORMS: (torch.float32,),
 }
 MOST_STEPS = 2**53  # up to which float64 counts
+MOST_LABEL = 1000  # bytes of the label of a quant type
 MOST_JSON = 100_000  # characters of a quant type; a table of 8 bits takes a tenth
 Groups = list[dict[str, Any]]
-Loaded = tuple[Groups, dict[Tensor, ParameterState], str]
+Loaded = tuple[Groups, dict[Tensor, ParameterState]]
 
 
 def written(optimizer: Optimizer8bit, state_dict: dict[str, Any], save_as: str) -> dict[str, Any]:
     """A state dict of torch's with our header, or in the format of another library."""
     if save_as == HEADER:
-        return {**state_dict, HEADER: header(optimizer)}
+        keys = [type_key(state.name) for state in optimizer.spec.states]
+        state = {index: _with_labels(saved, keys) for index, saved in state_dict["state"].items()}
+        return {**state_dict, "state": state, HEADER: header(optimizer)}
     return foreign.written(optimizer, state_dict, save_as)
+
+
+def _with_labels(saved: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """The states of a parameter with labels of types as the tensors of their bytes.
+
+    torch.distributed.checkpoint flattens tensors and numbers only, and reads into tensors in place.
+    """
+    labels = {key: saved[key].encode() for key in keys if key in saved}
+    return {**saved, **{k: torch.tensor(list(v), dtype=torch.uint8) for k, v in labels.items()}}
+
+
+def _text(label: str, value: Any) -> Any:
+    """A label that `_with_labels` made a tensor, or what else is there."""
+    if not isinstance(value, Tensor):
+        return value
+    _check_entry(label, value, Entry(value.shape, torch.uint8))
+    return bytes(value.reshape(-1)[:MOST_LABEL].tolist()).decode(errors="replace")
 
 
 def header(optimizer: Optimizer8bit) -> dict[str, Any]:
     """What a state dict says of itself."""
-    labels = {
-        value
-        for saved in optimizer.state.values()
-        for key, value in saved.items()
-        if key.endswith("_type")
-    }
+    keys = [type_key(state.name) for state in optimizer.spec.states]
+    labels = {saved[key] for saved in optimizer.state.values() for key in keys if key in saved}
     names = sorted({label.removesuffix(WHOLE) for label in labels})
     return {
         "format": FORMAT,
@@ -89,7 +108,7 @@ def header(optimizer: Optimizer8bit) -> dict[str, Any]:
 
 
 def read(optimizer: Optimizer8bit, state_dict: dict[str, Any]) -> Loaded:
-    """The groups, states and mode of a state dict, checked; nothing of the optimizer changes.
+    """The groups and states of a state dict, checked; nothing of the optimizer changes.
 
     Raises:
         CheckpointError: it does not fit.
@@ -116,18 +135,21 @@ class _Reading:
         self.optimizer = optimizer
         self.state_dict = state_dict
         self.types = _check_header(optimizer, state_dict)
+        header = state_dict.get(HEADER, {}).get("mode")
+        self.mode = optimizer.modes.saved(state_dict["param_groups"], header)
         if ours:
             _check_groups(optimizer, state_dict)
         self.converted: dict[str, int] = {}
 
     def result(self) -> Loaded:
         saved_groups = self.state_dict["param_groups"]
-        groups = _merged_groups(self.optimizer.param_groups, saved_groups)
+        numbers = saved_numbers(self.optimizer.param_groups, saved_groups)
+        groups = merged_groups(self.optimizer.param_groups, saved_groups, STORAGE_OPTIONS)
         _check_indices(saved_groups, self.state_dict["state"])
         loaded: dict[Tensor, ParameterState] = {}
-        for number, (group, entry) in enumerate(zip(groups, saved_groups, strict=True)):
-            for p, index in zip(group["params"], _by_name(group, entry), strict=True):
-                saved = self.state_dict["state"].get(index)
+        for number, (group, indices) in enumerate(zip(groups, numbers, strict=True)):
+            for p, index in zip(group["params"], indices, strict=True):
+                saved = None if index is None else self.state_dict["state"].get(index)
                 label = f"state dict, group {number}, parameter {index}"
                 resolved = self.resolved(label, p, group)
                 if saved:
@@ -139,7 +161,8 @@ class _Reading:
                 BnbxWarning,
                 stacklevel=foreign.user_level(),
             )
-        return groups, loaded, mode_of(self.state_dict)
+        self.optimizer.modes.put(groups, self.mode)
+        return groups, loaded
 
     def resolved(self, label: str, p: Tensor, group: Mapping[str, Any]) -> Resolved:
         try:
@@ -156,16 +179,16 @@ class _Reading:
             raise CheckpointError(
                 f"{label}: 'step' is {MOST_STEPS} or more; expected what float64 can count"
             )
-        rest = set(saved) - {STEP}
+        rest = set(saved) - ENGINE_KEYS
         for state in self.optimizer.spec.states:
             keys = {state.name, absmax_name(state.name), type_key(state.name)}
             if state.name in saved:
                 found |= self.state(label, p, state, saved, resolved)
             rest -= keys if state.name in saved else set()
         found |= self.engine_states(label, p, saved, resolved)
-        found |= {key: saved[key] for key in rest - {RESIDUAL, NORMS}}
+        found |= {key: self.own(label, key, saved[key], p) for key in rest}
         check_states(label, p, found, self.optimizer.spec, resolved)
-        return found
+        return {key: found[key] for key in (*saved, *found) if key in found}  # in saved order
 
     def state(
         self, label: str, p: Tensor, state: State, saved: Mapping[str, Any], resolved: Resolved
@@ -193,7 +216,7 @@ class _Reading:
         for key in keys:
             if key not in saved:
                 raise CheckpointError(f"{label}: {key!r} is missing; there are {sorted(saved)}")
-        text = saved[type_key(state.name)]
+        text = _text(f"{label}: {keys[1]!r}", saved[keys[1]])
         name = str(text).removesuffix(WHOLE)
         known = set(quant_types().names() if self.types is None else self.types)
         if name not in known:
@@ -228,6 +251,21 @@ class _Reading:
                 self.note("residual dropped")
         return found
 
+    def own(self, label: str, key: Any, value: Any, p: Tensor) -> Any:
+        """An entry that is no state's: somebody's own, unless the name is that of another rule."""
+        spec = self.optimizer.spec
+        if key not in rule_keys(spec):
+            for other in optimizers():
+                if key in rule_keys(other):
+                    raise CheckpointError(
+                        f"{label}: unexpected {key!r}, a state of {other.name!r}; {spec.name!r} "
+                        f"has {sorted(state.name for state in spec.states)}. An entry of your own "
+                        "needs a name that no rule has"
+                    )
+        if isinstance(value, Tensor) and value.layout is torch.strided:
+            _check_memory(f"{label}: {key!r}", value)
+        return own_entry(value, p)
+
     def placed(self, tensor: Tensor, p: Tensor, resolved: Resolved) -> Tensor:
         """A copy, contiguous, where the states of `p` live."""
         make = maker(p, resolved, self.optimizer.pages)
@@ -254,13 +292,11 @@ def _check_header(
             f"the state dict has format {about.get('format')!r}; this version of bnbx reads "
             f"format {FORMAT}. Load it with the version that wrote it."
         )
-    spec, mode = optimizer.spec, mode_of(state_dict)
+    spec = optimizer.spec
     if about.get("rule") != spec.name:
         raise CheckpointError(
             f"the state dict is of rule {about.get('rule')!r}, this optimizer is {spec.name!r}"
         )
-    if mode != "train" and (mode not in spec.modes or not spec.modes[mode].statements):
-        raise CheckpointError(f"the state dict is in mode {mode!r}, which {spec.name!r} lacks")
     if about.get("rule_digest", spec.digest) != spec.digest:
         warnings.warn(
             f"the rule {spec.name!r} has changed since the checkpoint was written: its states "
@@ -322,6 +358,11 @@ def _check_entry(label: str, value: Any, entry: Entry) -> None:
         raise CheckpointError(f"{label} has dtype {value.dtype}; expected {entry.dtype}")
     if value.layout is not torch.strided or value.device.type == "meta":
         raise CheckpointError(f"{label} is {value.layout} on {value.device}; expected values")
+    _check_memory(label, value)
+
+
+def _check_memory(label: str, value: Tensor) -> None:
+    """Raise CheckpointError if there is no memory for all elements."""
     last = sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
     room = value.untyped_storage().nbytes() // value.itemsize - value.storage_offset()
     if value.numel() and last >= room:
@@ -346,33 +387,3 @@ def _has_our_groups(state_dict: Mapping[str, Any]) -> bool:
     groups = state_dict.get("param_groups") or []
     ours = STORAGE_OPTIONS - {"paged"}
     return "state" in state_dict and all(ours <= set(g) for g in groups) and bool(groups)
-
-
-def _merged_groups(current: Groups, saved: Groups) -> Groups:
-    """The saved groups' hyperparameters with the current groups' parameters and storage."""
-    sizes = [[len(g["params"]) for g in groups] for groups in (current, saved)]
-    if sizes[0] != sizes[1]:
-        raise CheckpointError(
-            f"the state dict has groups of {sizes[1]} parameters, the optimizer has {sizes[0]}"
-        )
-    kept = {"params", "param_names", *STORAGE_OPTIONS}
-    return [
-        {**old, **copy.deepcopy({k: v for k, v in new.items() if k not in kept})}
-        for old, new in zip(current, saved, strict=True)
-    ]
-
-
-def _by_name(group: Mapping[str, Any], entry: Mapping[str, Any]) -> list[Any]:
-    """The saved numbers of a group's parameters; by name where both have the same names."""
-    names, saved = group.get("param_names"), entry.get("param_names")
-    numbers = list(entry["params"])
-    if not names or not saved or list(names) == list(saved) or sorted(names) != sorted(saved):
-        return numbers
-    known = dict(zip(saved, numbers, strict=True))
-    return [known[name] for name in names]
-
-
-def mode_of(state_dict: Mapping[str, Any]) -> str:
-    """The mode that the parameters were in."""
-    about = state_dict.get(HEADER)
-    return str(about.get("mode", "train")) if isinstance(about, Mapping) else "train"

@@ -2,14 +2,16 @@
 
 A quantized state is three entries of `optimizer.state[p]`: the codes under the state's name
 (uint8, of the parameter's shape; one-dimensional where codes have fewer bits than a byte),
-`<name>_absmax` (float32, one per block, or one in all) and `<name>_type`, the quant type's name. A
-state without these is a float32 tensor of the parameter's shape. `residual` is what a 16-bit
-parameter's master keeps beside it, `gnorm_vec` the last 100 gradient norms. `step` is a Python
-int, 1 after the first step.
+`<name>_absmax` (float32, one per block, or one in all) and `<name>_type`, the quant type's name (in
+a state dict, the bytes of it, since flattened checkpoints hold no text). A state without these is
+a float32 tensor of the parameter's shape. `residual` is what a 16-bit parameter's master keeps
+beside it, `gnorm_vec` the last 100 gradient norms. `step` is a Python int, 1 after the first step.
+Entries under other names are somebody's own: they are left alone.
 """
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -41,6 +43,7 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {getattr(torch, name): name for name in
 Make = Callable[["Entry", float], Tensor]
 WHOLE = "/tensor"  # ends the type's label where one absmax serves the whole tensor
 HALF_DTYPES = (torch.bfloat16, torch.float16)
+ENGINE_KEYS = frozenset({STEP, RESIDUAL, NORMS})  # kept for any rule
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,12 @@ class Entry:
 def type_key(state: str) -> str:
     """Key of the label of the quant type that holds a state."""
     return f"{state}_type"
+
+
+def rule_keys(spec: OptimizerSpec) -> set[str]:
+    """All keys that states of a rule may have, however they are stored."""
+    names = [state.name for state in spec.states]
+    return {key for name in names for key in (name, absmax_name(name), type_key(name))}
 
 
 def label_of(storage: Storage) -> str:
@@ -221,6 +230,17 @@ def encoded(storage: Storage, values: Tensor) -> dict[str, Tensor]:
     return {name: codes.view(shape), absmax_name(name): absmax}
 
 
+def own_entry(value: Any, p: Tensor) -> Any:
+    """A copy of an entry that is no rule's, on the device of `p`; no dtype is changed."""
+    if isinstance(value, Tensor):
+        return value.detach().to(p.device, copy=True, memory_format=torch.preserve_format)
+    if type(value) is dict:
+        return {key: own_entry(item, p) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(own_entry(item, p) for item in value)
+    return copy.deepcopy(value)
+
+
 def new_engine_state(p: Tensor, key: str, resolved: Resolved) -> ParameterState:
     """A fresh tensor of `engine_entries`."""
     entry = engine_entries(p, resolved)[key]
@@ -304,7 +324,7 @@ def check_states(
     """Raise CheckpointError if `saved` cannot be the states of `p`: a kernel trusts their sizes.
 
     A state that does not exist with these hyperparameters may be there all the same, since they
-    can change during a run.
+    can change during a run; so may entries that are no state's.
     """
     step = saved.get(STEP)
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
@@ -317,10 +337,11 @@ def check_states(
             expected |= entries_of(storage, p.shape)
             if storage.quant_type is not None:
                 types[type_key(state.name)] = label_of(storage)
-    known = expected.keys() | types.keys() | {STEP, RESIDUAL, NORMS}
+    known = expected.keys() | types.keys()
     for key in (expected.keys() | types.keys()) - saved.keys():
-        raise CheckpointError(f"{label}: {key!r} is missing; there are {sorted(saved)}")
-    for key in saved.keys() - known:
+        there = sorted(map(str, saved))
+        raise CheckpointError(f"{label}: {key!r} is missing; there are {there}")
+    for key in (saved.keys() & rule_keys(spec)) - known:
         raise CheckpointError(f"{label}: unexpected {key!r}; expected {sorted(expected)}")
     for key, held in types.items():
         if saved[key] != held:

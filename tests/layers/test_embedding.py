@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -175,9 +177,14 @@ def test_int8_files_that_lie(key: str, value: Any, message: str) -> None:
 # ---- in floats
 
 
+@pytest.mark.parametrize(
+    "copied",
+    [lambda x: x, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))],
+    ids=["itself", "deepcopy", "pickle"],
+)
 @pytest.mark.parametrize("kind", [Embedding, StableEmbedding])
-def test_states_of_these_stay_in_32_bits(kind: Any) -> None:
-    embedding = kind(100, 64)
+def test_states_of_these_stay_in_32_bits(kind: Any, copied: Callable[[Any], Any]) -> None:
+    embedding = copied(kind(100, 64))
     model = nn.Sequential(embedding, nn.Linear(64, 64))
     optimizer = bnbx.optim.AdamW8bit(model.parameters(), min_8bit_size=0)
     model(TOKENS).sum().backward()

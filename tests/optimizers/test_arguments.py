@@ -146,6 +146,7 @@ def test_mistakes_in_a_group_are_named_and_leave_no_group(what: str) -> None:
 def test_groups_may_carry_tags() -> None:
     """Schedulers and trainers keep notes of their own in groups."""
     tags = dict(name="head", lr_scale=0.5, initial_lr=0.1, max_lr=0.2, min_lr=0.0, swa_lr=0.1)
+    tags |= dict(no_weight_decay=1.0, weight_decay_mult=0.5, max_norm=1.0, steps=3, lr_x=0.1)
     optimizer = create("adamw", [{"params": parameter(), **tags}])
     assert optimizer.param_groups[0].items() >= tags.items()
 

@@ -121,6 +121,27 @@ def test_room_for_the_norm_of_updates() -> None:
         assert all(("unorm_vec" in entry) == clips for entry in saved["state"].values())
 
 
+def test_the_norms_of_percentile_clipping_go_along() -> None:
+    """The option does not: bitsandbytes keeps it in the optimizer."""
+    params = parameters(torch.float32, SHAPES)
+    ours: Optimizer8bit = create("adamw", params, lr=LR, percentile_clipping=50)
+    train(ours, params, 0, 3)
+    saved = through_a_file(ours.state_dict(save_as="bitsandbytes"))
+    theirs = bitsandbytes.optim.AdamW8bit(copies(params), lr=LR)
+    theirs.load_state_dict(saved)
+    again = create("adamw", copies(params), percentile_clipping=50)
+    again.load_state_dict(theirs.state_dict())
+    others = zip(parameters_of(theirs), parameters_of(again), strict=True)
+    for p, (there, here) in zip(params, others, strict=True):
+        norms = ours.state[p]["gnorm_vec"]
+        assert norms.count_nonzero() > 0
+        assert equal(theirs.state[there]["gnorm_vec"], norms)
+        assert equal(again.state[here]["gnorm_vec"], norms)
+    for optimizer in (ours, again):
+        train(optimizer, parameters_of(optimizer), 3, 2)
+    assert all(map(equal, params, parameters_of(again)))
+
+
 @pytest.mark.parametrize(
     ("rule", "arguments", "message"),
     [

@@ -225,20 +225,74 @@ def test_an_optimizer_keeps_no_dead_model(manager: GlobalOptimManager) -> None:
     assert manager.empty
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_overrides_of_others_stay_with_them(
-    manager: GlobalOptimManager, copied: Callable[[Any], Any]
+COPIES = pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))],
+    ids=["deepcopy", "pickle"],
+)
+
+
+@COPIES
+@pytest.mark.parametrize("way", WAYS)
+def test_copies_have_the_overrides_of_the_original(
+    manager: GlobalOptimManager, way: str, copied: Callable[[Any], Any]
 ) -> None:
-    """A copy has other parameters, about which nothing was said; its states are as they were."""
+    """Their states are as they were, so that no step could follow without."""
     model = Model()
-    manager.override_config(model.embed.weight, "lr", 0.0)
+    WAYS[way](manager, model)
+    manager.override_config(model.body.weight, "lr", 0.0)
     optimizer = create("adamw", model.parameters(), lr=0.5, weight_decay=0.0)
     step(optimizer)
-    other = copied(optimizer)
-    p = other.param_groups[0]["params"][0]
-    before = p.detach().clone()
+    twin, other = copied((model, optimizer))
+    before = twin.body.weight.detach().clone()
+    step(optimizer)
     step(other)
-    assert not torch.equal(p, before)
+    assert dtypes(other, twin.embed.weight, twin.head.weight) == [FULL, CODES]
+    assert equal(twin.body.weight, before)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert equal(p, q)
+    origins = [manager.layers_for(p)[0][0] for p in (model.embed.weight, twin.embed.weight)]
+    assert origins[0] == origins[1]
+    later = create("adamw", twin.parameters())
+    step(later)
+    assert dtypes(later, twin.embed.weight) == [FULL]
+
+
+@COPIES
+def test_a_copy_of_a_copy(manager: GlobalOptimManager, copied: Callable[[Any], Any]) -> None:
+    """Also in a process that knows nothing of the original."""
+    model = Model()
+    manager.override_config(model.embed.weight, "bits", 32)
+    optimizer = create("adamw", model.parameters())
+    step(optimizer)
+    other = copied(copied(optimizer))
+    step(other)
+    kept = pickle.dumps(optimizer)
+    manager.initialize()
+    again = pickle.loads(kept)
+    step(again)
+    assert dtypes(again, again.param_groups[0]["params"][0]) == [FULL]
+
+
+def test_what_was_said_of_a_parameter_stays(manager: GlobalOptimManager) -> None:
+    """A shallow copy shares its parameters, and a pickle may be of before."""
+    model = Model()
+    manager.override_config(model.embed.weight, "lr", 0.5)
+    optimizer = create("adamw", model.parameters())
+    version, said = manager.version, manager.layers_for(model.embed.weight)
+    assert copy.copy(optimizer).resolved(model.embed.weight).hyper["lr"] == 0.5
+    assert manager.version == version
+    assert manager.layers_for(model.embed.weight) == said
+
+
+def test_overrides_of_others_stay_with_them(manager: GlobalOptimManager) -> None:
+    model = Model()
+    manager.override_config(model.embed.weight, "lr", 0.0)
+    twin = copy.deepcopy(create("adamw", model.parameters()))
+    p, q = twin.param_groups[0]["params"][:2]
+    manager.override_config(model.embed.weight, "lr", 0.25)
+    assert twin.resolved(p).hyper["lr"] == 0.0
+    assert manager.layers_for(q) == ()
 
 
 def test_a_checkpoint_of_overridden_states_is_loaded(manager: GlobalOptimManager) -> None:

@@ -16,6 +16,7 @@ from bnbx.optimizers.engine import Optimizer8bit
 from bnbx.optimizers.paging import is_paged
 from bnbx.registry import optimizers
 from optimizers.compare import assert_same, equal
+from optimizers.saved import refuse
 from optimizers.variants import CASES, copies, gradients, make, parameters, set_gradients
 
 SHAPES = ((), (257,), (17, 241))
@@ -286,3 +287,64 @@ def test_copies_have_a_mode_of_their_own(way: Any) -> None:
     assert other.mode == "train"
     assert optimizer.mode == "eval"
     assert not equal(other.param_groups[0]["params"][1].detach(), params[1].detach())
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_states_and_groups_alone_restore_the_mode(mode: str) -> None:
+    """torch.distributed.checkpoint hands on nothing else."""
+    params = parameters(torch.float32, SHAPES)
+    optimizer = trained(params)
+    getattr(optimizer, mode)()
+    saved = optimizer.state_dict()
+    assert [group["train_mode"] for group in saved["param_groups"]] == [mode == "train"]
+    other = Optimizer8bit(copies(params), RULE, **ARGUMENTS)
+    other.load_state_dict({key: saved[key] for key in ("state", "param_groups")})
+    assert other.mode == mode
+    optimizer.train()
+    other.train()
+    assert_same(optimizer, other)
+
+
+def test_a_state_dict_from_before_groups_knew_the_mode() -> None:
+    params = parameters(torch.float32, SHAPES)
+    optimizer = trained(params)
+    optimizer.eval()
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["param_groups"][0]["train_mode"]
+    optimizer.train()
+    optimizer.load_state_dict(saved)
+    assert optimizer.mode == "eval"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (True, "two modes: 'eval' by its header and 'train' by group 0"),
+        ("no", "group 0: 'train_mode' is 'no'; expected True or False"),
+    ],
+)
+def test_a_state_dict_of_two_modes_is_refused(change: Any, message: str) -> None:
+    optimizer = trained(parameters(torch.float32, SHAPES))
+    optimizer.eval()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["train_mode"] = change
+    refuse(optimizer, saved, message)
+    assert optimizer.mode == "eval"
+
+
+def test_a_new_group_is_in_the_mode_of_the_others() -> None:
+    optimizer = trained(parameters(torch.float32, SHAPES))
+    optimizer.eval()
+    new = {"params": torch.zeros(5, requires_grad=True), "train_mode": True}
+    optimizer.add_param_group(new)
+    assert [group["train_mode"] for group in optimizer.param_groups] == [False, False]
+    optimizer.train()
+    assert [group["train_mode"] for group in optimizer.param_groups] == [True, True]
+
+
+def test_groups_of_rules_with_one_mode_do_not_tell_it() -> None:
+    params = parameters(torch.float32, [(10,)])
+    optimizer = Optimizer8bit([{"params": params, "train_mode": False}], "adamw")
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.mode == "train"
+    assert "train_mode" not in Optimizer8bit(params, "adamw").param_groups[0]

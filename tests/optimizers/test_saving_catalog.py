@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
@@ -133,26 +134,38 @@ def test_deepcopies_of_a_dict_load() -> None:
     assert_same(straight, second)
 
 
-@pytest.mark.parametrize("arguments", [{}, dict(bits=4), dict(block_wise=False)], ids=str)
-def test_distributed_checkpoints(arguments: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, dict(bits=4), dict(block_wise=False), dict(rule="schedule_free_adamw")],
+    ids=str,
+)
+def test_distributed_checkpoints(arguments: dict[str, Any], flat: bool, tmp_path: Path) -> None:
     """torch.distributed.checkpoint names parameters, and drops our header."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    arguments = {"rule": "adamw", **arguments}
     models: list[torch.nn.Module] = []
     made_of: list[Optimizer8bit] = []
     for _ in range(2):
         torch.manual_seed(len(models))
         models.append(torch.nn.Sequential(torch.nn.Linear(80, 80), torch.nn.Linear(80, 1)))
-        made_of.append(create("adamw", models[-1].parameters(), lr=1e-2, **arguments))
+        made_of.append(create(params=models[-1].parameters(), lr=1e-2, **arguments))
     model, straight = models[0], made_of[0]
     train(straight, list(model.parameters()), 0, 3)
-    state = get_optimizer_state_dict(model, straight)
+    straight.eval()
+    state = get_optimizer_state_dict(model, straight, options=options)
     models[1].load_state_dict(model.state_dict())
-    target = get_optimizer_state_dict(models[1], made_of[1])
+    target = get_optimizer_state_dict(models[1], made_of[1], options=options)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         save({"optim": state}, checkpoint_id=tmp_path, no_dist=True)
         load({"optim": target}, checkpoint_id=tmp_path, no_dist=True)
-    set_optimizer_state_dict(models[1], made_of[1], target)
+    set_optimizer_state_dict(models[1], made_of[1], target, options=options)
+    assert made_of[1].mode == straight.mode
+    models[1].load_state_dict(model.state_dict())  # in the mode that it was saved in
     assert_same(straight, made_of[1])
+    for optimizer in made_of:
+        optimizer.train()
     train(straight, list(model.parameters()), 3, 2)
     train(made_of[1], list(models[1].parameters()), 3, 2)
     assert all(map(equal, model.parameters(), models[1].parameters()))
