@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,6 +59,19 @@ def test_codes_stay_as_they_are() -> None:
         assert made.state.SCB is made.weight.SCB
     assert torch.equal(made.weight.to(torch.bfloat16), codes)
     assert not made.weight.requires_grad
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
+def test_a_copy_of_a_used_layer_has_its_codes_once(copied: Any) -> None:
+    made, x = layer(), numbers(3, 96)
+    y = made(x)
+    assert len(pickle.dumps(made)) < 1.9 * made.weight.nbytes
+    again = copied(made)
+    assert again.state == made.state
+    assert again.state.CB.data_ptr() == again.weight.data_ptr() != made.weight.data_ptr()
+    assert again.state.SCB is again.weight.SCB
+    assert made.state.CB is not None
+    assert torch.equal(again(x), y)
 
 
 def test_tied_weights_stay_tied() -> None:
