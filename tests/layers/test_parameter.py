@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bnbx.errors import QuantizedDataError
 from bnbx.layers.module import QuantizedModule
+from bnbx.layers.moving import MovingModule
 from bnbx.nn import FP4Params, Linear4bit, LinearNF4, Params4bit, QuantParameter, QuantState
 from oracles import bitsandbytes_functional
 
@@ -199,6 +200,23 @@ def test_conversions_of_modules_reach_all_who_share_a_weight(holder: Any) -> Non
     assert weight.quant_state is state
     assert state is not None
     assert state.dtype == torch.float16
+
+
+def test_scales_go_where_a_module_brings_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parameter of a module stays itself, and so does its state: `to` moved another's."""
+
+    class Away(Params4bit):
+        device = property(lambda self: torch.device("cuda"))
+
+    weight = Away(torch.randn(64, 96), quant_type="nf4").to("cpu")
+    moved: list[Any] = []
+    monkeypatch.setattr(QuantState, "to", lambda state, device: moved.append((state, device)))
+    module = MovingModule()
+    module.register_parameter("weight", weight)
+    module._apply(lambda tensor: tensor)
+    assert len(moved) == 1
+    assert moved[0][0] is weight.quant_state
+    assert moved[0][1] == torch.device("cuda")
 
 
 def test_moved_parameter_is_another_with_the_same_settings() -> None:
