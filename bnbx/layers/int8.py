@@ -6,6 +6,7 @@ State dicts are those of bitsandbytes: `weight` (int8 codes), `SCB` (absmax of i
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -164,6 +165,21 @@ class Linear8bitLt(LoadsInt8, MovingModule, nn.Linear):
             self.state.SCB = absmax
         self.init_8bit_state()
         return self
+
+    # ---- copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is kept of the layer; the codes once, not in its state too."""
+        found = self.__dict__.copy()
+        if self.weight.dtype == torch.int8:
+            found["state"] = state = copy.copy(self.state)
+            state.CB = None
+            state.SCB = state.SCB if getattr(self.weight, "SCB", None) is None else None
+        return found
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.init_8bit_state()
 
     # ---- state dicts
 

@@ -7,20 +7,28 @@ because libraries rebuild parameters from it.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
 from bnbx.errors import QuantizedDataError
+from bnbx.kernels.coding import FLOATS
 from bnbx.kernels.int8 import dequantize_rows, quantize_rows
 from bnbx.kernels.memory import moved
+from bnbx.layers import int8_ops  # noqa: F401 - registers torch.ops.bnbx.llm_int8_*
+from bnbx.layers.arithmetic import SETS_DATA, Coded, in_numbers, kind_of
 from bnbx.layers.moving import Moving
 
 
-class Int8Params(Moving, torch.nn.Parameter):
+class Int8Params(Moving, Coded, torch.nn.Parameter):
     """A weight that is quantized, row by row, when it moves to a device, `.to("cpu")` included.
+
+    Products and reductions by torch's own functions are of the numbers, not the codes, see
+    `bnbx.layers.arithmetic`; but users decode by hand, `weight * SCB[:, None] / 127`, so these
+    two are of the codes.
 
     Attributes:
         CB: the codes, (out, in) int8: the parameter's own memory; None until it is quantized.
@@ -94,6 +102,67 @@ class Int8Params(Moving, torch.nn.Parameter):
         if not self.quantized or self.SCB is None:
             return self.detach().to(dtype)
         return dequantize_rows(self.detach(), self.SCB, dtype)
+
+    # ---- arithmetic
+
+    scaled_by_hand = True
+
+    @property
+    def in_codes(self) -> bool:
+        """Whether the memory is codes, and what they stand for is known."""
+        return self.SCB is not None and self.quantized
+
+    def numbers(self, dtype: torch.dtype | None) -> Tensor:
+        """The dense numbers, in this dtype if it is one of weights, else in float32."""
+        wanted = dtype if dtype in FLOATS else torch.float32
+        found: Tensor = torch.ops.bnbx.llm_int8_dense(self.detach(), self.SCB, wanted)
+        return found
+
+    def entries(self, index: Any) -> NoReturn:
+        """Raise: whether codes are meant, to be decoded by hand, or numbers, nobody can tell.
+
+        Raises:
+            QuantizedDataError: always.
+        """
+        del index
+        raise QuantizedDataError(
+            "weight[...] of an int8 layer: the weight holds codes. Index "
+            "layer.dequantized_weight() for the numbers, or weight.data for the codes"
+        )
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """What means numbers is done with numbers; all else as ever.
+
+        That there is such a method keeps torch's fast paths, which know only dense numbers, away.
+        """
+        mine = in_numbers(func, args, kwargs)
+        if mine is not None:
+            return mine()
+        if kind_of(func) == SETS_DATA and isinstance(args[0], Int8Params):
+            args = args[0], args[0]._in_place_of_codes(args[1])
+        base: Any = super()
+        return base.__torch_function__(func, types, args, kwargs or {})
+
+    def _in_place_of_codes(self, data: Tensor) -> Tensor:
+        """What becomes the memory when somebody sets `data`.
+
+        Codes that were converted to a float dtype become codes again, for they mean what they
+        meant. Other floats are numbers: what belonged to the codes is forgotten.
+        """
+        if not self.in_codes or not data.is_floating_point():
+            return data
+        self.CB = self.codes_again(data)
+        if self.CB is None:
+            self.SCB = None
+            return data
+        return self.CB
 
     # ---- moving
 

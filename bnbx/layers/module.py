@@ -28,6 +28,7 @@ from bnbx.kernels.quant_state import QuantState
 from bnbx.kernels.state_dict import PACKED, TENSORS, plain_tensor
 from bnbx.layers.moving import MovingModule
 from bnbx.layers.parameter import QuantParameter
+from bnbx.layers.products import dense
 
 WEIGHT = "weight"
 
@@ -82,13 +83,9 @@ class QuantizedModule(MovingModule):
         weight: Any = self.weight
         if isinstance(weight, QuantParameter) and not weight.bnb_quantized:
             return weight.dequantize(dtype)
-        state = self.state_of_weight()
-        codes = weight.detach()
+        state, codes = self.state_of_weight(), weight.detach()
         state.check(codes)
-        found: Tensor = torch.ops.bnbx.dense(
-            state.parts(codes), state.label, list(state.shape or ()), dtype or state.dtype
-        )
-        return found
+        return dense(codes, state, dtype)
 
     def how(self) -> str:
         """How the weight is kept, in words."""

@@ -24,6 +24,21 @@ class Moving:
         """A parameter of these settings; what belongs to it goes where its memory is."""
         raise NotImplementedError
 
+    def settle(self) -> None:
+        """Bring what belongs to the parameter to where its memory has gone."""
+
+    def type(self, dtype: Any = None, non_blocking: bool = False, **others: Any) -> Any:
+        """As `torch.Tensor.type`; a dtype does what it does in `to`."""
+        if dtype is None:
+            own: Any = super()
+            return own.type()
+        del others
+        mine: Any = self
+        wanted = torch.empty(0, device=mine.device).type(dtype)
+        moves = wanted.device.type != mine.device.type
+        where = wanted.device if moves else None
+        return self.to(device=where, dtype=wanted.dtype, non_blocking=non_blocking)
+
     def cpu(self, memory_format: torch.memory_format = torch.preserve_format) -> Any:
         """As `to("cpu")`."""
         return self.to("cpu", memory_format=memory_format)
@@ -70,4 +85,6 @@ class MovingModule(torch.nn.Module):
                 found = old.in_memory(new.detach())
                 found.grad = new.grad
                 setattr(self, name, found)
+            elif isinstance(new, Moving):
+                new.settle()
         return self

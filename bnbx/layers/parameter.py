@@ -22,8 +22,10 @@ from bnbx.kernels.encoding import Encoding, intern, make_encoding, type_named
 from bnbx.kernels.fit import fit_scales
 from bnbx.kernels.quant_state import QuantState
 from bnbx.kernels.state_dict import plain_tensor
+from bnbx.layers.arithmetic import SETS_DATA, Coded, in_numbers, kind_of
 from bnbx.layers.moving import Moving
-from bnbx.layers.products import in_place_of
+from bnbx.layers.products import dense, entries, in_place_of
+from bnbx.layers.stacked import Stacked
 from bnbx.layers.state_names import StateNames
 from bnbx.registry import QuantType
 
@@ -44,7 +46,7 @@ SETTINGS = (
 _CHUNKS = (torch.chunk, torch.split, Tensor.chunk, Tensor.split)
 
 
-class QuantParameter(StateNames, Moving, torch.nn.Parameter):
+class QuantParameter(StateNames, Moving, Coded, torch.nn.Parameter):
     """A parameter that is quantized when it moves to a device, and frozen.
 
     Attributes:
@@ -228,7 +230,7 @@ class QuantParameter(StateNames, Moving, torch.nn.Parameter):
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """As `torch.Tensor.to`, but dense numbers are quantized where a device is named.
 
-        Codes keep their bytes: a dtype is what they are dequantized to from then on.
+        Codes keep their bytes: a dtype is what those of the result are dequantized to.
         """
         parsed: tuple[Any, ...] = torch._C._nn._parse_to(*args, **kwargs)
         device, dtype, non_blocking, *_ = parsed
@@ -239,13 +241,14 @@ class QuantParameter(StateNames, Moving, torch.nn.Parameter):
                 return self.quantize(device, getattr(self.module, "fit", None))
             data = self.detach().to(device=device, dtype=dtype, non_blocking=non_blocking)
             return self._like(data)
+        new = self._like(self.detach().to(device=device, non_blocking=non_blocking))
         state = self.quant_state
         if state is not None:
-            if device is not None and device.type != "meta":
-                state.to(device)
-            if dtype in FLOATS:
-                state.dtype = dtype
-        return self._like(self.detach().to(device=device, non_blocking=non_blocking))
+            # Its own: who looks at a weight in another dtype does not change that of the layer.
+            stays = device is None or device.type == "meta"
+            new.quant_state = state = copy.copy(state) if stays else state.on(new.device)
+            state.dtype = dtype if dtype in FLOATS else state.dtype
+        return new
 
     def in_memory(self, data: Tensor) -> Self:
         """Another memory with the same settings, and a quantization state beside it."""
@@ -269,6 +272,45 @@ class QuantParameter(StateNames, Moving, torch.nn.Parameter):
     def double(self, memory_format: torch.memory_format = torch.preserve_format) -> Any:
         """As `to(torch.float64)`; codes stay as they are."""
         return self.to(torch.float64, memory_format=memory_format)
+
+    def settle(self) -> None:
+        """Bring the quantization state to where the memory is."""
+        state, device = self.quant_state, self.device
+        if state is not None and "meta" not in (device.type, state.absmax.device.type):
+            state.to(device)
+
+    def _taken_over(self, data: Tensor) -> Tensor:
+        """What becomes the memory when somebody sets `data`.
+
+        Modules convert their parameters so, whichever modules they are: the quantization state
+        follows, for all who share it. Codes in a float dtype become codes again.
+        """
+        state, theirs = self.quant_state, getattr(data, "quant_state", None)
+        if state is not None and theirs is not None:
+            state.__dict__.update(theirs.__dict__)
+        again = None if state is None else self.codes_again(data)
+        return data if again is None else again
+
+    # ---- arithmetic
+
+    @property
+    def in_codes(self) -> bool:
+        """Whether the memory is codes, and what they stand for is known."""
+        return self.quant_state is not None
+
+    def numbers(self, dtype: torch.dtype | None) -> Tensor:
+        """The dense numbers, in the dtype that they had, decoded no further than need be."""
+        del dtype
+        state, codes = self.quant_state, self.detach()
+        assert state is not None
+        if codes.is_meta or torch.compiler.is_compiling():
+            return dense(codes, state)
+        return Stacked.of(codes, state)
+
+    def entries(self, index: Any) -> Tensor:
+        """What `[index]` gives of the dense numbers."""
+        assert self.quant_state is not None
+        return entries(index, self.detach(), self.quant_state)
 
     # ---- copies
 
@@ -307,14 +349,17 @@ class QuantParameter(StateNames, Moving, torch.nn.Parameter):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Parts of a parameter, which FSDP makes, keep its settings; all else is as ever.
+        """What means numbers is done with numbers, see `bnbx.layers.arithmetic`; all else as ever.
 
         A model may use the weight of its embedding as that of its last layer, by
-        `torch.nn.functional.linear`; that and `torch.nn.functional.embedding` know codes.
+        `torch.nn.functional.linear`; that and `torch.nn.functional.embedding` know codes. Parts of
+        a parameter, which FSDP makes, keep its settings.
         """
-        mine = in_place_of(func, args, kwargs)
+        mine = in_place_of(func, args, kwargs) or in_numbers(func, args, kwargs)
         if mine is not None:
             return mine()
+        if kind_of(func) == SETS_DATA and isinstance(args[0], QuantParameter):
+            args = args[0], args[0]._taken_over(args[1])
         base: Any = super()
         found = base.__torch_function__(func, types, args, kwargs or {})
         if func in _CHUNKS and isinstance(args[0], QuantParameter):

@@ -55,6 +55,40 @@ def look_up(ids: Tensor, codes: Tensor, state: QuantState) -> Tensor:
     return found
 
 
+def entries(index: Any, codes: Tensor, state: QuantState) -> Tensor:
+    """What `[index]` gives of the dense numbers; where it selects rows, no others are decoded."""
+    shape = tuple(state.shape or ())
+    first, *rest = index if isinstance(index, tuple) and index else (index,)
+    if len(shape) == 2 and _selects_rows(first) and all(map(_selects_columns, rest)):
+        ids = torch.arange(shape[0], device=codes.device)[first]
+        found = look_up(ids, codes, state)
+        return found[(slice(None),) * ids.dim() + tuple(rest)] if rest else found
+    return dense(codes, state)[index]
+
+
+def dense(codes: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
+    """The dense numbers, in the dtype that they had or in another."""
+    wanted = dtype or state.dtype or torch.float32
+    found: Tensor = torch.ops.bnbx.dense(
+        state.parts(codes), state.label, list(state.shape or ()), wanted
+    )
+    return found
+
+
+def _selects_rows(index: Any) -> bool:
+    if isinstance(index, Tensor):
+        return index.dtype in (torch.int64, torch.int32) or (
+            index.dtype == torch.bool and index.dim() == 1
+        )
+    if isinstance(index, list):
+        return all(isinstance(each, int) for each in index)
+    return isinstance(index, (int, slice)) and not isinstance(index, bool)
+
+
+def _selects_columns(index: Any) -> bool:
+    return index is Ellipsis or (isinstance(index, (int, slice)) and not isinstance(index, bool))
+
+
 def _linear(state: QuantState, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002 - torch's name
     return multiply(input, weight.detach(), state, bias, autocast_dtype(input) or input.dtype)
 

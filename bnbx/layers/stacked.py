@@ -9,6 +9,7 @@ else is done with it is done with the dense numbers, which then are made.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ _LINEAR = torch.nn.functional.linear
 _MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 _TURNS = (Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
 _SWAPS = (Tensor.transpose, torch.transpose)
+_READS = (Tensor.numpy, Tensor.tolist, Tensor.__array__)  # memory, and nothing asks the dispatcher
 
 
 class Stacked(Tensor):
@@ -75,6 +77,25 @@ class Stacked(Tensor):
         del tensor_contents
         return f"Stacked({self.encoding.describe()}, shape={tuple(self.shape)}, {self.dtype})"
 
+    # ---- copies: of these codes alone, which may be a view of all of a mixture's
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stacked:
+        if id(self) not in memo:
+            memo[id(self)] = _rebuilt(*self._told())
+        found: Stacked = memo[id(self)]
+        return found
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        del protocol
+        return _rebuilt, self._told()
+
+    def _told(self) -> tuple[Any, ...]:
+        encoding = [getattr(self.encoding, each.name) for each in fields(self.encoding)]
+        parts = [part.detach().clone() for part in self.parts]
+        return encoding, parts, self.size_in_codes, self.dtype, self.turned
+
+    # ---- what is done with it
+
     @classmethod
     def __torch_function__(
         cls,
@@ -96,6 +117,8 @@ class Stacked(Tensor):
             found = args[0]._turn(*args[1:], **named)
         if found is not None:
             return found
+        if func in _READS:
+            return func(*tree_map(_dense, args), **named)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **named)
 
@@ -133,6 +156,10 @@ class Stacked(Tensor):
         if given and set(given) != {0, 1}:
             return None
         return Stacked(self.encoding, self.parts, self.size_in_codes, self.dtype, not self.turned)
+
+
+def _rebuilt(encoding: list[Any], *others: Any) -> Stacked:
+    return Stacked(Encoding(*encoding), *others)
 
 
 def _dense(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,6 +59,67 @@ def test_codes_stay_as_they_are() -> None:
         assert made.state.SCB is made.weight.SCB
     assert torch.equal(made.weight.to(torch.bfloat16), codes)
     assert not made.weight.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "torch.HalfTensor", torch.DoubleTensor])
+def test_type_keeps_codes(dtype: Any) -> None:
+    made, x = layer(), numbers(3, 96)
+    codes, y = made.weight.detach().clone(), made(x)
+    assert torch.equal(made.weight.type(dtype), codes)
+    assert made.weight.type() == "torch.CharTensor"
+    made.type(dtype)
+    assert torch.equal(made.weight, codes)
+    assert made.weight.SCB.dtype == torch.float32
+    assert made.bias.dtype == torch.empty(0).type(dtype).dtype
+    assert error(made.float()(x), y.double()) < 0.01
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_codes_in_a_float_dtype_are_codes(dtype: torch.dtype) -> None:
+    """A loop over parameters that sets `data`: bitsandbytes multiplies with what it kept."""
+    made, x = layer(), numbers(3, 96)
+    codes, y = made.weight.detach().clone(), made(x)
+    made.weight.data = made.weight.data.to(dtype)
+    assert torch.equal(made.weight, codes)
+    assert made.weight.CB.data_ptr() == made.weight.data_ptr()
+    assert torch.equal(made(x), y)
+
+
+def test_dense_numbers_in_place_of_codes_forget_their_absmax() -> None:
+    made, x, dense = layer(), numbers(3, 96), numbers(40, 96)
+    made.weight.data = dense
+    assert made.weight.SCB is made.weight.CB is None
+    assert error(made(x), nn.functional.linear(x, dense, made.bias).double()) < 0.02
+    assert "SCB" not in made.state_dict()
+    assert made.cpu().weight.dtype == torch.int8
+    assert error(made(x), nn.functional.linear(x, dense, made.bias).double()) < 0.02
+
+
+def test_fast_paths_of_torch_leave_codes_alone() -> None:
+    """They multiply by the weight themselves, where none has a `__torch_function__`."""
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(96, 4, 96, batch_first=True).eval()
+    x = numbers(2, 5, 96)
+    with torch.no_grad():
+        expected = block(x)
+        for name in ("linear1", "linear2"):
+            made = Linear8bitLt(96, 96, has_fp16_weights=False)
+            made.load_state_dict(getattr(block, name).state_dict())
+            setattr(block, name, made.to("cpu"))
+        assert error(block.eval()(x), expected.double()) < 0.02
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
+def test_a_copy_of_a_used_layer_has_its_codes_once(copied: Any) -> None:
+    made, x = layer(), numbers(3, 96)
+    y = made(x)
+    assert len(pickle.dumps(made)) < 1.9 * made.weight.nbytes
+    again = copied(made)
+    assert again.state == made.state
+    assert again.state.CB.data_ptr() == again.weight.data_ptr() != made.weight.data_ptr()
+    assert again.state.SCB is again.weight.SCB
+    assert made.state.CB is not None
+    assert torch.equal(again(x), y)
 
 
 def test_tied_weights_stay_tied() -> None:

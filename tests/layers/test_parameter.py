@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnbx.errors import QuantizedDataError
+from bnbx.layers.module import QuantizedModule
+from bnbx.layers.moving import MovingModule
 from bnbx.nn import FP4Params, Linear4bit, LinearNF4, Params4bit, QuantParameter, QuantState
 from oracles import bitsandbytes_functional
 
@@ -142,6 +144,79 @@ def test_codes_keep_their_bytes_whatever_dtype_is_asked_for(storage: torch.dtype
         assert torch.equal(layer.weight.detach().view(torch.uint8), before)
     assert torch.equal(layer.dequantized_weight(), dense)
     assert torch.equal(layer.weight.to(torch.float16).detach().view(torch.uint8), before)
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "torch.BFloat16Tensor"])
+def test_type_keeps_codes(dtype: Any, storage: torch.dtype) -> None:
+    layer = Linear4bit(96, 64, quant_type="nf4", quant_storage=storage).to("cpu")
+    before = layer.weight.detach().view(torch.uint8).clone()
+    assert layer.weight.type() == layer.weight.detach().type()
+    layer.type(dtype)
+    assert torch.equal(layer.weight.detach().view(torch.uint8), before)
+    assert layer.bias.dtype == layer.dequantized_weight().dtype == torch.bfloat16
+    assert layer(torch.ones(2, 96, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_codes_in_a_float_dtype_are_codes() -> None:
+    layer = LinearNF4(96, 64).to("cpu")
+    before = layer.weight.detach().clone()
+    layer.weight.data = layer.weight.data.half()
+    assert layer.weight.dtype == torch.uint8
+    assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_looking_at_a_weight_in_another_dtype_leaves_the_layer_as_it_is(
+    storage: torch.dtype,
+) -> None:
+    layer = Linear4bit(96, 64, quant_type="nf4", quant_storage=storage).to("cpu").bfloat16()
+    state = layer.quant_state
+    seen = layer.weight.float()
+    assert seen.dequantize().dtype == torch.float32
+    assert seen.quant_state is not state
+    layer.weight.to("meta", torch.float16)
+    layer.weight.half()
+    assert layer.dequantized_weight().dtype == torch.bfloat16
+    assert layer.quant_state is layer.weight.quant_state is state
+    assert state is not None
+    assert state.absmax.device.type == "cpu"
+
+
+@pytest.mark.parametrize("holder", [nn.Module, QuantizedModule])
+def test_conversions_of_modules_reach_all_who_share_a_weight(holder: Any) -> None:
+    """Of any module that holds one, not only of layers."""
+    module: Any = nn.ModuleList([holder(), holder()])
+    weight = Params4bit(torch.randn(64, 96), quant_type="nf4", quant_storage=torch.bfloat16)
+    for each in module:
+        each.register_parameter("weight", weight)
+    weight.to("cpu")
+    state = weight.quant_state
+    if holder is QuantizedModule:
+        for each in module:
+            each.quant_state = state
+    module.to(torch.float16)
+    assert module[0].weight is module[1].weight is weight
+    assert weight.quant_state is state
+    assert state is not None
+    assert state.dtype == torch.float16
+
+
+def test_scales_go_where_a_module_brings_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parameter of a module stays itself, and so does its state: `to` moved another's."""
+
+    class Away(Params4bit):
+        device = property(lambda self: torch.device("cuda"))
+
+    weight = Away(torch.randn(64, 96), quant_type="nf4").to("cpu")
+    moved: list[Any] = []
+    monkeypatch.setattr(QuantState, "to", lambda state, device: moved.append((state, device)))
+    module = MovingModule()
+    module.register_parameter("weight", weight)
+    module._apply(lambda tensor: tensor)
+    assert len(moved) == 1
+    assert moved[0][0] is weight.quant_state
+    assert moved[0][1] == torch.device("cuda")
 
 
 def test_moved_parameter_is_another_with_the_same_settings() -> None:

@@ -9,6 +9,7 @@ import pickle
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -284,6 +285,43 @@ def test_copies_and_conversions() -> None:
     assert module.half().up.dtype == torch.float16
     assert module(torch.randn(1, 64, dtype=torch.float16)).dtype == torch.float16
     assert "nf4" in repr(module)
+
+
+def _pickled(found: Any) -> Any:
+    return pickle.loads(pickle.dumps(found))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, _pickled])
+@pytest.mark.parametrize("double", [False, True])
+def test_what_was_read_can_be_copied(double: bool, copied: Any) -> None:
+    """Modules keep what they read, and are copied with it."""
+    module, _ = experts(double=double)
+    whole = stacked(module)
+    for read in (whole, whole[1], whole[1].t()):
+        assert isinstance(read, Stacked)
+        again = copied(read)
+        assert isinstance(again, Stacked)
+        assert again.dtype == read.dtype
+        assert torch.equal(again.dense(), read.dense())
+        assert again.parts[0].data_ptr() != read.parts[0].data_ptr()
+    assert len(pickle.dumps(whole[1])) < len(pickle.dumps(whole)) / 2
+    one, two = copy.deepcopy([whole, whole])
+    assert one is two
+
+
+def test_modules_that_keep_what_they_read_are_copied() -> None:
+    module = nn.LSTM(64, 64)
+    quantize_(module, "nf4", parameters=["weight_ih_l0"])
+    x = torch.randn(2, 1, 64)
+    expected = module(x)[0]
+    assert torch.equal(copy.deepcopy(module)(x)[0], expected)
+
+
+def test_what_was_read_becomes_numbers_of_python_and_numpy() -> None:
+    module, dense = experts()
+    assert (stacked(module).numpy() == dense.numpy()).all()
+    assert (np.asarray(stacked(module)[1]) == dense[1].numpy()).all()
+    assert stacked(module)[1].tolist() == dense[1].tolist()
 
 
 def test_a_parameter_that_is_quantized_anew_is_saved_once() -> None:
