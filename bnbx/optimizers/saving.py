@@ -81,8 +81,9 @@ def _with_labels(saved: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any
 
     torch.distributed.checkpoint flattens tensors and numbers only, and reads into tensors in place.
     """
-    labels = {key: saved[key].encode() for key in keys if key in saved}
-    return {**saved, **{k: torch.tensor(list(v), dtype=torch.uint8) for k, v in labels.items()}}
+    labels = {key: list(saved[key].encode()) for key in keys if key in saved}
+    made = {k: torch.tensor(v, dtype=torch.uint8, device="cpu") for k, v in labels.items()}
+    return {**saved, **made}
 
 
 def _text(label: str, value: Any) -> Any:

@@ -202,9 +202,9 @@ class Optimizer(Spec):
             clip += "u"
         # an update that has no norm, since one gradient is no number, moves nothing else
         scale = (
-            f"{clip} = where(norm_u > {CLIP} * norm_p, {CLIP} * norm_p / norm_u, "
-            f"where(norm_u == norm_u, 1, 0))\n"
-            f"{clip} = where(norm_p > 0, {clip}, 1)"
+            f"{clip} = where(norm_p > 0, where(norm_u > {CLIP} * norm_p, "
+            f"{CLIP} * norm_p / norm_u, 1), 1)\n"
+            f"{clip} = where(norm_u >= 0, {clip}, 0)"
         )
         return self.model_copy(
             update=dict(

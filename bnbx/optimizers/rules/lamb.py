@@ -45,8 +45,8 @@ lamb = Optimizer(
     """,
     tensor_code="""
         ratio = where(max_unorm, min(max_unorm * norm_p / norm_u, 1), norm_p / norm_u)
-        ratio = where(norm_u > 0, ratio, where(norm_u == 0, 1, 0))
-        trust = where(norm_p > 0, ratio, 1)
+        trust = where(norm_p > 0, where(norm_u > 0, ratio, 1), 1)
+        trust = where(norm_u >= 0, trust, 0)
     """,
     apply_code="""
         p = p - lr * trust * u

@@ -42,8 +42,8 @@ lars = Optimizer(
     """,
     tensor_code="""
         most = max_unorm * norm_p
-        ratio = where(norm_u > most, most / norm_u, where(norm_u == norm_u, 1, 0))
-        ratio = where(most > 0, ratio, 1)
+        ratio = where(most > 0, where(norm_u > most, most / norm_u, 1), 1)
+        ratio = where(norm_u >= 0, ratio, 0)
         trust = where(max_unorm, ratio, 1)
     """,
     apply_code="""
