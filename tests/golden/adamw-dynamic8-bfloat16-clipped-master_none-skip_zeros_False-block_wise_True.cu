@@ -452,10 +452,10 @@ DEVICE void find_values(const Part& Sum, const Row& Here, const double* Inputs, 
   (void)numel;
   const double norm_p = root64(Sum.norm_p);
   const double norm_u = root64(Sum.norm_u);
-  // clip_u = where(norm_u > max_unorm * norm_p, max_unorm * norm_p / norm_u, where(norm_u == norm_u, 1, 0))
-  double clip_u = ((norm_u > (max_unorm * norm_p)) ? ((max_unorm * norm_p) / norm_u) : ((norm_u == norm_u) ? 1.0 : 0.0));
-  // clip_u = where(norm_p > 0, clip_u, 1)
-  clip_u = ((norm_p > 0.0) ? clip_u : 1.0);
+  // clip_u = where(norm_p > 0, where(norm_u > max_unorm * norm_p, max_unorm * norm_p / norm_u, 1), 1)
+  double clip_u = ((norm_p > 0.0) ? ((norm_u > (max_unorm * norm_p)) ? ((max_unorm * norm_p) / norm_u) : 1.0) : 1.0);
+  // clip_u = where(norm_u >= 0, clip_u, 0)
+  clip_u = ((norm_u >= 0.0) ? clip_u : 0.0);
   Found.clip_u_ = (float)(clip_u);
 }
 

@@ -617,10 +617,10 @@ DEVICE void find_values(const Part& Sum, const Row& Here, const double* Inputs, 
   const double norm_u = root64(Sum.norm_u);
   // ratio = where(max_unorm, min(max_unorm * norm_p / norm_u, 1), norm_p / norm_u)
   double ratio = norm_p / norm_u;
-  // ratio = where(norm_u > 0, ratio, where(norm_u == 0, 1, 0))
-  ratio = ((norm_u > 0.0) ? ratio : ((norm_u == 0.0) ? 1.0 : 0.0));
-  // trust = where(norm_p > 0, ratio, 1)
-  double trust = ((norm_p > 0.0) ? ratio : 1.0);
+  // trust = where(norm_p > 0, where(norm_u > 0, ratio, 1), 1)
+  double trust = ((norm_p > 0.0) ? ((norm_u > 0.0) ? ratio : 1.0) : 1.0);
+  // trust = where(norm_u >= 0, trust, 0)
+  trust = ((norm_u >= 0.0) ? trust : 0.0);
   Found.lr_times_trust_ = (float)((lr * trust));
 }
 
