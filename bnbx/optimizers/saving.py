@@ -71,8 +71,10 @@ def written(optimizer: Optimizer8bit, state_dict: dict[str, Any], save_as: str) 
     """A state dict of torch's with our header, or in the format of another library."""
     if save_as == HEADER:
         keys = [type_key(state.name) for state in optimizer.spec.states]
-        state = {index: _with_labels(saved, keys) for index, saved in state_dict["state"].items()}
-        return {**state_dict, "state": state, HEADER: header(optimizer)}
+        found = {**state_dict, HEADER: header(optimizer)}
+        if "state" in found:  # hooks may have made another dict of it
+            found["state"] = {i: _with_labels(saved, keys) for i, saved in found["state"].items()}
+        return found
     return foreign.written(optimizer, state_dict, save_as)
 
 

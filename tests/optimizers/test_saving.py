@@ -191,6 +191,16 @@ def test_hooks_of_saving_and_loading_run() -> None:
     assert events == ["before saving", "after saving", "before loading", "after loading"]
 
 
+def test_a_hook_may_wrap_what_is_saved() -> None:
+    optimizer, params = made("adamw, 8 bits", [])
+    train(optimizer, params, 0, 1)
+    optimizer.register_state_dict_post_hook(lambda _, saved: {"wrapped": saved})
+    assert set(optimizer.state_dict()) == {"wrapped", "bnbx"}
+    optimizer.register_load_state_dict_pre_hook(lambda _, saved: saved["wrapped"])
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(optimizer, params, 1, 1)
+
+
 def test_a_changed_width_is_noticed_before_codes_are_misread(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
