@@ -130,6 +130,7 @@ def test_targets_have_the_same_codes(dtype: torch.dtype, threshold: float) -> No
 )
 def test_any_row_has_the_same_codes_on_both_targets(row: list[float], threshold: float) -> None:
     x = torch.tensor([row, row[::-1]])
+    x[x.isnan()] = torch.nan  # hypothesis draws payloads, which are the processor's to keep or not
     for got, expected in zip(
         int8_cpu.quantize_rows(x, threshold),
         int8_reference.quantize_rows(x, threshold),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bnbx import optim
-from bnbx.errors import BnbxWarning
+from bnbx.errors import BnbxWarning, CheckpointError
 from bnbx.optim import create
 from bnbx.optimizers.engine import Optimizer8bit
 from optimizers.compare import assert_same, equal
@@ -142,5 +142,5 @@ def test_bitsandbytes_gets_none() -> None:
 def test_a_lost_step_is_not_begun_anew() -> None:
     optimizer = adamw(percentile_clipping=50)
     del optimizer.state[optimizer.param_groups[0]["params"][0]]["step"]
-    with pytest.raises(KeyError, match="step"):
+    with pytest.raises(CheckpointError, match="'step' is None"):
         trained(optimizer, 1)
