@@ -34,7 +34,7 @@ class Moving:
             return own.type()
         del others
         mine: Any = self
-        wanted = torch.empty(0, device=mine.device).type(dtype)
+        wanted = torch.empty(0, dtype=torch.float32, device=mine.device).type(dtype)
         moves = wanted.device.type != mine.device.type
         where = wanted.device if moves else None
         return self.to(device=where, dtype=wanted.dtype, non_blocking=non_blocking)
