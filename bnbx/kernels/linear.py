@@ -115,10 +115,10 @@ def _multiply(
     encoding: Encoding, parts: Sequence[Tensor], shape: Shape, x: Tensor, bias: Tensor | None
 ) -> Tensor:
     if x.numel() == 0 or shape[0] == 0:
-        y = x.new_zeros((len(x), shape[0]))
+        y = x.new_zeros((x.shape[0], shape[0]))
         return y if bias is None else y + bias
     native = NATIVE.get(choose(encoding, x.device.type))
-    if native is not None and len(x) < native.few_rows(encoding, x.dtype):
+    if native is not None and x.shape[0] < native.few_rows(encoding, x.dtype):
         return native.multiply(encoding, parts, shape, x, bias)
     return linear_panels.multiply(encoding, parts, shape, x, bias)
 

@@ -114,13 +114,13 @@ def multiply(
     """The product x (rows, in) @ weight.T + bias, with the weight decoded in registers."""
     x = x.contiguous()
     bias = bias if bias is None else bias.contiguous()
-    y = torch.empty((len(x), shape[0]), dtype=x.dtype, device="cpu")
+    y = torch.empty((x.shape[0], shape[0]), dtype=x.dtype, device="cpu")
     compiled, job = _job(encoding, parts, shape, y)
     size = compiled.bnbx_room_for(shape[1])
     room = torch.empty(size, dtype=torch.float32, device="cpu")
-    job.inputs, job.x, job.room = len(x), x.data_ptr(), room.data_ptr()
+    job.inputs, job.x, job.room = x.shape[0], x.data_ptr(), room.data_ptr()
     job.bias = None if bias is None else bias.data_ptr()
-    count, parallel = threads.threads_for(shape[0] * shape[1] * min(len(x), 4) // WORK)
+    count, parallel = threads.threads_for(shape[0] * shape[1] * min(x.shape[0], 4) // WORK)
     compiled.bnbx_multiply(ctypes.byref(job), count, parallel)
     return y
 

@@ -110,7 +110,7 @@ class QuantEmbedding(QuantizedModule, nn.Embedding):
             IndexError: an id that the table does not have.
         """
         weight = self.weight
-        if weight.is_meta and not getattr(weight, "bnb_quantized", False):
+        if not getattr(weight, "bnb_quantized", False) and weight.is_meta:
             return nn.functional.embedding(ids, weight)  # shapes only
         return look_up(ids, weight.detach(), self.state_of_weight())
 

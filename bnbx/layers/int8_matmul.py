@@ -15,7 +15,7 @@ from bnbx.errors import OptionError, UnsupportedTensorError
 from bnbx.kernels.coding import FLOATS, check_factor, check_tensor
 from bnbx.kernels.int8 import check_threshold
 from bnbx.kernels.quant_state import QuantState
-from bnbx.layers import int8_ops, ops  # noqa: F401 - they register torch.ops.bnbx.*
+from bnbx.layers import int8_ops, ops
 from bnbx.layers.products import autocast_dtype
 
 _COMPARED = (
@@ -174,7 +174,7 @@ def weight_of(given: Tensor, absmax: Tensor | None) -> Weight:
         UnsupportedTensorError: codes without absmax.
     """
     if given.dtype != torch.int8:
-        codes, found, _ = torch.ops.bnbx.llm_int8_rows(given.detach(), 0.0)
+        codes, found, _ = int8_ops.quantize(given.detach(), 0.0)
         return Weight(codes, found, given)
     own = getattr(given, "SCB", None)
     absmax = absmax if own is None else own
@@ -188,7 +188,7 @@ def weight_of(given: Tensor, absmax: Tensor | None) -> Weight:
 
 def product(x: Tensor, weight: Weight, bias: Tensor | None, state: MatmulLtState) -> Tensor:
     """The product as `state` wants it made; it gets what was used, but not in compiled code."""
-    y, outliers = torch.ops.bnbx.llm_int8_linear(
+    y, outliers = int8_ops.linear(
         x, *weight, bias, state.threshold, not state.memory_efficient_backward
     )
     if not torch.compiler.is_compiling():
@@ -242,10 +242,10 @@ def matmul_4bit(
     if columns == shape[0] and columns != shape[1]:
         _warn_of_orientation(tuple(shape))
         label, size = quant_state.label, list(shape)
-        found = torch.ops.bnbx.linear_grad_input(A, parts, label, size)
+        found = ops.linear_grad_input(A, parts, label, size)
         found = found if bias is None else found + bias
     else:
-        found = torch.ops.bnbx.linear(A, parts, bias, quant_state.label, list(shape))
+        found = ops.linear_product(A, parts, bias, quant_state.label, list(shape))
     return found if out is None else _written(found, out)
 
 

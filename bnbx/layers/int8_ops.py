@@ -18,21 +18,13 @@ import torch
 from torch import Tensor
 
 from bnbx.kernels import int8
-from bnbx.kernels.fakes import register_fake
+from bnbx.layers.operation import NAMESPACE, define
 
 _library: Any = torch.library.Library("bnbx", "FRAGMENT")  # type: ignore[no-untyped-call]
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-
-
-def _define(schema: str, run: Any, fake: Any) -> str:
-    name = f"bnbx::{schema.partition('(')[0]}"
-    _library.define(schema, tags=_TAGS)
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    register_fake(name, fake, _library)
-    return name
 
 
 def _gradient(name: str, backward: Any, setup: Any) -> None:
+    name = f"{NAMESPACE}::{name}"
     torch.library.register_autograd(name, backward, setup_context=setup, lib=_library)
 
 
@@ -85,8 +77,8 @@ def _linear_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...
     grad_x = grad_master = grad_bias = None
     if ctx.needs_input_grad[0]:
         if codes is None:
-            codes, absmax, _ = torch.ops.bnbx.llm_int8_rows(master.detach(), 0.0)
-        grad_x = torch.ops.bnbx.llm_int8_grad_input(grad, codes, absmax)
+            codes, absmax, _ = quantize(master.detach(), 0.0)
+        grad_x = grad_input(grad, codes, absmax)
     if ctx.needs_input_grad[3]:
         grad_master = (rows.t() @ x.reshape(-1, x.shape[-1])).to(master.dtype)
     if ctx.needs_input_grad[4]:
@@ -94,16 +86,14 @@ def _linear_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...
     return grad_x, None, None, grad_master, grad_bias, None, None
 
 
-_gradient(
-    _define(
-        "llm_int8_linear(Tensor x, Tensor codes, Tensor absmax, Tensor? master, Tensor? bias, "
-        "float threshold, bool keep) -> (Tensor, Tensor)",
-        _linear,
-        _linear_fake,
-    ),
-    _linear_backward,
-    _linear_setup,
+linear = define(
+    _library,
+    "llm_int8_linear(Tensor x, Tensor codes, Tensor absmax, Tensor? master, Tensor? bias, "
+    "float threshold, bool keep) -> (Tensor, Tensor)",
+    _linear,
+    _linear_fake,
 )
+_gradient("llm_int8_linear", _linear_backward, _linear_setup)
 
 
 # ---- its gradient for x
@@ -125,19 +115,17 @@ def _grad_input_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 def _grad_input_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     codes, absmax = ctx.saved_tensors
-    weight = torch.ops.bnbx.llm_int8_dense(codes, absmax, grad.dtype)
+    weight = dense(codes, absmax, grad.dtype)
     return grad @ weight.t(), None, None
 
 
-_gradient(
-    _define(
-        "llm_int8_grad_input(Tensor grad, Tensor codes, Tensor absmax) -> Tensor",
-        _grad_input,
-        _grad_input_fake,
-    ),
-    _grad_input_backward,
-    _grad_input_setup,
+grad_input = define(
+    _library,
+    "llm_int8_grad_input(Tensor grad, Tensor codes, Tensor absmax) -> Tensor",
+    _grad_input,
+    _grad_input_fake,
 )
+_gradient("llm_int8_grad_input", _grad_input_backward, _grad_input_setup)
 
 
 # ---- to codes and back: without gradients
@@ -171,19 +159,17 @@ def _none(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
 
 
-_gradient(
-    _define(
-        "llm_int8_rows(Tensor x, float threshold) -> (Tensor, Tensor, Tensor)", _rows, _rows_fake
-    ),
-    lambda ctx, *grads: (None, None),
-    _none,
+quantize = define(
+    _library,
+    "llm_int8_rows(Tensor x, float threshold) -> (Tensor, Tensor, Tensor)",
+    _rows,
+    _rows_fake,
 )
-_gradient(
-    _define(
-        "llm_int8_dense(Tensor codes, Tensor absmax, ScalarType dtype) -> Tensor",
-        _dense,
-        _dense_fake,
-    ),
-    lambda ctx, *grads: (None, None, None),
-    _none,
+_gradient("llm_int8_rows", lambda ctx, *grads: (None, None), _none)
+dense = define(
+    _library,
+    "llm_int8_dense(Tensor codes, Tensor absmax, ScalarType dtype) -> Tensor",
+    _dense,
+    _dense_fake,
 )
+_gradient("llm_int8_dense", lambda ctx, *grads: (None, None, None), _none)

@@ -18,7 +18,7 @@ from bnbx.errors import QuantizedDataError
 from bnbx.kernels.coding import FLOATS
 from bnbx.kernels.int8 import dequantize_rows, quantize_rows
 from bnbx.kernels.memory import moved
-from bnbx.layers import int8_ops  # noqa: F401 - registers torch.ops.bnbx.llm_int8_*
+from bnbx.layers import int8_ops
 from bnbx.layers.arithmetic import SETS_DATA, Coded, in_numbers, kind_of
 from bnbx.layers.moving import Moving
 
@@ -115,7 +115,7 @@ class Int8Params(Moving, Coded, torch.nn.Parameter):
     def numbers(self, dtype: torch.dtype | None) -> Tensor:
         """The dense numbers, in this dtype if it is one of weights, else in float32."""
         wanted = dtype if dtype in FLOATS else torch.float32
-        found: Tensor = torch.ops.bnbx.llm_int8_dense(self.detach(), self.SCB, wanted)
+        found: Tensor = int8_ops.dense(self.detach(), self.SCB, wanted)
         return found
 
     def entries(self, index: Any) -> NoReturn:

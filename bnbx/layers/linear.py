@@ -115,7 +115,7 @@ class QuantLinear(QuantizedModule, nn.Linear):
         check_tensor("x", x)
         weight = self.weight
         bias: Tensor | None = self.bias
-        if weight.is_meta and not getattr(weight, "bnb_quantized", False):
+        if not getattr(weight, "bnb_quantized", False) and weight.is_meta:
             return nn.functional.linear(x, weight, bias)  # shapes only
         state = self.state_of_weight()
         result = autocast_dtype(x) or x.dtype

@@ -11,7 +11,7 @@ frozen: gradients flow to x and bias, of any order.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -21,17 +21,10 @@ from torch import Tensor
 from bnbx.errors import UnsupportedTensorError
 from bnbx.kernels import coding, linear, rows
 from bnbx.kernels.encoding import from_label
-from bnbx.kernels.fakes import register_fake
+from bnbx.layers.operation import define
 
 _library: Any = torch.library.Library("bnbx", "FRAGMENT")  # type: ignore[no-untyped-call]
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-
-
-def _define(schema: str, run: Any, fake: Any, anywhere: Collection[str] = ()) -> None:
-    name = f"bnbx::{schema.partition('(')[0]}"
-    _library.define(schema, tags=_TAGS)
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    register_fake(name, fake, _library, anywhere)
 
 
 # ---- linear
@@ -63,7 +56,7 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.bnbx.linear_grad_input(grad, ctx.saved_tensors, ctx.encoding, ctx.shape)
+        grad_x = linear_grad_input(grad, ctx.saved_tensors, ctx.encoding, ctx.shape)
     if ctx.needs_input_grad[2]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
     return grad_x, [None] * ctx.count, grad_bias, None, None
@@ -89,7 +82,7 @@ def _grad_input_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 
 def _grad_input_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    found = torch.ops.bnbx.linear(grad, ctx.saved_tensors, None, ctx.encoding, ctx.shape)
+    found = linear_product(grad, ctx.saved_tensors, None, ctx.encoding, ctx.shape)
     return found, [None] * ctx.count, None, None
 
 
@@ -122,26 +115,34 @@ def _embedding_fake(
     return parts[0].new_empty((*ids.shape, prod(shape[1:])), dtype=dtype)
 
 
-_define(
+linear_product = define(
+    _library,
     "linear(Tensor x, Tensor[] parts, Tensor? bias, str encoding, int[] shape) -> Tensor",
     _linear,
     _linear_fake,
+    tags=_TAGS,
 )
-_define(
+linear_grad_input = define(
+    _library,
     "linear_grad_input(Tensor grad, Tensor[] parts, str encoding, int[] shape) -> Tensor",
     _grad_input,
     _grad_input_fake,
+    tags=_TAGS,
 )
-_define(
+dense = define(
+    _library,
     "dense(Tensor[] parts, str encoding, int[] shape, ScalarType dtype) -> Tensor",
     _dense,
     _dense_fake,
+    tags=_TAGS,
 )
-_define(
+embedding = define(
+    _library,
     "embedding(Tensor ids, Tensor[] parts, str encoding, int[] shape, ScalarType dtype) -> Tensor",
     _embedding,
     _embedding_fake,
     anywhere=("ids",),  # as in torch.nn.Embedding
+    tags=_TAGS,
 )
 torch.library.register_autograd(
     "bnbx::linear", _linear_backward, setup_context=_linear_setup, lib=_library

@@ -20,6 +20,7 @@ from typing_extensions import Self
 
 from bnbx.errors import BnbxError, OptionError, UnknownNameError
 from bnbx.kernels.quant_state import QuantState
+from bnbx.layers import ops
 from bnbx.layers.fit import check_method
 from bnbx.layers.module import follow_dtype, is_beside, load_weight, save_state
 from bnbx.layers.moving import MovingModule
@@ -52,7 +53,7 @@ class Dequantized(nn.Module):
             return codes  # not quantized yet
         memory = codes.detach()
         if memory.is_meta or torch.compiler.is_compiling():
-            found: Tensor = torch.ops.bnbx.dense(
+            found: Tensor = ops.dense(
                 state.parts(memory), state.label, state.shape or (), state.dtype or torch.float32
             )
             return found

@@ -16,7 +16,7 @@ from torch import Tensor
 from bnbx.errors import OptionError
 from bnbx.kernels.coding import check_factor, check_tensor
 from bnbx.kernels.quant_state import QuantState
-from bnbx.layers import ops as _  # noqa: F401 - registers torch.ops.bnbx
+from bnbx.layers import ops
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -40,16 +40,14 @@ def multiply(
         x = x.to(dtype)
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
-    found: Tensor = torch.ops.bnbx.linear(
-        x, state.parts(codes), bias, state.label, state.shape or ()
-    )
+    found: Tensor = ops.linear_product(x, state.parts(codes), bias, state.label, state.shape or ())
     return found
 
 
 def look_up(ids: Tensor, codes: Tensor, state: QuantState) -> Tensor:
     """Rows of the matrix, in its dtype."""
     check_tensor("ids", ids)
-    found: Tensor = torch.ops.bnbx.embedding(
+    found: Tensor = ops.embedding(
         ids, state.parts(codes), state.label, state.shape or (), state.dtype or torch.float32
     )
     return found
@@ -69,9 +67,7 @@ def entries(index: Any, codes: Tensor, state: QuantState) -> Tensor:
 def dense(codes: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
     """The dense numbers, in the dtype that they had or in another."""
     wanted = dtype or state.dtype or torch.float32
-    found: Tensor = torch.ops.bnbx.dense(
-        state.parts(codes), state.label, list(state.shape or ()), wanted
-    )
+    found: Tensor = ops.dense(state.parts(codes), state.label, list(state.shape or ()), wanted)
     return found
 
 

@@ -20,6 +20,7 @@ from bnbx.kernels.coding import decode
 from bnbx.kernels.encoding import Encoding
 from bnbx.kernels.quant_state import QuantState
 from bnbx.kernels.rows import take
+from bnbx.layers import ops
 from bnbx.layers.products import autocast_dtype
 
 _LINEAR = torch.nn.functional.linear
@@ -185,8 +186,8 @@ def _product(x: Tensor, weight: Stacked, forward: bool, bias: Tensor | None) -> 
     bias = None if bias is None else bias.to(dtype)
     found: Tensor
     if forward:
-        found = torch.ops.bnbx.linear(x, weight.parts, bias, label, size)
+        found = ops.linear_product(x, weight.parts, bias, label, size)
     else:
-        found = torch.ops.bnbx.linear_grad_input(x, weight.parts, label, size)
+        found = ops.linear_grad_input(x, weight.parts, label, size)
         found = found if bias is None else found + bias
     return found

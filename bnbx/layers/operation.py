@@ -1,0 +1,82 @@
+"""Makes functions into operations of torch, called directly where its dispatcher has nothing to do.
+
+The dispatcher takes 45 microseconds to pass a call through two functions in Python, one for
+gradients and one for the result: a third of a product of one row with a small weight, and a model
+that writes one token after the other makes hundreds of these. So where nobody asks for gradients,
+traces or records, the function is called as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from bnbx.kernels.fakes import register_fake
+
+NAMESPACE = "bnbx"
+Function = Callable[..., Any]
+_TENSORS = frozenset({Tensor, Parameter})
+_OTHERS = frozenset({type(None), bool, int, float, str, torch.dtype, torch.Size})
+
+
+def define(
+    library: Any,
+    schema: str,
+    run: Function,
+    fake: Function,
+    *,
+    anywhere: Collection[str] = (),
+    tags: tuple[torch.Tag, ...] = (torch.Tag.pt2_compliant_tag,),
+) -> Function:
+    """Registers an operation, for every device; gives what calls it, or the function itself.
+
+    Args:
+        library: the `torch.library.Library` to define it in.
+        schema: as `torch.library.Library.define` takes it.
+        run: the arguments to results. It may not change its arguments.
+        fake: the arguments to results without numbers.
+        anywhere: see `bnbx.kernels.fakes.register_fake`.
+        tags: of the operation.
+    """
+    name = schema.partition("(")[0]
+    library.define(schema, tags=tags)
+    library.impl(f"{NAMESPACE}::{name}", run, "CompositeExplicitAutograd")
+    register_fake(f"{NAMESPACE}::{name}", fake, library, anywhere)
+    operation = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def call(*arguments: Any) -> Any:
+        return run(*arguments) if unwatched(arguments) else operation(*arguments)
+
+    return call
+
+
+def unwatched(arguments: Iterable[Any]) -> bool:
+    """Whether the result of a function of these arguments is all that is asked for.
+
+    Not so where torch compiles, traces or profiles; inside of a mode (`FakeTensorMode`,
+    `FlopCounterMode`, `torch.device`) or of a transform (`torch.func.vmap`); where a gradient may
+    be wanted; where a tensor is of a class of its own, or on the meta device.
+    """
+    return not (
+        torch.compiler.is_compiling()  # first: torch.compile takes it for a constant
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._autograd._profiler_enabled()
+    ) and _plain(arguments, torch.is_grad_enabled())
+
+
+def _plain(arguments: Iterable[Any], gradients: bool) -> bool:
+    for each in arguments:
+        kind = type(each)
+        if kind in _TENSORS:
+            if each.is_meta or (gradients and each.requires_grad):
+                return False
+        elif kind not in _OTHERS and not (kind in (list, tuple) and _plain(each, gradients)):
+            return False
+    return True

@@ -1,0 +1,122 @@
+"""Layers leave torch's dispatcher out only where nobody would see the difference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import bnbx
+from bnbx.layers import operation
+
+CPU = torch.profiler.ProfilerActivity.CPU
+OPERATIONS = {
+    "linear": (lambda: bnbx.nn.Linear4bit(64, 32), lambda: torch.randn(3, 64)),
+    "llm_int8_linear": (
+        lambda: bnbx.nn.Linear8bitLt(64, 32, has_fp16_weights=False, threshold=6.0),
+        lambda: torch.randn(3, 64),
+    ),
+    "embedding": (lambda: bnbx.nn.Embedding4bit(10, 64), lambda: torch.arange(3)),
+}
+
+
+class Calls(TorchDispatchMode):
+    """Remembers the operations that reach torch's dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Functions(TorchFunctionMode):
+    """Changes nothing."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        return func(*args, **(kwargs or {}))
+
+
+class Own(Tensor):
+    """A class of someone's own."""
+
+
+@pytest.fixture(params=OPERATIONS)
+def called(request: pytest.FixtureRequest) -> tuple[str, torch.nn.Module, Tensor]:
+    torch.manual_seed(0)
+    make, inputs = OPERATIONS[request.param]
+    return request.param, make().to("cpu").eval(), inputs()  # type: ignore[no-untyped-call]
+
+
+def test_modes_see_the_operation(called: tuple[str, torch.nn.Module, Tensor]) -> None:
+    name, layer, x = called
+    with torch.no_grad():
+        expected = layer(x)
+        with Calls() as calls:
+            found = layer(x)
+    assert any(name in each for each in calls.names)
+    assert torch.equal(found, expected)
+
+
+def test_profilers_see_the_operation(called: tuple[str, torch.nn.Module, Tensor]) -> None:
+    name, layer, x = called
+    with torch.no_grad(), torch.profiler.profile(activities=[CPU]) as profile:
+        layer(x)
+    assert f"bnbx::{name}" in {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_a_trace_holds_the_operation(called: tuple[str, torch.nn.Module, Tensor]) -> None:
+    name, layer, x = called
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, x)  # type: ignore[no-untyped-call]
+        assert f"bnbx::{name}" in str(traced.graph)
+        assert torch.equal(traced(x.flip(0)), layer(x.flip(0)))
+
+
+def test_results_are_the_same_without_the_dispatcher(
+    called: tuple[str, torch.nn.Module, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, layer, x = called
+    with torch.no_grad():
+        directly = layer(x)
+        monkeypatch.setattr(operation, "unwatched", lambda arguments: False)
+        assert torch.equal(layer(x), directly)
+
+
+def test_vmap_goes_by_the_operation() -> None:
+    layer = bnbx.nn.Linear4bit(64, 32).to("cpu")
+    seen: list[bool] = []
+
+    def product(x: Tensor) -> Tensor:
+        seen.append(operation.unwatched((x,)))
+        return x * 2
+
+    with torch.no_grad():
+        torch.func.vmap(product)(torch.randn(3, 64))
+    assert seen == [False]
+    assert layer(torch.randn(2, 64)).requires_grad is layer.bias.requires_grad
+
+
+def test_who_may_watch() -> None:
+    x, w = torch.randn(3), torch.randn(3, requires_grad=True)
+    assert operation.unwatched((x, [x, x], None, "nf4", 1, 1.5, True, torch.int8, x.shape))
+    assert not operation.unwatched((x, w))
+    assert not operation.unwatched((x, [w]))
+    assert not operation.unwatched((x, x.as_subclass(Own)))
+    assert not operation.unwatched((x, torch.empty(3, device="meta")))
+    with torch.no_grad():
+        assert operation.unwatched((x, w))
+        assert operation.unwatched((torch.nn.Parameter(x),))
+        with Functions():
+            assert not operation.unwatched((x,))
+        with torch.device("cpu"):
+            assert not operation.unwatched((x,))
+        with torch.profiler.profile(activities=[CPU]):
+            assert not operation.unwatched((x,))
+    with torch.inference_mode():
+        assert operation.unwatched((torch.randn(3),))
