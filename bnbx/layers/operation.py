@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from bnbx.errors import NotYetError
 from bnbx.kernels.fakes import register_fake
 
 NAMESPACE = "bnbx"
+_unpack: Any = forward_ad.unpack_dual
 Function = Callable[..., Any]
 _TENSORS = frozenset({Tensor, Parameter})
 _OTHERS = frozenset({type(None), bool, int, float, str, torch.dtype, torch.Size})
@@ -49,7 +52,11 @@ def define(
     operation = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def call(*arguments: Any) -> Any:
-        return run(*arguments) if unwatched(arguments) else operation(*arguments)
+        if unwatched(arguments):
+            return run(*arguments)
+        if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
+            _refuse_tangents(name, arguments)
+        return operation(*arguments)
 
     return call
 
@@ -59,7 +66,7 @@ def unwatched(arguments: Iterable[Any]) -> bool:
 
     Not so where torch compiles, traces or profiles; inside of a mode (`FakeTensorMode`,
     `FlopCounterMode`, `torch.device`) or of a transform (`torch.func.vmap`); where a gradient may
-    be wanted; where a tensor is of a class of its own, or on the meta device.
+    be wanted, forward or backward; where a tensor is of a class of its own, or on the meta device.
     """
     return not (
         torch.compiler.is_compiling()  # first: torch.compile takes it for a constant
@@ -68,6 +75,7 @@ def unwatched(arguments: Iterable[Any]) -> bool:
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
     ) and _plain(arguments, torch.is_grad_enabled())
 
 
@@ -80,3 +88,13 @@ def _plain(arguments: Iterable[Any], gradients: bool) -> bool:
         elif kind not in _OTHERS and not (kind in (list, tuple) and _plain(each, gradients)):
             return False
     return True
+
+
+def _refuse_tangents(name: str, arguments: Iterable[Any]) -> None:
+    """Torch would drop a tangent that an operation has no rule for, without a word."""
+    for each in arguments:
+        if isinstance(each, Tensor) and _unpack(each).tangent is not None:
+            raise NotYetError(
+                f"{NAMESPACE}::{name} has no forward-mode derivative: torch.func.jvp and dual "
+                "tensors cannot go through a quantized layer; backward() and autograd.grad can"
+            )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnbx
+from bnbx.errors import NotYetError
 from bnbx.layers import operation
 
 CPU = torch.profiler.ProfilerActivity.CPU
@@ -120,3 +122,17 @@ def test_who_may_watch() -> None:
             assert not operation.unwatched((x,))
     with torch.inference_mode():
         assert operation.unwatched((torch.randn(3),))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own use
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_forward_derivative_is_refused_and_not_zero(gradients: bool) -> None:
+    layer = bnbx.nn.Linear4bit(64, 32).to("cpu")
+    x, tangent = torch.randn(3, 64), torch.randn(3, 64)
+    with torch.set_grad_enabled(gradients):
+        with pytest.raises(NotYetError, match=r"bnbx::linear.*forward-mode.*backward"):
+            torch.func.jvp(layer, (x,), (tangent,))
+        with forward_ad.dual_level():
+            with pytest.raises(NotYetError):
+                layer(forward_ad.make_dual(x, tangent))  # type: ignore[no-untyped-call]
+            assert torch.equal(layer(x), layer(x.clone()))
