@@ -40,11 +40,18 @@ static inline Bytes load_bytes(const i8* from) { return _mm256_loadu_si256((cons
 static inline Bytes flip_signs(Bytes x) { return _mm256_xor_si256(x, _mm256_set1_epi8((char)0x80)); }
 #define ADD_PRODUCTS(sum, w, x) asm volatile("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(w), "x"(x))
 enum { VECTOR = 32, MOST_ROWS = 2, OFFSET = 128 };  // 2 x 4 sums in 16 registers
-#else  // 16 codes at a time, as 16-bit integers with their signs
-static inline Bytes load_bytes(const i8* from) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from)); }
+#else
+// Two neighbors at a time add up in 16 bits: the unsigned side is the magnitude of the weight's codes,
+// which may be 128, the other the codes of x (no larger than 127) with the weight's signs put on them.
+#define INT8_PANELS 1
+static inline Bytes load_bytes(const i8* from) { return _mm256_loadu_si256((const __m256i*)from); }
 static inline Bytes flip_signs(Bytes x) { return x; }
-#define ADD_PRODUCTS(sum, w, x) sum = _mm256_add_epi32(sum, _mm256_madd_epi16(w, x))
-enum { VECTOR = 16, MOST_ROWS = 2, OFFSET = 0 };
+static inline Bytes products(Bytes w, Bytes x) {
+  const Bytes pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+  return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+#define ADD_PRODUCTS(sum, w, x) sum = _mm256_add_epi32(sum, products(w, x))
+enum { VECTOR = 32, MOST_ROWS = 2, OFFSET = 0 };
 #endif
 
 #else
