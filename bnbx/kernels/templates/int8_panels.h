@@ -5,21 +5,22 @@
 // rows of a weight are 4096 codes apart. The copy pays from PANEL_LEAST rows on.
 
 #if INT8_PANELS
-enum { PANEL_ROWS = 4, PANEL_LEAST = 8, PANEL_CHUNK = 64 };  // rows: of x at a time; at least; with their sums kept
+enum { PANEL_ROWS = 4, PANEL_LEAST = 16, PANEL_CHUNK = 64 };  // rows: of x at a time; at least; with their sums kept
 
-// Codes [at, at + count) of two outputs at a time, a vector of each in turn, filled up with zeros.
-static void copy_pairs(const i8* const* weights, i64 at, i64 count, i8* to) {
-  for (int c = 0; c < TILE; c += 2)
-    for (i64 i = 0; i < count; i += VECTOR)
-      for (int side = 0; side < 2; ++side, to += VECTOR) {
-        const i8* from = weights[c + side] + at + i;
-        if (count - i >= VECTOR) {
-          __builtin_memcpy(to, from, VECTOR);
-        } else {
-          __builtin_memset(to, 0, VECTOR);
-          __builtin_memcpy(to, from, count - i);
-        }
-      }
+// Codes [0, count) of two outputs, a vector of each in turn, filled up with zeros.
+static void copy_pair(const i8* first, const i8* second, i64 count, i8* to) {
+  const i64 ahead = 2 * (second - first);  // the pair that is copied next
+  i64 at = 0;
+  for (; at + VECTOR <= count; at += VECTOR, to += 2 * VECTOR) {
+    __builtin_prefetch(first + at + ahead);
+    __builtin_prefetch(second + at + ahead);
+    __builtin_memcpy(to, first + at, VECTOR);
+    __builtin_memcpy(to + VECTOR, second + at, VECTOR);
+  }
+  if (at == count) return;
+  __builtin_memset(to, 0, 2 * VECTOR);
+  __builtin_memcpy(to, first + at, count - at);
+  __builtin_memcpy(to + VECTOR, second + at, count - at);
 }
 
 // Adds to two outputs of ROWS rows. Sums are added to by written out instructions, since compilers move
@@ -43,10 +44,17 @@ static __attribute__((noinline)) void add_pair(const i8* x, i64 stride, const i8
   }
 }
 
+static inline i64 filled_up(i64 count) { return (count + VECTOR - 1) / VECTOR * VECTOR; }
+
+static void copy_tile(const i8* const* weights, i64 at, i64 count, i8* pairs) {
+  for (int c = 0; c < TILE; c += 2, pairs += 2 * filled_up(count))
+    copy_pair(weights[c] + at, weights[c + 1] + at, count, pairs);
+}
+
 // TILE outputs of up to PANEL_ROWS rows: what codes [at, at + count) add.
 template <int ROWS>
 static void add_panel(const Product& job, i64 row, i64 at, i64 count, const i8* pairs, i32 (*sums)[TILE]) {
-  const i64 filled = (count + VECTOR - 1) / VECTOR * VECTOR;
+  const i64 filled = filled_up(count);
   const i8* x = job.x + row * job.stride + at;
   for (int c = 0; c < TILE; c += 2, pairs += 2 * filled)
     add_pair<ROWS>(x, job.stride, pairs, filled, (i32(*)[TILE])(sums[0] + c));
@@ -77,7 +85,7 @@ static __attribute__((noinline)) void multiply_panels(const Product& job, const 
     __builtin_memset(sums, 0, sizeof sums);
     for (i64 at = 0; at < job.depth; at += DEPTH) {
       const i64 count = job.depth - at < DEPTH ? job.depth - at : DEPTH;
-      if (row == 0 || job.depth > DEPTH) copy_pairs(weights, at, count, pairs);
+      if (row == 0 || job.depth > DEPTH) copy_tile(weights, at, count, pairs);
       FOR_PANELS(row, last, add_panel, at, count, pairs)
     }
     FOR_PANELS(row, last, finish_panel, outputs, output)
