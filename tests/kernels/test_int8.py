@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -15,25 +12,10 @@ from torch import Tensor
 
 from bnbx.errors import BnbxWarning, OptionError, UnsupportedTensorError
 from bnbx.kernels import int8, int8_cpu, int8_reference
-from bnbx.kernels.compiler import find_compiler
-from bnbx.kernels.library import compiled
-from bnbx.kernels.source import fill
 from compiled import shared_cache
+from int8_numbers import SHAPES, numbers, weight
 from oracles import bitsandbytes_functional
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# rows, columns, outputs: one row and few, tails of vectors, tiles, groups and blocks of rows.
-SHAPES = (
-    *((1, 64, 16), (1, 1, 1), (2, 65, 33), (3, 100, 7), (5, 64, 64), (6, 128, 17), (7, 513, 100)),
-    *((13, 4100, 65), (70, 200, 130), (130, 64, 5)),
-)
-# Instruction sets that this machine may be told it lacks.
-LACKING = {
-    "all it has": "",
-    "AVX-VNNI": "-mno-avx512vnni -mno-avx512f",
-    "AVX2": "-mno-avx512vnni -mno-avx512f -mno-avxvnni",
-    "SSE": "-mno-avx -mno-avx2 -mno-avx512f -mno-avxvnni",
-}
+from same_bits import FLOATS, same_bits
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,46 +24,11 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> ctypes.CDLL:
-    """The kernels, compiled for a processor that lacks some instructions."""
-    command = f"{find_compiler().command[0]} {request.param}".strip()
-    with monkeypatch.context() as patch:
-        patch.setenv("BNBX_CXX", command)
-        found = compiled(fill(int8_cpu.TEMPLATE), int8_cpu.FUNCTIONS)
-    monkeypatch.setattr(int8_cpu, "library", lambda: found)
-    return found
-
-
-def numbers(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Normal numbers, and outliers in a few columns."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, columns, generator=generator)
-    if columns > 20:
-        x[:, 3] *= 30
-        x[0, columns // 2] = -50
-        x[-1, columns - 1] = 6.0
-    return x.to(dtype)
-
-
-def weight(outs: int, columns: int, seed: int = 1) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    w = torch.randn(outs, columns, generator=generator) * 0.02
-    codes, absmax, _ = int8_reference.quantize_rows(w, 0.0)
-    return codes, absmax
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(
-        a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8)
-    )
-
-
 # ---- rows to codes
 
 
 @pytest.mark.parametrize("threshold", [0.0, 6.0, 1.5])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_codes_are_those_of_bitsandbytes(
     shape: tuple[int, int, int], dtype: torch.dtype, threshold: float
@@ -108,7 +55,7 @@ def test_every_float16_is_rounded_as_bitsandbytes_does() -> None:
     assert same_bits(absmax, expected[1])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
 def test_targets_have_the_same_codes(dtype: torch.dtype, threshold: float) -> None:
     x = numbers(40, 1111, dtype)
@@ -139,7 +86,7 @@ def test_any_row_has_the_same_codes_on_both_targets(row: list[float], threshold:
         assert same_bits(got, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_numbers_come_back_within_half_a_step(dtype: torch.dtype) -> None:
     x = numbers(17, 333, dtype)
     codes, absmax, _ = int8.quantize_rows(x)
@@ -148,7 +95,7 @@ def test_numbers_come_back_within_half_a_step(dtype: torch.dtype) -> None:
     assert codes.abs().amax(1).eq(127).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_numbers_of_codes_are_those_of_bitsandbytes(dtype: torch.dtype) -> None:
     codes, absmax = weight(33, 700)
     expected = bitsandbytes_functional().int8_vectorwise_dequant(codes, absmax).to(dtype)
@@ -195,7 +142,7 @@ def exactly(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor, threshold: f
 
 
 @pytest.mark.parametrize("threshold", [0.0, 6.0, 0.5])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_product_is_exact_but_for_rounding(
     shape: tuple[int, int, int], dtype: torch.dtype, threshold: float
@@ -214,7 +161,7 @@ def test_product_is_exact_but_for_rounding(
         assert torch.equal(outliers, marks if threshold else marks[:0])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bias", [True, False])
 def test_targets_have_the_same_bits(
@@ -225,26 +172,6 @@ def test_targets_have_the_same_bits(
     offset = torch.randn(outs).to(dtype) if bias else None
     expected = int8_reference.linear(x, *made, offset, 0.0)[0]
     assert same_bits(int8_cpu.linear(x, *made, offset, 0.0)[0], expected)
-
-
-@functools.cache
-def of_the_reference(shape: tuple[int, int, int], dtype: torch.dtype) -> list[Tensor]:
-    """The product without outliers, the one with, and the parts of x."""
-    rows, columns, outs = shape
-    x, made = numbers(rows, columns, dtype), weight(outs, columns)
-    products = [int8_reference.linear(x, *made, None, threshold)[0] for threshold in (0.0, 6.0)]
-    return [*products, *int8_reference.quantize_rows(x, 6.0)]
-
-
-@pytest.mark.parametrize("library", LACKING.values(), ids=LACKING.keys(), indirect=True)
-def test_any_processor_has_the_same_bits(library: ctypes.CDLL) -> None:
-    for shape, dtype in [*itertools.product(SHAPES[:7], DTYPES), (SHAPES[7], DTYPES[0])]:
-        x, made = numbers(shape[0], shape[1], dtype), weight(shape[2], shape[1])
-        plain, apart, *parts = of_the_reference(shape, dtype)
-        assert same_bits(int8_cpu.linear(x, *made, None, 0.0)[0], plain)
-        torch.testing.assert_close(int8_cpu.linear(x, *made, None, 6.0)[0], apart)
-        for got, expected in zip(int8_cpu.quantize_rows(x, 6.0), parts, strict=True):
-            assert same_bits(got, expected)
 
 
 def test_extreme_codes_do_not_overflow() -> None:
@@ -342,7 +269,7 @@ def test_input_is_left_alone() -> None:
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_gradient_is_the_product_with_the_decoded_weight(dtype: torch.dtype) -> None:
     codes, absmax = weight(70, 130)
     grad = torch.randn(2, 9, 70).to(dtype)
