@@ -855,7 +855,7 @@ DEVICE u8 encode_stochastically(float x, float uniform, const u32* entries, cons
 // float16 on a CPU: spans of it are converted on the way in and out of the update loop, by the
 // processor's own instructions where it has them; compilers do not vectorize those by themselves.
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -864,6 +864,9 @@ static inline void load_floats(const float16* from, int count, float* to) {
 #if defined(__AVX512F__)
   for (; i + 16 <= count; i += 16)
     _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(from + i))));
+#elif defined(__F16C__)
+  for (; i + 8 <= count; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
 #endif
   for (; i < count; ++i) to[i] = to_float(from[i]);
 }
@@ -873,6 +876,9 @@ static inline void store_floats(const float* from, int count, float16* to) {
 #if defined(__AVX512F__)
   for (; i + 16 <= count; i += 16)
     _mm256_storeu_si256((__m256i*)(to + i), _mm512_cvtps_ph(_mm512_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  for (; i + 8 <= count; i += 8)
+    _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
 #endif
   for (; i < count; ++i) from_float(from[i], to[i]);
 }
