@@ -23,12 +23,15 @@ MAX_ENTRIES = 8192
 F32 = npt.NDArray[np.float32]
 U32 = npt.NDArray[np.uint32]
 ONE_BITS = 0x3F800000
-# Constants of find_places in templates/cpu_codebook.h.
+# Constants of templates/cpu_codebook.h.
 FRACTION = 15
 NEAR_TIE = (1 << FRACTION) - 4
 BIAS = 256.5 + 2 / (1 << FRACTION)
 SMALLEST = 2.0**-31 + 2.0**-54
 FIRST_PAIR = 48  # the pair of binades [2**-31, 2**-29)
+PAIRS = 16  # as many as a permute of 16 numbers can tell apart, or a shuffle of bytes
+MOST_RUNS = 8  # as many numbers as 256 bits hold
+NEVER = 0x7FFFFFFF  # no finite number's bits are above
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,16 @@ class Segments:
 
     The bits of |x| as an integer, plus `turn[b]` of their pair of binades b = exponent // 2 (from
     2**-31 up to 1), have the run of x as their leading byte: a cut is where the sum carries. The
-    rank of x, in a signed type counted from the zero code, is the whole part of
-    min(slope * |x| + offset, high) above the bias, which is computed with FRACTION bits of
-    fraction. Where these say that x is next to a tie, it may be wrong; in a signed type also where
-    |x| is a cut, which the rest of the sum tells by being zero.
+    same run in another way: `lower[b]` is that at the beginning of the pair, and the next one
+    begins above the bits `cuts[lower[b]]`. The rank of x, in a signed type counted from the zero
+    code, is the whole part of min(slope * |x| + offset, high) above the bias, which is computed
+    with FRACTION bits of fraction. Where these say that x is next to a tie, it may be wrong; in a
+    signed type also where |x| is a cut, which the rest of the sum tells by being zero.
     """
 
     turn: U32
+    lower: npt.NDArray[np.uint8]
+    cuts: U32
     slope: F32
     offset: F32
     high: F32
@@ -97,13 +103,22 @@ class Tables:
         lines = self.segments or _NO_SEGMENTS
         planes = self.levels.view(np.uint8).reshape(256, 4).T
         parts: list[npt.NDArray[Any]] = [self.levels, planes, self.order, self.thresholds]
-        parts += [lines.turn, lines.slope, lines.offset, lines.high]
+        parts += [lines.turn, lines.slope, lines.offset, lines.high, lines.lower, lines.cuts]
         parts += [self.buckets.entries] if self.buckets else []
         return np.concatenate([np.ascontiguousarray(part).view(np.uint8).ravel() for part in parts])
 
 
 _NONE = np.zeros(16, np.float32)
-_NO_SEGMENTS = Segments(_NONE.view(np.uint32), _NONE, _NONE, _NONE, signed=False, zero=0)
+_NO_SEGMENTS = Segments(
+    turn=_NONE.view(np.uint32),
+    lower=np.zeros(PAIRS, np.uint8),
+    cuts=np.zeros(MOST_RUNS, np.uint32),
+    slope=_NONE,
+    offset=_NONE,
+    high=_NONE,
+    signed=False,
+    zero=0,
+)
 
 
 @lru_cache(maxsize=256)
@@ -196,8 +211,8 @@ def find_segments(thresholds: F32, zero: int, unit: float = 1.0) -> Segments | N
     elif zero != 0 or positive.size != thresholds.size:
         return None
     runs, cuts = _runs(positive)
-    turn = _turns(cuts, signed)
-    if len(runs) > 16 or turn is None or positive.min() <= SMALLEST:
+    pair = _pairs(cuts)
+    if len(runs) > MOST_RUNS or pair is None or positive.min() <= SMALLEST:
         return None
     if cuts and unit > 1:  # beyond 2, binades are counted from the first one again
         return None
@@ -206,7 +221,17 @@ def find_segments(thresholds: F32, zero: int, unit: float = 1.0) -> Segments | N
     slope = _sixteen([slope for slope, _ in lines])
     offset = _sixteen([offset + bias for _, offset in lines])
     high = _sixteen([end + bias for _, end in runs])
-    segments = Segments(turn, slope, offset, high, signed, zero)
+    lower = np.searchsorted(pair, np.arange(PAIRS)).astype(np.uint8)
+    segments = Segments(
+        turn=_turns(_bits(cuts), pair, lower, signed),
+        lower=lower,
+        cuts=np.array([*_bits(cuts), *[NEVER] * MOST_RUNS][:MOST_RUNS], np.uint32),
+        slope=slope,
+        offset=offset,
+        high=high,
+        signed=signed,
+        zero=zero,
+    )
     return segments if _proven(segments, thresholds, unit) else None
 
 
@@ -236,18 +261,31 @@ def _even(run: npt.NDArray[np.float64]) -> bool:
     return bool(np.abs((run - run[0]) / spacing - steps).max() < 1e-3) if spacing > 0 else False
 
 
-def _turns(cuts: list[float], signed: bool) -> U32 | None:
-    """`Segments.turn`; None if a pair of binades has two cuts, or a cut lies outside all pairs.
+def _bits(cuts: list[float]) -> npt.NDArray[np.int64]:
+    return np.asarray(cuts, np.float32).view(np.uint32).astype(np.int64)
+
+
+def _pairs(cuts: list[float]) -> npt.NDArray[np.int64] | None:
+    """The pair of binades of each cut; None if two share one, or a cut lies outside all pairs."""
+    pair = (_bits(cuts) >> 24) - FIRST_PAIR
+    if np.unique(pair).size != pair.size or ((pair < 0) | (pair >= PAIRS)).any():
+        return None
+    return pair
+
+
+def _turns(
+    bits: npt.NDArray[np.int64],
+    pair: npt.NDArray[np.int64],
+    lower: npt.NDArray[np.uint8],
+    signed: bool,
+) -> U32:
+    """`Segments.turn` for cuts with these bits in these pairs of binades.
 
     A number that is a cut belongs to the run below, as ranks count thresholds below a number; in a
     signed type to the run above, as it does if it is negative.
     """
-    bits = np.asarray(cuts, np.float32).view(np.uint32).astype(np.int64)
-    pair = (bits >> 24) - FIRST_PAIR
-    if np.unique(pair).size != pair.size or ((pair < 0) | (pair >= 16)).any():
-        return None
-    runs = np.searchsorted(np.sort(pair), np.arange(16))  # cuts below a pair of binades
-    turn = (runs - (np.arange(16) + FIRST_PAIR)) << 24
+    runs = lower.astype(np.int64)
+    turn = (runs - (np.arange(PAIRS) + FIRST_PAIR)) << 24
     turn[pair] = ((runs[pair] + 1) << 24) - bits - (0 if signed else 1)
     return turn.astype(np.uint32)
 
@@ -264,7 +302,7 @@ def _line(run: npt.NDArray[np.float64], first: int) -> tuple[float, float]:
 def search_segments(segments: Segments, x: F32) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """What kernels compute: the ranks of x, and where they are not sure of them."""
     a = np.maximum(np.abs(x) if segments.signed else x, np.float32(SMALLEST))
-    turned = a.view(np.uint32) + segments.turn[(a.view(np.uint32) >> 24) & 15]
+    turned = a.view(np.uint32) + segments.turn[(a.view(np.uint32) >> 24) % PAIRS]
     run = (turned >> 24) & 15
     product = a.astype(np.float64) * segments.slope[run]  # exact, so the sum is rounded once
     place = (product + segments.offset[run]).astype(np.float32)

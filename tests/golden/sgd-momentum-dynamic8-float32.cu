@@ -135,8 +135,10 @@ struct Tables {
   u8 planes[4][256];      // the same, byte by byte
   u8 order[256];          // code by rank
   float thresholds[256];  // ascending, padded with infinity
-  u32 turn[16];           // these four: see Segments in codebook.py
+  u32 turn[16];           // these six: see Segments in codebook.py
   float slope[16], offset[16], high[16];
+  u8 lower[16];
+  u32 cuts[8];
   u32 entries[1];  // as many as the codebook needs
 };
 

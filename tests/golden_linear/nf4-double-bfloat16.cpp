@@ -79,8 +79,10 @@ struct Tables {
   u8 planes[4][256];      // the same, byte by byte
   u8 order[256];          // code by rank
   float thresholds[256];  // ascending, padded with infinity
-  u32 turn[16];           // these four: see Segments in codebook.py
+  u32 turn[16];           // these six: see Segments in codebook.py
   float slope[16], offset[16], high[16];
+  u8 lower[16];
+  u32 cuts[8];
   u32 entries[1];  // as many as the codebook needs
 };
 
@@ -567,7 +569,7 @@ static inline Floats permute(Floats x, Ints index) {
 enum { GROUP = 8 * LANES, STEP = 1 };
 static inline int first_element(int lane) { return 8 * lane; }
 #elif CODE_BITS > 4 && defined(__AVX512BW__) && defined(__AVX512VBMI__)
-#define BYTE_PLANES  // see look_up_bytes in cpu_codebook.h
+#define BYTE_PLANES  // see look_up_bytes in cpu_codebook_avx512.h
 enum { GROUP = 64, STEP = 4 };
 static inline int first_element(int lane) { return lane / 4 * 16 + lane % 4; }
 #elif CODE_BITS <= 4 && defined(EIGHT_LANES)

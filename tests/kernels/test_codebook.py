@@ -18,7 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bnbx.kernels import codebook as module
-from bnbx.kernels.codebook import Buckets, Segments, Tables, search_segments, tables
+from bnbx.kernels.codebook import SMALLEST, Buckets, Segments, Tables, search_segments, tables
 from bnbx.quant_types import dynamic8, linear8
 from bnbx.registry.quant_type import Codebook
 from codebooks import codebooks, full_codebooks, probes
@@ -68,7 +68,19 @@ def by_buckets(buckets: Buckets, x: F32) -> Ranks:
 def in_segments(found: Tables, segments: Segments, x: F32) -> Ranks:
     """Where the fast search is not sure, the exact one decides."""
     rank, unsure = search_segments(segments, x)
+    assert_same_runs(segments, x)
     return np.where(unsure, find_rank(found, x), rank)
+
+
+def assert_same_runs(segments: Segments, x: F32) -> None:
+    """By a comparison with the cut of a pair of binades, and by the sum that carries there."""
+    bits = np.maximum(np.abs(x) if segments.signed else x, np.float32(SMALLEST)).view(np.uint32)
+    pair = (bits >> 24) & 15
+    lower = segments.lower[pair]
+    cut = segments.cuts[lower]
+    turned = bits + segments.turn[pair]
+    apart = ((turned >> 24) & 15) != lower + (bits > cut)
+    assert not (apart & ~(segments.signed & (bits == cut))).any()
 
 
 def assert_exact(codebook: Codebook, seed: int) -> None:

@@ -7,6 +7,8 @@ any codebook can be tried without compiling again.
 from __future__ import annotations
 
 import ctypes
+import platform
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -77,23 +79,31 @@ CLOSE = _full(
 )
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+# What this processor has, and what one without its widest vectors would run.
+WITHOUT = {"all": (), "avx2": ("-mno-avx512f",), "plain": ("-mno-avx512f", "-mno-avx2")}
+
+
+@pytest.fixture(scope="module", params=WITHOUT)
+def library(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> ctypes.CDLL:
+    if request.param != "all" and platform.machine().lower() not in ("x86_64", "amd64"):
+        pytest.skip("has no such instructions to do without")
     folder = tmp_path_factory.mktemp("codebook")
     templates = files("bnbx.kernels") / "templates"
-    names = ("numbers.h", "codebook.h", "cpu_codebook.h")
+    names = ("numbers.h", "codebook.h", *(f"cpu_codebook{x}.h" for x in ("", "_avx512", "_avx2")))
     headers = [(templates / name).read_text(encoding="utf-8") for name in names]
     source, binary = folder / "search.cpp", folder / "search.so"
     source.write_text("\n".join([BEFORE, *headers, AFTER]), encoding="utf-8")
-    return ctypes.CDLL(str(compiled(source, binary)))
+    return ctypes.CDLL(str(compiled(source, binary, WITHOUT[request.param])))
 
 
-def compiled(source: Path, binary: Path) -> Path:
+def compiled(source: Path, binary: Path, flags: tuple[str, ...]) -> Path:
     try:
         compiler = find_compiler()
     except CompileError as error:
         pytest.skip(f"needs a C++ compiler: {error}")
-    compiler.compile(source, binary)
+    replace(compiler, command=(*compiler.command, *flags)).compile(source, binary)
     return binary
 
 

@@ -9,7 +9,7 @@
 enum { GROUP = 8 * LANES, STEP = 1 };
 static inline int first_element(int lane) { return 8 * lane; }
 #elif CODE_BITS > 4 && defined(__AVX512BW__) && defined(__AVX512VBMI__)
-#define BYTE_PLANES  // see look_up_bytes in cpu_codebook.h
+#define BYTE_PLANES  // see look_up_bytes in cpu_codebook_avx512.h
 enum { GROUP = 64, STEP = 4 };
 static inline int first_element(int lane) { return lane / 4 * 16 + lane % 4; }
 #elif CODE_BITS <= 4 && defined(EIGHT_LANES)
