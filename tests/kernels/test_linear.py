@@ -32,14 +32,17 @@ ENCODINGS: dict[str, Encoding] = {
     "4-second": exact_encoding(4, block=16, second=16),
     "4-e4m3_tensor": exact_encoding(4, "e4m3_tensor", 16),
     "4-row_centered": exact_encoding(4, "row_centered"),
+    "4-blocks_of_4096": exact_encoding(4, block=4096),
+    "5-blocks_of_16": exact_encoding(5, block=16),
     "5-e8m0": exact_encoding(5, "e8m0", 32),
     "6-tensor": exact_encoding(6, "tensor"),
+    "6-centered": exact_encoding(6, "centered", 16),
     "7-bfloat16": exact_encoding(7, "bfloat16"),
     "8": exact_encoding(8, block=16),
 }
 # Instruction sets that this machine may be told it lacks, and encodings to try without them.
 LACKING = {
-    "-mno-avx512f": ("2-blocks_of_16", "3-centered", "4-row_centered", "8"),
+    "-mno-avx512f": tuple(ENCODINGS),
     "-mno-avx512vbmi": ("3-blocks_of_4096", "5-e8m0"),
     "-mno-avx512f -mno-avx2 -mno-fma": ("3-centered", "4-second"),
 }

@@ -45,41 +45,11 @@ static inline void look_up_codes(__m256i codes, const Levels& levels, Floats& w0
   w3 = (Floats)_mm256_unpackhi_epi16(high01, high23);
 }
 
-// ---- codes in bytes of their own
-
-// Where 16 bytes are loaded that hold the codes 16 k .. 16 k + 15 of a group: not beyond its end.
-static constexpr int piece_at(int k) { return 2 * CODE_BITS * k < GROUP_BYTES - 16 ? 2 * CODE_BITS * k : GROUP_BYTES - 16; }
-
-// Codes 8 i .. 8 i + 7 of either half's 16, in words of 16 bits. A shuffle brings the two bytes that a code may
-// touch into its word, a multiplication shifts the code to the top.
-template <int K>
-static inline __m256i unpack_words(__m256i packed, int i) {
-  alignas(32) u8 source[32];
-  alignas(32) u16 factor[16];
-  for (int w = 0; w < 16; ++w) {
-    const int bit = (8 * i + w % 8) * CODE_BITS, k = K + w / 8, byte = 2 * CODE_BITS * k - piece_at(k) + bit / 8;
-    source[2 * w + 1] = (u8)byte;
-    source[2 * w] = (u8)(bit % 8 + CODE_BITS > 8 ? byte + 1 : 0xff);
-    factor[w] = (u16)(1 << bit % 8);
-  }
-  const __m256i words = _mm256_shuffle_epi8(packed, _mm256_load_si256((const __m256i*)source));
-  return _mm256_srli_epi16(_mm256_mullo_epi16(words, _mm256_load_si256((const __m256i*)factor)), 16 - CODE_BITS);
-}
-
-// Codes 16 K .. 16 K + 31 of a group.
-template <int K>
-static inline __m256i unpack32(const u8* from) {
-  const __m128i low = _mm_loadu_si128((const __m128i*)(from + piece_at(K)));
-  const __m128i high = _mm_loadu_si128((const __m128i*)(from + piece_at(K + 1)));
-  const __m256i packed = _mm256_set_m128i(high, low);
-  return _mm256_packus_epi16(unpack_words<K>(packed, 0), unpack_words<K>(packed, 1));
-}
-
 template <int K>
 static inline void decode32(const u8* from, const Levels& levels, float* to) {
   const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);  // the halves of a vector are in different halves of bytes
   Floats w[4];
-  look_up_codes(_mm256_permutevar8x32_epi32(unpack32<K>(from), order), levels, w[0], w[1], w[2], w[3]);
+  look_up_codes(_mm256_permutevar8x32_epi32(unpack32<CODE_BITS, GROUP, K>(from), order), levels, w[0], w[1], w[2], w[3]);
   for (int v = 0; v < 4; ++v) store(w[v], to + v * LANES);
 }
 
@@ -123,7 +93,7 @@ static inline void decode_group(const u8* from, const Levels& levels, Floats (&w
 #else
 
 static inline void decode_group(const u8* from, const Levels& levels, Floats (&w)[VECTORS]) {
-  look_up_codes(unpack32<0>(from), levels, w[0], w[1], w[2], w[3]);
+  look_up_codes(unpack32<CODE_BITS, GROUP, 0>(from), levels, w[0], w[1], w[2], w[3]);
 }
 
 #endif
