@@ -144,6 +144,21 @@ def test_every_registered_type_stays_within_rounding(name: str) -> None:
         assert_close(linear.linear(encoding, parts, shape, x), x, dense, roundings(333))
 
 
+@pytest.mark.parametrize("name", [f"nf{bits}" for bits in range(2, 9)])
+def test_every_byte_of_a_level_arrives(name: str) -> None:
+    """One number of x alone is not 0: products are the dense weight's, to the last bit."""
+    shape, encoding = (3, 150), make_encoding(name)
+    generator = torch.Generator().manual_seed(7)
+    parts = coding.encode(encoding, torch.randn(shape, generator=generator))
+    dense, x = coding.decode(encoding, parts, shape), torch.eye(150)
+    assert torch.equal(linear_cpu.multiply(encoding, parts, shape, x, None), dense.T)
+    for row, expected in zip(x.split(1), dense.T.split(1), strict=True):
+        assert torch.equal(linear_cpu.multiply(encoding, parts, shape, row, None), expected)
+    columns = torch.empty(3, 99)
+    linear_cpu.decode_columns(encoding, parts, shape, 50, columns)
+    assert torch.equal(columns, dense[:, 50:149])
+
+
 FOUR_BITS = [name for name in quant_types().names() if quant_types().get(name).bits == 4]
 
 
