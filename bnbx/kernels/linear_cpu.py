@@ -13,7 +13,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from bnbx.kernels import threads
+from bnbx.kernels import processor, threads
 from bnbx.kernels.coding_cpu import NUMBERS, PARTS, packed_tables
 from bnbx.kernels.encoding import Encoding
 from bnbx.kernels.library import INTEGER, POINTER, Functions, compiled
@@ -46,6 +46,21 @@ FEW_ROWS: dict[torch.dtype, tuple[float, float]] = {
     torch.float32: (64, 8),
     torch.bfloat16: (12, 6),
     torch.float16: (inf, inf),
+}
+# Where panels are float32 whatever x is; the same of one thread of a Zen 3, by AVX2:
+#
+#     rows      1          4          8          16         24         32         64
+#   float32
+#     nf4       1.5 4.6    3.0 9.1    5.9 11     12 14      18 17      23 20      45 32
+#     nf5                  5.1 13     10  15     20 18      30 21      41 24
+#     dynamic8             7.4 13     15  15     29 18      43 20      56 23
+#   bfloat16
+#     nf4       1.5 9.5    2.9 14     5.8 16     12 20      17 24      23 28      46 45
+#     dynamic8             7.8 19     15  20     30 23      45 27      59 32      122 48
+FEW_ROWS_OF_FLOATS: dict[torch.dtype, tuple[float, float]] = {
+    torch.float32: (24, 9),
+    torch.bfloat16: (64, 13),
+    torch.float16: (64, 13),
 }
 WORK = 16  # a product takes about so much less time than an element of what threads count by
 
@@ -83,7 +98,7 @@ def ready(encoding: Encoding) -> None:
 
 def few_rows(encoding: Encoding, dtype: torch.dtype) -> float:
     """Fewer rows than these are multiplied faster as codes are read than by panels."""
-    narrow, wide = FEW_ROWS[dtype]
+    narrow, wide = (FEW_ROWS_OF_FLOATS if processor.lacks_16_bits() else FEW_ROWS)[dtype]
     return narrow if encoding.bits <= NARROW else wide
 
 

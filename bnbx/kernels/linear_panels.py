@@ -1,6 +1,7 @@
 """Products of many rows with a quantized weight: panels of it are decoded into one small buffer.
 
-torch multiplies with each panel, at its own speed; the dense weight never exists.
+torch multiplies with each panel, at its own speed; the dense weight never exists. Where torch is
+slow with numbers of 16 bits, panels are float32, and so are pieces of x, one after the other.
 """
 
 from __future__ import annotations
@@ -10,19 +11,34 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bnbx.kernels import coding
+from bnbx.kernels import coding, processor
 from bnbx.kernels.encoding import Encoding
 
 SHARE = 1 / 32  # of the dense weight's bytes, what a panel takes
 LEAST_BYTES, MOST_BYTES = 256 * 1024, 4 * 1024 * 1024  # of a panel: between the caches' sizes
 MULTIPLE = 16  # of a panel's rows or columns: what matrix products are fast with
+PIECE_BYTES, MOST_ROWS = 384 * 1024, 256  # of x that are converted at a time
+Pieces = tuple[Tensor, Tensor]  # room for a piece of x, and for its products with a panel
 Decode = Callable[[int, Tensor], None]  # the columns from a number on, to a buffer
 
 
-def panel_size(shape: tuple[int, int], across: int, itemsize: int) -> int:
-    """How many rows or columns of the weight make a panel; it is the dimension `across`."""
+def dtype_of_panels(x: Tensor) -> torch.dtype:
+    """What x is multiplied in."""
+    return torch.float32 if x.device.type == "cpu" and processor.lacks_16_bits() else x.dtype
+
+
+def panel_size(shape: tuple[int, int], across: int, itemsize: int, dense_itemsize: int = 0) -> int:
+    """How many rows or columns of the weight make a panel; it is the dimension `across`.
+
+    Args:
+        shape: of the weight.
+        across: 0 for rows, 1 for columns.
+        itemsize: of the panel's numbers.
+        dense_itemsize: of a dense weight's, if it is not the same.
+    """
     line = shape[1 - across] * itemsize  # bytes of one row or column
-    room = min(max(line * shape[across] * SHARE, LEAST_BYTES), MOST_BYTES)
+    dense = shape[0] * shape[1] * (dense_itemsize or itemsize)
+    room = min(max(dense * SHARE, LEAST_BYTES), MOST_BYTES)
     size = max(int(room / line) // MULTIPLE * MULTIPLE, MULTIPLE)
     return min(size, shape[across])
 
@@ -37,17 +53,16 @@ def multiply(
 ) -> Tensor:
     """The product x (rows, in) @ weight.T + bias; all sizes above 0."""
     out, inner = shape
-    size = panel_size(shape, 0, x.dtype.itemsize)
-    room = x.new_empty((size, inner))
+    dtype = dtype_of_panels(x)
+    size = panel_size(shape, 0, dtype.itemsize, x.dtype.itemsize)
+    room = x.new_empty((size, inner), dtype=dtype)
     y = x.new_empty((len(x), out))
+    pieces = _room_for_pieces(x, dtype, inner, size)
     for first in range(0, out, size):
         panel = room[: out - first]
         coding.decode_rows(encoding, parts, shape, panel, first)
         here = slice(first, first + len(panel))
-        if bias is None:
-            torch.mm(x, panel.t(), out=y[:, here])
-        else:
-            torch.addmm(bias[here], x, panel.t(), out=y[:, here])
+        _multiply_panel(x, panel.t(), None if bias is None else bias[here], y[:, here], pieces)
     return y
 
 
@@ -58,18 +73,62 @@ def multiply_columns(decode: Decode, shape: tuple[int, int], grad: Tensor) -> Te
     Args:
         decode: fills a buffer (out, some columns) with the columns from a number on.
         shape: of the weight.
-        grad: of float32 or bfloat16.
+        grad: of a dtype that torch is fast with; any, where panels are float32.
     """
     out, inner = shape
-    size = panel_size(shape, 1, grad.dtype.itemsize)
-    room = grad.new_empty(out * size)
+    dtype = dtype_of_panels(grad)
+    size = panel_size(shape, 1, dtype.itemsize, grad.dtype.itemsize)
+    room = grad.new_empty(out * size, dtype=dtype)
     y = grad.new_empty((len(grad), inner))
+    pieces = _room_for_pieces(grad, dtype, out, size)
     for first in range(0, inner, size):
         width = min(size, inner - first)
         panel = room[: out * width].view(out, width)
         decode(first, panel)
-        torch.mm(grad, panel, out=y[:, first : first + width])
+        _multiply_panel(grad, panel, None, y[:, first : first + width], pieces)
     return y
+
+
+def _room_for_pieces(x: Tensor, dtype: torch.dtype, inner: int, width: int) -> Pieces | None:
+    """What `_multiply_in_pieces` needs for panels (inner, width), if x has to be converted.
+
+    Made once for all panels: made for each, it would leave gaps in the allocator's memory.
+    """
+    if x.dtype == dtype:
+        return None
+    rows = min(len(x), MOST_ROWS)
+    columns = min(max(PIECE_BYTES // (rows * dtype.itemsize), MULTIPLE), inner)
+    return x.new_empty((rows * columns,), dtype=dtype), x.new_empty((rows * width,), dtype=dtype)
+
+
+def _multiply_panel(
+    x: Tensor, panel: Tensor, bias: Tensor | None, y: Tensor, pieces: Pieces | None
+) -> None:
+    """Fill y with x @ panel + bias."""
+    if pieces is not None:
+        _multiply_in_pieces(x, panel, bias, y, pieces)
+    elif bias is None:
+        torch.mm(x, panel, out=y)
+    else:
+        torch.addmm(bias, x, panel, out=y)
+
+
+def _multiply_in_pieces(
+    x: Tensor, panel: Tensor, bias: Tensor | None, y: Tensor, pieces: Pieces
+) -> None:
+    """Fill y with x @ panel + bias, in the panel's dtype; never is all of x converted to it."""
+    room, sums = pieces
+    rows = min(len(x), MOST_ROWS)
+    columns = len(room) // rows
+    for first in range(0, len(x), rows):
+        some, result = x[first : first + rows], y[first : first + rows]
+        total = sums[: result.numel()].view(result.shape)
+        total.copy_(bias) if bias is not None else total.zero_()
+        for column in range(0, len(panel), columns):
+            part = some[:, column : column + columns]
+            piece = room[: part.numel()].view(part.shape).copy_(part)
+            total.addmm_(piece, panel[column : column + columns])
+        result.copy_(total)
 
 
 @torch.no_grad()

@@ -615,6 +615,50 @@ static inline void pack64(__m512i codes, u8* packed) {
 #define PERMUTE_PACKED 0
 #endif
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#include <immintrin.h>
+#define SHUFFLE_PACKED 1
+
+// Where 16 bytes are loaded that hold 16 codes, those from 16 k on of COUNT: not beyond the last one's byte.
+template <int BITS, int COUNT>
+static constexpr int piece_at(int k) {
+  return 2 * BITS * k < COUNT / 8 * BITS - 16 ? 2 * BITS * k : COUNT / 8 * BITS - 16;
+}
+
+// Of the 16 codes of either half, the first 8 or the others, in words of 16 bits. A shuffle brings the two bytes
+// that a code may touch into its word, a multiplication shifts the code to the top.
+template <int BITS, int COUNT, int K>
+static inline __m256i unpack_words(__m256i packed, int others) {
+  alignas(32) u8 source[32];
+  alignas(32) u16 factor[16];
+  for (int w = 0; w < 16; ++w) {
+    const int k = K + w / 8, bit = (8 * others + w % 8) * BITS, byte = 2 * BITS * k - piece_at<BITS, COUNT>(k) + bit / 8;
+    source[2 * w + 1] = (u8)byte;
+    source[2 * w] = (u8)(bit % 8 + BITS > 8 ? byte + 1 : 0xff);
+    factor[w] = (u16)(1 << bit % 8);
+  }
+  const __m256i words = _mm256_shuffle_epi8(packed, _mm256_load_si256((const __m256i*)source));
+  return _mm256_srli_epi16(_mm256_mullo_epi16(words, _mm256_load_si256((const __m256i*)factor)), 16 - BITS);
+}
+
+// Codes 16 K .. 16 K + 31 of COUNT, which are 16 bytes or more.
+template <int BITS, int COUNT, int K>
+static inline __m256i unpack32(const u8* packed) {
+  const __m128i low = _mm_loadu_si128((const __m128i*)(packed + piece_at<BITS, COUNT>(K)));
+  const __m128i high = _mm_loadu_si128((const __m128i*)(packed + piece_at<BITS, COUNT>(K + 1)));
+  const __m256i both = _mm256_set_m128i(high, low);
+  return _mm256_packus_epi16(unpack_words<BITS, COUNT, K>(both, 0), unpack_words<BITS, COUNT, K>(both, 1));
+}
+
+template <int BITS>
+static inline void unpack64(const u8* packed, u8* codes) {
+  _mm256_storeu_si256((__m256i*)codes, unpack32<BITS, 64, 0>(packed));
+  _mm256_storeu_si256((__m256i*)(codes + 32), unpack32<BITS, 64, 2>(packed));
+}
+#else
+#define SHUFFLE_PACKED 0
+#endif
+
 // As many codes as come in whole groups. Where no code crosses a byte, shifts alone are faster: a
 // compiler vectorizes them.
 template <int BITS>
@@ -622,6 +666,11 @@ static inline int unpack_whole(const u8* packed, int count, u8* codes) {
 #if PERMUTE_PACKED
   if (8 % BITS) {
     for (int i = 0; i + 64 <= count; i += 64) _mm512_storeu_si512(codes + i, unpack64<BITS>(packed + i * BITS / 8));
+    return count / 64 * 64;
+  }
+#elif SHUFFLE_PACKED
+  if (8 % BITS) {
+    for (int i = 0; i + 64 <= count; i += 64) unpack64<BITS>(packed + i * BITS / 8, codes + i);
     return count / 64 * 64;
   }
 #endif

@@ -32,14 +32,17 @@ ENCODINGS: dict[str, Encoding] = {
     "4-second": exact_encoding(4, block=16, second=16),
     "4-e4m3_tensor": exact_encoding(4, "e4m3_tensor", 16),
     "4-row_centered": exact_encoding(4, "row_centered"),
+    "4-blocks_of_4096": exact_encoding(4, block=4096),
+    "5-blocks_of_16": exact_encoding(5, block=16),
     "5-e8m0": exact_encoding(5, "e8m0", 32),
     "6-tensor": exact_encoding(6, "tensor"),
+    "6-centered": exact_encoding(6, "centered", 16),
     "7-bfloat16": exact_encoding(7, "bfloat16"),
     "8": exact_encoding(8, block=16),
 }
 # Instruction sets that this machine may be told it lacks, and encodings to try without them.
 LACKING = {
-    "-mno-avx512f": ("2-blocks_of_16", "3-centered", "4-row_centered", "8"),
+    "-mno-avx512f": tuple(ENCODINGS),
     "-mno-avx512vbmi": ("3-blocks_of_4096", "5-e8m0"),
     "-mno-avx512f -mno-avx2 -mno-fma": ("3-centered", "4-second"),
 }
@@ -139,6 +142,21 @@ def test_every_registered_type_stays_within_rounding(name: str) -> None:
     for count in (1, 4):
         x = torch.randn(count, 333, generator=generator)
         assert_close(linear.linear(encoding, parts, shape, x), x, dense, roundings(333))
+
+
+@pytest.mark.parametrize("name", [f"nf{bits}" for bits in range(2, 9)])
+def test_every_byte_of_a_level_arrives(name: str) -> None:
+    """One number of x alone is not 0: products are the dense weight's, to the last bit."""
+    shape, encoding = (3, 150), make_encoding(name)
+    generator = torch.Generator().manual_seed(7)
+    parts = coding.encode(encoding, torch.randn(shape, generator=generator))
+    dense, x = coding.decode(encoding, parts, shape), torch.eye(150)
+    assert torch.equal(linear_cpu.multiply(encoding, parts, shape, x, None), dense.T)
+    for row, expected in zip(x.split(1), dense.T.split(1), strict=True):
+        assert torch.equal(linear_cpu.multiply(encoding, parts, shape, row, None), expected)
+    columns = torch.empty(3, 99)
+    linear_cpu.decode_columns(encoding, parts, shape, 50, columns)
+    assert torch.equal(columns, dense[:, 50:149])
 
 
 FOUR_BITS = [name for name in quant_types().names() if quant_types().get(name).bits == 4]

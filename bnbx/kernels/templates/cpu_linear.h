@@ -109,6 +109,9 @@ static inline Lanes find_lanes(const Row& row) {
 // Numbers of a group's spans for the lanes of its vector v. Where elements are in order, a vector lies in
 // one span; else lane l is in the same one in every vector.
 static inline Floats for_lanes(const float* of_spans, const Lanes& lanes, int v) {
+#ifdef EIGHT_LANES
+  if (SPANS == 1 && lanes.offset == 0) return (Floats)_mm256_broadcast_ss(of_spans);  // a permute takes as long as three shuffles
+#endif
   return STEP == LANES ? fill(of_spans[(lanes.offset + v * LANES) / SPAN]) : permute(load(of_spans), lanes.span);
 }
 

@@ -6,6 +6,7 @@
 enum { LANES = 16 };
 #elif defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
+#define EIGHT_LANES
 enum { LANES = 8 };
 #else
 enum { LANES = 4 };
@@ -62,14 +63,6 @@ static inline float sum_of(Floats x) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
-
-// 16 floats in registers.
-struct Table16 { Floats low, high; };
-static inline Table16 load_table(const float* from) { return {load(from), load(from + 8)}; }
-static inline Floats look_up(const Table16& table, Ints index) {
-  const __m256 low = (__m256)permute(table.low, index), high = (__m256)permute(table.high, index);
-  return (Floats)_mm256_blendv_ps(low, high, (__m256)(index << 28));
 }
 
 #else
