@@ -142,6 +142,422 @@ DEVICE u8 encode(float x, const u32* entries, const float* thresholds, const u8*
   return (u8)(Type::ORDERED ? rank : order[rank]);
 }
 
+// Blocks of quantized states on a CPU: plain loops that any compiler vectorizes as it can.
+
+template <class Type>
+static inline void decode_block_plain(const u8* codes, float absmax, const Tables* tables, float* x) {
+  for (int i = 0; i < Type::BLOCK; ++i) x[i] = tables->levels[codes[i]] * absmax;
+}
+
+template <class Type>
+static inline void encode_block_plain(const float* x, float inverse, const Tables* tables, u8* codes) {
+  u32 rank[Type::BLOCK], low[Type::BLOCK];
+  if (Type::SHIFT == 0) {
+    for (int i = 0; i < Type::BLOCK; ++i) rank[i] = count_thresholds(x[i] * inverse, tables->thresholds);
+  } else {  // find_rank, with its look-ups in a loop of their own, so that the others are vectorized
+    for (int i = 0; i < Type::BLOCK; ++i) {
+      const Place place = find_place<Type>(x[i] * inverse);
+      rank[i] = place.entry;
+      low[i] = place.low;
+    }
+    for (int i = 0; i < Type::BLOCK; ++i) rank[i] = tables->entries[rank[i]];
+    for (int i = 0; i < Type::BLOCK; ++i) rank[i] = (rank[i] + low[i]) >> Type::SHIFT;
+  }
+  for (int i = 0; i < Type::BLOCK; ++i) codes[i] = (u8)(Type::ORDERED ? rank[i] : tables->order[rank[i]]);
+}
+
+static inline i32 larger_magnitude(i32 largest, float x) {
+  const i32 magnitude = (i32)(bits_of(x) & 0x7fffffffu);
+  return magnitude > largest ? magnitude : largest;
+}
+
+// Ranks by a multiply-add inside the run of evenly spaced thresholds that x falls in; where one of the
+// values is too close to a tie to be sure, all go to the exact search. The sum with BIAS leaves the rank
+// in the mantissa above FRACTION bits of fraction, which are almost all zero near a tie. See `Segments`
+// in bnbx/kernels/codebook.py, which makes the tables and proves them, and has the same constants.
+// BIAS is 2**8 + 1/2, a float whose last mantissa bit is 2**-15, and two such bits more: ties then lie in
+// the middle of what NEAR_TIE finds.
+enum { FRACTION = 15, NEAR_TIE = (1 << FRACTION) - 4, CUT = 0xffffff };
+static const float BIAS = 256.5f + 2.0f / (1 << FRACTION);
+static const float SMALLEST = 0x1.000002p-31f;  // whose pair of binades is the first one
+
+// Vectors of 16 or 8 numbers are in cpu_codebook_avx512.h and cpu_codebook_avx2.h.
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VBMI__)
+#define BLOCKS_BY_AVX512
+#elif defined(__AVX2__) && defined(__FMA__)
+#define BLOCKS_BY_AVX2
+#else
+
+template <class Type>
+static inline void decode_block(const u8* codes, float absmax, const Tables* tables, float* x) {
+  decode_block_plain<Type>(codes, absmax, tables, x);
+}
+
+template <class Type>
+static inline void encode_block(const float* x, float inverse, const Tables* tables, u8* codes) {
+  encode_block_plain<Type>(x, inverse, tables, codes);
+}
+
+#endif
+
+// Blocks of quantized states by AVX-512, 16 numbers at a time.
+
+#ifdef BLOCKS_BY_AVX512
+#include <immintrin.h>
+
+// Byte permutes look up 64 codes in a 256-entry table at once, one table for each byte of a float.
+static inline __m512i look_up_bytes(const u8* plane, __m512i index, __mmask64 upper) {
+  const __m512i* part = (const __m512i*)plane;
+  const __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(part), index, _mm512_loadu_si512(part + 1));
+  const __m512i high = _mm512_permutex2var_epi8(_mm512_loadu_si512(part + 2), index, _mm512_loadu_si512(part + 3));
+  return _mm512_mask_blend_epi8(upper, low, high);
+}
+
+// 16-byte lanes of the four planes interleave to floats in order if byte 4 j + w of lane l is
+// code 16 j + 4 l + w.
+alignas(64) static const u8 interleave[64] = {
+    0, 1, 2, 3, 16, 17, 18, 19, 32, 33, 34, 35, 48, 49, 50, 51,
+    4, 5, 6, 7, 20, 21, 22, 23, 36, 37, 38, 39, 52, 53, 54, 55,
+    8, 9, 10, 11, 24, 25, 26, 27, 40, 41, 42, 43, 56, 57, 58, 59,
+    12, 13, 14, 15, 28, 29, 30, 31, 44, 45, 46, 47, 60, 61, 62, 63};
+
+// Tables of 16 values are one register: a permute decodes 16 codes.
+template <class Type>
+static inline void decode_narrow_block(const u8* codes, float absmax, const Tables* tables, float* x) {
+  const __m512 levels = _mm512_loadu_ps(tables->levels), scale = _mm512_set1_ps(absmax);
+  for (int i = 0; i < Type::BLOCK; i += 16) {
+    const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i)));
+    _mm512_storeu_ps(x + i, _mm512_mul_ps(_mm512_permutexvar_ps(index, levels), scale));
+  }
+}
+
+// And a search by halving has four steps, each a permute and a comparison.
+template <class Type>
+static inline void encode_narrow_block(const float* x, float inverse, const Tables* tables, u8* codes) {
+  const __m512 thresholds = _mm512_loadu_ps(tables->thresholds), scale = _mm512_set1_ps(inverse);
+  const __m512i order = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)tables->order));
+  for (int i = 0; i < Type::BLOCK; i += 16) {
+    const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + i), scale);
+    __m512i rank = _mm512_setzero_si512();
+    for (int half = 8; half > 0; half /= 2) {
+      const __m512i probe = _mm512_add_epi32(rank, _mm512_set1_epi32(half - 1));
+      const __m512 threshold = _mm512_permutexvar_ps(probe, thresholds);
+      rank = _mm512_mask_add_epi32(rank, _mm512_cmp_ps_mask(threshold, scaled, _CMP_LT_OQ), rank, _mm512_set1_epi32(half));
+    }
+    if (!Type::ORDERED) rank = _mm512_permutexvar_epi32(rank, order);
+    _mm_storeu_si128((__m128i*)(codes + i), _mm512_cvtepi32_epi8(rank));
+  }
+}
+
+template <class Type>
+static inline void decode_block(const u8* codes, float absmax, const Tables* tables, float* x) {
+  if (Type::BITS <= 4) return decode_narrow_block<Type>(codes, absmax, tables, x);
+  if (Type::BLOCK < 64) return decode_block_plain<Type>(codes, absmax, tables, x);
+  const __m512i lanes = _mm512_load_si512(interleave);
+  const __m512 scale = _mm512_set1_ps(absmax);
+  for (int i = 0; i < Type::BLOCK; i += 64) {
+    const __m512i index = _mm512_permutexvar_epi8(lanes, _mm512_loadu_si512(codes + i));
+    const __mmask64 upper = _mm512_movepi8_mask(index);
+    const __m512i b0 = look_up_bytes(tables->planes[0], index, upper);
+    const __m512i b1 = look_up_bytes(tables->planes[1], index, upper);
+    const __m512i b2 = look_up_bytes(tables->planes[2], index, upper);
+    const __m512i b3 = look_up_bytes(tables->planes[3], index, upper);
+    const __m512i low01 = _mm512_unpacklo_epi8(b0, b1), high01 = _mm512_unpackhi_epi8(b0, b1);
+    const __m512i low23 = _mm512_unpacklo_epi8(b2, b3), high23 = _mm512_unpackhi_epi8(b2, b3);
+    const __m512i value[4] = {_mm512_unpacklo_epi16(low01, low23), _mm512_unpackhi_epi16(low01, low23),
+                              _mm512_unpacklo_epi16(high01, high23), _mm512_unpackhi_epi16(high01, high23)};
+    for (int j = 0; j < 4; ++j)
+      _mm512_storeu_ps(x + i + 16 * j, _mm512_mul_ps(_mm512_castsi512_ps(value[j]), scale));
+  }
+}
+
+// find_rank for 16 values.
+template <class Type>
+static inline __m512i find_ranks(__m512 x, const Tables* tables) {
+  const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
+  const __m512i mask = _mm512_set1_epi32((1 << Type::SHIFT) - 1);
+  const __m512i floor = _mm512_set1_epi32((i32)Type::FLOOR);
+  __m512i a = Type::SIGNED ? _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff))
+                           : _mm512_max_epi32(bits, _mm512_setzero_si512());
+  a = _mm512_min_epu32(a, _mm512_set1_epi32((i32)Type::CEILING));
+  const __mmask16 small = _mm512_cmplt_epu32_mask(a, floor);
+  __m512i w = _mm512_add_epi32(_mm512_sub_epi32(a, floor), _mm512_set1_epi32(1 << Type::SHIFT));
+  w = _mm512_mask_min_epu32(w, small, a, one);
+  __m512i low = _mm512_and_si512(w, mask), entry = _mm512_srli_epi32(w, Type::SHIFT);
+  if (Type::SIGNED) {
+    const __mmask16 negative = _mm512_movepi32_mask(bits);
+    low = _mm512_mask_xor_epi32(low, negative, low, mask);
+    entry = _mm512_mask_add_epi32(entry, negative, entry, _mm512_set1_epi32(Type::HALF));
+  }
+  const __m512i found = _mm512_i32gather_epi32(entry, (const int*)tables->entries, 4);
+  return _mm512_srli_epi32(_mm512_add_epi32(found, low), Type::SHIFT);
+}
+
+// The places of 16 values, whose ranks are the 8 bits above FRACTION. `sure` loses those next to a tie.
+template <class Type>
+static inline __m512i find_places(__m512 x, const Tables* tables, __mmask16* sure) {
+  const __m512 smallest = _mm512_set1_ps(SMALLEST);
+  const __m512 a = Type::SIGNED ? _mm512_range_ps(x, smallest, 0b1011)  // the larger magnitude of both
+                                : _mm512_max_ps(x, smallest);
+  const __m512i bits = _mm512_castps_si512(a);
+  const __m512i pair = _mm512_srli_epi32(bits, 24);  // a permute reads 4 bits
+  const __m512i turned = _mm512_add_epi32(bits, _mm512_permutexvar_epi32(pair, _mm512_loadu_si512(tables->turn)));
+  const __m512i run = _mm512_srli_epi32(turned, 24);
+  const __m512 slope = _mm512_permutexvar_ps(run, _mm512_loadu_ps(tables->slope));
+  const __m512 offset = _mm512_permutexvar_ps(run, _mm512_loadu_ps(tables->offset));
+  const __m512 high = _mm512_permutexvar_ps(run, _mm512_loadu_ps(tables->high));
+  __m512 place = _mm512_min_ps(_mm512_fmadd_ps(a, slope, offset), high);
+  if (Type::SIGNED) {  // so far counted from zero: put the sign of x on it, and count from the lowest code
+    const __m512 sign = _mm512_and_ps(x, _mm512_set1_ps(-0.0f));
+    place = _mm512_add_ps(_mm512_xor_ps(place, sign), _mm512_set1_ps(BIAS + Type::ZERO_CODE));
+    place = _mm512_max_ps(place, _mm512_set1_ps(BIAS));
+    *sure = _mm512_mask_test_epi32_mask(*sure, turned, _mm512_set1_epi32(CUT));  // there, ties go away from zero
+  }
+  *sure = _mm512_mask_test_epi32_mask(*sure, _mm512_castps_si512(place), _mm512_set1_epi32(NEAR_TIE));
+  return _mm512_castps_si512(place);
+}
+
+// Where the code of value 16 j + 2 q + i is found, which the ranks of 64 places leave in byte 8 q + 2 j + i.
+alignas(64) static const u8 in_order[64] = {
+    0, 1, 8, 9, 16, 17, 24, 25, 32, 33, 40, 41, 48, 49, 56, 57,
+    2, 3, 10, 11, 18, 19, 26, 27, 34, 35, 42, 43, 50, 51, 58, 59,
+    4, 5, 12, 13, 20, 21, 28, 29, 36, 37, 44, 45, 52, 53, 60, 61,
+    6, 7, 14, 15, 22, 23, 30, 31, 38, 39, 46, 47, 54, 55, 62, 63};
+
+// count_thresholds for 16 values. Every sixteenth threshold fits into a register, where a permute finds it;
+// of those between two of them four are gathered.
+static inline __m512i count_thresholds16(__m512 x, const float* thresholds, __m512 sixteenths) {
+  __m512i rank = _mm512_setzero_si512();
+  for (int half = 8; half > 0; half /= 2) {
+    const __m512 probe = _mm512_permutexvar_ps(_mm512_add_epi32(rank, _mm512_set1_epi32(half - 1)), sixteenths);
+    rank = _mm512_mask_add_epi32(rank, _mm512_cmp_ps_mask(probe, x, _CMP_LT_OQ), rank, _mm512_set1_epi32(half));
+  }
+  rank = _mm512_slli_epi32(rank, 4);
+  for (int half = 8; half > 0; half /= 2) {
+    const __m512 probe = _mm512_i32gather_ps(rank, thresholds + half - 1, 4);
+    rank = _mm512_mask_add_epi32(rank, _mm512_cmp_ps_mask(probe, x, _CMP_LT_OQ), rank, _mm512_set1_epi32(half));
+  }
+  return rank;
+}
+
+// Any table: `count` values, a multiple of 16; of the codes, 64 at a time are looked up by their ranks.
+template <class Type>
+static inline void encode_by_search(const float* x, float inverse, const Tables* tables, int count, u8* codes) {
+  const __m512 scale = _mm512_set1_ps(inverse);
+  const __m512i every = _mm512_setr_epi32(15, 31, 47, 63, 79, 95, 111, 127, 143, 159, 175, 191, 207, 223, 239, 255);
+  const __m512 sixteenths = _mm512_i32gather_ps(every, tables->thresholds, 4);
+  for (int i = 0; i < count; i += 16) {
+    const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + i), scale);
+    const __m512i rank = Type::SHIFT ? find_ranks<Type>(scaled, tables) : count_thresholds16(scaled, tables->thresholds, sixteenths);
+    _mm_storeu_si128((__m128i*)(codes + i), _mm512_cvtepi32_epi8(rank));
+  }
+  if (Type::ORDERED) return;
+  for (int i = 0; i < count; i += 64) {
+    const __mmask64 here = ~0ull >> (count - i < 64 ? 64 - (count - i) : 0);
+    const __m512i ranks = _mm512_maskz_loadu_epi8(here, codes + i);
+    _mm512_mask_storeu_epi8(codes + i, here, look_up_bytes(tables->order, ranks, _mm512_movepi8_mask(ranks)));
+  }
+}
+
+template <class Type>
+static __attribute__((noinline)) void encode_near_tie(const float* x, float inverse, const Tables* tables, int count, u8* codes) {
+  encode_by_search<Type>(x, inverse, tables, count, codes);
+}
+
+template <class Type>
+static inline void encode_in_segments(const float* x, float inverse, const Tables* tables, u8* codes) {
+  const int GROUP = Type::BLOCK < 64 ? Type::BLOCK : 64;
+  const __m512 scale = _mm512_set1_ps(inverse);
+  const __m512i order = _mm512_load_si512(in_order);
+  const __m512i shifts = _mm512_set1_epi16(FRACTION | (FRACTION + 32) << 8);  // of two places in 64 bits
+  for (int i = 0; i < Type::BLOCK; i += GROUP) {
+    __mmask16 sure = 0xffff;
+    __m512i ranks = _mm512_setzero_si512();
+    for (int j = 0; j < GROUP / 16; ++j) {
+      const __m512i places = find_places<Type>(_mm512_mul_ps(_mm512_loadu_ps(x + i + 16 * j), scale), tables, &sure);
+      ranks = _mm512_mask_multishift_epi64_epi8(ranks, 0x0303030303030303ull << (2 * j), shifts, places);
+    }
+    _mm512_mask_storeu_epi8(codes + i, ~0ull >> (64 - GROUP), _mm512_permutexvar_epi8(order, ranks));
+    if (__builtin_expect(sure != 0xffff, 0)) encode_near_tie<Type>(x + i, inverse, tables, GROUP, codes + i);
+  }
+}
+
+template <class Type>
+static inline void encode_block(const float* x, float inverse, const Tables* tables, u8* codes) {
+  if (Type::BITS <= 4) encode_narrow_block<Type>(x, inverse, tables, codes);
+  else if (Type::SEGMENTS) encode_in_segments<Type>(x, inverse, tables, codes);
+  else encode_by_search<Type>(x, inverse, tables, Type::BLOCK, codes);
+}
+
+#endif
+
+// Blocks of quantized states by AVX2, 8 numbers at a time.
+
+#ifdef BLOCKS_BY_AVX2
+#include <immintrin.h>
+
+// Eight levels by their codes, load after load: 2 / 3 of the time of what compilers make of a loop, and of a
+// gather's.
+static inline __m256 look_up_levels(const float* levels, const u8* codes) {
+  unsigned long long eight;
+  __builtin_memcpy(&eight, codes, 8);
+  const auto level = [&](int i) { return levels[eight >> 8 * i & 0xff]; };
+  return _mm256_setr_ps(level(0), level(1), level(2), level(3), level(4), level(5), level(6), level(7));
+}
+
+// Floats of their four bytes, which are 32 in a vector: of bytes 4 v .. 4 v + 3 of either half, those of value v.
+struct Floats32 {
+  __m256 value[4];
+};
+
+static inline Floats32 interleave_bytes(__m256i b0, __m256i b1, __m256i b2, __m256i b3) {
+  const __m256i low01 = _mm256_unpacklo_epi8(b0, b1), high01 = _mm256_unpackhi_epi8(b0, b1);
+  const __m256i low23 = _mm256_unpacklo_epi8(b2, b3), high23 = _mm256_unpackhi_epi8(b2, b3);
+  return {_mm256_castsi256_ps(_mm256_unpacklo_epi16(low01, low23)), _mm256_castsi256_ps(_mm256_unpackhi_epi16(low01, low23)),
+          _mm256_castsi256_ps(_mm256_unpacklo_epi16(high01, high23)), _mm256_castsi256_ps(_mm256_unpackhi_epi16(high01, high23))};
+}
+
+// A table of 16 bytes in both halves of a register, as byte shuffles want it.
+static inline __m256i load_twice(const u8* table) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table));
+}
+
+// Codes of a group: 32 of them, or 16 where a block is not made of more.
+static inline __m256i load_codes(const u8* codes, int group) {
+  if (group == 32) return _mm256_loadu_si256((const __m256i*)codes);
+  return _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)codes));
+}
+
+static inline void put_codes(__m256i codes, int group, u8* to) {
+  if (group == 32) _mm256_storeu_si256((__m256i*)to, codes);
+  else _mm_storeu_si128((__m128i*)to, _mm256_castsi256_si128(codes));
+}
+
+// Tables of 16 values: byte shuffles look up 32 codes at once, one table for each byte of a float. These
+// interleave to floats in order if four codes at a time go to one half and to the other in turn.
+template <class Type>
+static inline void decode_narrow_block(const u8* codes, float absmax, const Tables* tables, float* x) {
+  const __m256 scale = _mm256_set1_ps(absmax);
+  const int group = Type::BLOCK % 32 ? 16 : 32;
+  const __m256i in_turn = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+  const __m256i plane[4] = {load_twice(tables->planes[0]), load_twice(tables->planes[1]), load_twice(tables->planes[2]), load_twice(tables->planes[3])};
+  for (int i = 0; i < Type::BLOCK; i += group) {
+    const __m256i index = _mm256_permutevar8x32_epi32(load_codes(codes + i, group), in_turn);
+    const Floats32 levels = interleave_bytes(_mm256_shuffle_epi8(plane[0], index), _mm256_shuffle_epi8(plane[1], index),
+                                             _mm256_shuffle_epi8(plane[2], index), _mm256_shuffle_epi8(plane[3], index));
+    for (int j = 0; j < group / 8; ++j) _mm256_storeu_ps(x + i + 8 * j, _mm256_mul_ps(levels.value[j], scale));
+  }
+}
+
+template <class Type>
+static inline void decode_block(const u8* codes, float absmax, const Tables* tables, float* x) {
+  if (Type::BITS <= 4) return decode_narrow_block<Type>(codes, absmax, tables, x);
+  const __m256 scale = _mm256_set1_ps(absmax);
+  for (int i = 0; i < Type::BLOCK; i += 8)
+    _mm256_storeu_ps(x + i, _mm256_mul_ps(look_up_levels(tables->levels, codes + i), scale));
+}
+
+// The last bytes of 32 integers, in order.
+static inline __m256i last_bytes(const __m256i (&x)[4]) {
+  const __m256i byte = _mm256_set1_epi16(0xff);
+  const __m256i low = _mm256_and_si256(_mm256_packus_epi32(x[0], x[1]), byte);
+  const __m256i high = _mm256_and_si256(_mm256_packus_epi32(x[2], x[3]), byte);
+  return _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
+// A value in a table of 8 for each lane; the last three bits of an index count.
+static inline __m256 look_up(__m256 table, __m256i index) { return _mm256_permutevar8x32_ps(table, index); }
+static inline __m256 look_up(const float* table, __m256i index) { return look_up(_mm256_loadu_ps(table), index); }
+
+static inline __m256i below(__m256 a, __m256 b) { return _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+
+// The 15 thresholds of a table of 16, as a search by halving asks for them.
+struct Halves {
+  __m256 half, quarters[2], eighths, sixteenths;
+};
+
+static inline Halves load_halves(const float* t) {
+  return {_mm256_set1_ps(t[7]), {_mm256_set1_ps(t[3]), _mm256_set1_ps(t[11])},
+          _mm256_setr_ps(t[1], t[5], t[9], t[13], t[1], t[5], t[9], t[13]),
+          _mm256_setr_ps(t[0], t[2], t[4], t[6], t[8], t[10], t[12], t[14])};
+}
+
+// Each step finds one more bit of the ranks, from the first one on. What compares true is -1.
+static inline __m256i count_thresholds8(__m256 x, const Halves& thresholds) {
+  const __m256i first = below(thresholds.half, x);
+  const __m256 quarter = _mm256_blendv_ps(thresholds.quarters[0], thresholds.quarters[1], _mm256_castsi256_ps(first));
+  __m256i rank = _mm256_sub_epi32(_mm256_slli_epi32(_mm256_srli_epi32(first, 31), 1), below(quarter, x));
+  rank = _mm256_sub_epi32(_mm256_add_epi32(rank, rank), below(_mm256_permutevar_ps(thresholds.eighths, rank), x));
+  return _mm256_sub_epi32(_mm256_add_epi32(rank, rank), below(look_up(thresholds.sixteenths, rank), x));
+}
+
+template <class Type>
+static inline void encode_narrow_block(const float* x, float inverse, const Tables* tables, u8* codes) {
+  const int group = Type::BLOCK % 32 ? 16 : 32;
+  const Halves thresholds = load_halves(tables->thresholds);
+  const __m256i order = load_twice(tables->order);
+  const __m256 scale = _mm256_set1_ps(inverse);
+  for (int i = 0; i < Type::BLOCK; i += group) {
+    __m256i ranks[4] = {};
+    for (int j = 0; j < group / 8; ++j)
+      ranks[j] = count_thresholds8(_mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * j), scale), thresholds);
+    const __m256i bytes = last_bytes(ranks);
+    put_codes(Type::ORDERED ? bytes : _mm256_shuffle_epi8(order, bytes), group, codes + i);
+  }
+}
+
+// As `find_places` in cpu_codebook_avx512.h, but the run is found by a comparison: of tables of 8 values
+// alone one permute is enough. A lane of `sure` becomes zero where one of its places is not.
+template <class Type>
+static inline __m256i find_places(__m256 x, const Tables* tables, __m256i* sure) {
+  const __m256 sign = _mm256_and_ps(x, _mm256_set1_ps(-0.0f));
+  const __m256 a = _mm256_max_ps(Type::SIGNED ? _mm256_xor_ps(x, sign) : x, _mm256_set1_ps(SMALLEST));
+  const __m256i bits = _mm256_castps_si256(a);
+  const __m256i lower = _mm256_shuffle_epi8(load_twice(tables->lower), _mm256_srli_epi32(bits, 24));
+  const __m256i cut = _mm256_castps_si256(look_up((const float*)tables->cuts, lower));
+  const __m256i run = _mm256_sub_epi32(lower, _mm256_cmpgt_epi32(bits, cut));
+  __m256 place = _mm256_fmadd_ps(a, look_up(tables->slope, run), look_up(tables->offset, run));
+  place = _mm256_min_ps(place, look_up(tables->high, run));
+  if (Type::SIGNED) {
+    place = _mm256_add_ps(_mm256_xor_ps(place, sign), _mm256_set1_ps(BIAS + Type::ZERO_CODE));
+    place = _mm256_max_ps(place, _mm256_set1_ps(BIAS));
+    *sure = _mm256_min_epu32(*sure, _mm256_xor_si256(bits, cut));
+  }
+  *sure = _mm256_min_epu32(*sure, _mm256_and_si256(_mm256_castps_si256(place), _mm256_set1_epi32(NEAR_TIE)));
+  return _mm256_castps_si256(place);
+}
+
+template <class Type>
+static __attribute__((noinline)) void encode_near_tie(const float* x, float inverse, const Tables* tables, int count, u8* codes) {
+  for (int i = 0; i < count; ++i) codes[i] = (u8)find_rank<Type>(x[i] * inverse, tables->entries, tables->thresholds);
+}
+
+template <class Type>
+static inline void encode_in_segments(const float* x, float inverse, const Tables* tables, u8* codes) {
+  const int group = Type::BLOCK % 32 ? 16 : 32;
+  const __m256 scale = _mm256_set1_ps(inverse);
+  for (int i = 0; i < Type::BLOCK; i += group) {
+    __m256i sure = _mm256_set1_epi32(-1), ranks[4] = {};
+    for (int j = 0; j < group / 8; ++j) {
+      const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * j), scale);
+      ranks[j] = _mm256_srli_epi32(find_places<Type>(scaled, tables, &sure), FRACTION);
+    }
+    put_codes(last_bytes(ranks), group, codes + i);
+    const __m256i unsure = _mm256_cmpeq_epi32(sure, _mm256_setzero_si256());
+    if (__builtin_expect(!_mm256_testz_si256(unsure, unsure), 0))
+      encode_near_tie<Type>(x + i, inverse, tables, group, codes + i);
+  }
+}
+
+template <class Type>
+static inline void encode_block(const float* x, float inverse, const Tables* tables, u8* codes) {
+  if (Type::BITS <= 4) encode_narrow_block<Type>(x, inverse, tables, codes);
+  else if (Type::SEGMENTS) encode_in_segments<Type>(x, inverse, tables, codes);
+  else encode_block_plain<Type>(x, inverse, tables, codes);
+}
+
+#endif
+
 // Codes in bytes of their own to codes packed without gaps, the first in the highest bits, and back.
 
 // As many at a time as fill whole bytes.
@@ -737,20 +1153,11 @@ static inline Levels load_levels(const Tables* tables) { return tables; }
 
 #ifdef EIGHT_LANES
 
-// Levels by load after load, of codes that are loaded at once: 4.8 ms for a row of x and a 4096 x 4096 weight on a
-// Zen 3, and 5.2 with a load for each code too, 10.8 with what GCC makes of the loop below.
-static inline Floats load_levels_of(const u8* codes, const float* levels) {
-  unsigned long long eight;
-  __builtin_memcpy(&eight, codes, 8);
-  const auto level = [&](int i) { return levels[eight >> 8 * i & 0xff]; };
-  return (Floats)_mm256_setr_ps(level(0), level(1), level(2), level(3), level(4), level(5), level(6), level(7));
-}
-
 static inline void decode_group(const u8* from, const Levels& levels, Floats (&w)[VECTORS]) {
   u8 codes[GROUP];
   unpack_codes<CODE_BITS>(from, GROUP, codes);
 #pragma GCC unroll 8
-  for (int v = 0; v < VECTORS; ++v) w[v] = load_levels_of(codes + v * LANES, levels->levels);
+  for (int v = 0; v < VECTORS; ++v) w[v] = (Floats)look_up_levels(levels->levels, codes + v * LANES);
 }
 
 static inline void decode_in_order(const u8* from, const Levels& levels, float* to) {
@@ -794,7 +1201,7 @@ static inline Levels load_levels(const Tables* tables) {
   Levels levels;
   for (int b = 0; b < 4; ++b)
     for (int p = 0; p < PARTS_OF_PLANE; ++p)
-      levels.part[b][p] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)(tables->planes[b] + 16 * p)));
+      levels.part[b][p] = load_twice(tables->planes[b] + 16 * p);
   return levels;
 }
 
@@ -811,16 +1218,11 @@ static inline __m256i look_up_byte(const __m256i (&part)[PARTS_OF_PLANE], __m256
   return found;
 }
 
-// The levels of 32 codes: of bytes 4 v .. 4 v + 3 of either half, those of vector v.
+// The levels of 32 codes, in the order of `interleave_bytes`.
 static inline void look_up_codes(__m256i codes, const Levels& levels, Floats& w0, Floats& w1, Floats& w2, Floats& w3) {
-  const __m256i b0 = look_up_byte(levels.part[0], codes), b1 = look_up_byte(levels.part[1], codes);
-  const __m256i b2 = look_up_byte(levels.part[2], codes), b3 = look_up_byte(levels.part[3], codes);
-  const __m256i low01 = _mm256_unpacklo_epi8(b0, b1), high01 = _mm256_unpackhi_epi8(b0, b1);
-  const __m256i low23 = _mm256_unpacklo_epi8(b2, b3), high23 = _mm256_unpackhi_epi8(b2, b3);
-  w0 = (Floats)_mm256_unpacklo_epi16(low01, low23);
-  w1 = (Floats)_mm256_unpackhi_epi16(low01, low23);
-  w2 = (Floats)_mm256_unpacklo_epi16(high01, high23);
-  w3 = (Floats)_mm256_unpackhi_epi16(high01, high23);
+  const Floats32 found = interleave_bytes(look_up_byte(levels.part[0], codes), look_up_byte(levels.part[1], codes),
+                                          look_up_byte(levels.part[2], codes), look_up_byte(levels.part[3], codes));
+  w0 = (Floats)found.value[0], w1 = (Floats)found.value[1], w2 = (Floats)found.value[2], w3 = (Floats)found.value[3];
 }
 
 template <int K>

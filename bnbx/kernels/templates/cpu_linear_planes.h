@@ -16,7 +16,7 @@ static inline Levels load_levels(const Tables* tables) {
   Levels levels;
   for (int b = 0; b < 4; ++b)
     for (int p = 0; p < PARTS_OF_PLANE; ++p)
-      levels.part[b][p] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)(tables->planes[b] + 16 * p)));
+      levels.part[b][p] = load_twice(tables->planes[b] + 16 * p);
   return levels;
 }
 
@@ -33,16 +33,11 @@ static inline __m256i look_up_byte(const __m256i (&part)[PARTS_OF_PLANE], __m256
   return found;
 }
 
-// The levels of 32 codes: of bytes 4 v .. 4 v + 3 of either half, those of vector v.
+// The levels of 32 codes, in the order of `interleave_bytes`.
 static inline void look_up_codes(__m256i codes, const Levels& levels, Floats& w0, Floats& w1, Floats& w2, Floats& w3) {
-  const __m256i b0 = look_up_byte(levels.part[0], codes), b1 = look_up_byte(levels.part[1], codes);
-  const __m256i b2 = look_up_byte(levels.part[2], codes), b3 = look_up_byte(levels.part[3], codes);
-  const __m256i low01 = _mm256_unpacklo_epi8(b0, b1), high01 = _mm256_unpackhi_epi8(b0, b1);
-  const __m256i low23 = _mm256_unpacklo_epi8(b2, b3), high23 = _mm256_unpackhi_epi8(b2, b3);
-  w0 = (Floats)_mm256_unpacklo_epi16(low01, low23);
-  w1 = (Floats)_mm256_unpackhi_epi16(low01, low23);
-  w2 = (Floats)_mm256_unpacklo_epi16(high01, high23);
-  w3 = (Floats)_mm256_unpackhi_epi16(high01, high23);
+  const Floats32 found = interleave_bytes(look_up_byte(levels.part[0], codes), look_up_byte(levels.part[1], codes),
+                                          look_up_byte(levels.part[2], codes), look_up_byte(levels.part[3], codes));
+  w0 = (Floats)found.value[0], w1 = (Floats)found.value[1], w2 = (Floats)found.value[2], w3 = (Floats)found.value[3];
 }
 
 template <int K>
