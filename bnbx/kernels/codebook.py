@@ -28,6 +28,7 @@ FRACTION = 15
 NEAR_TIE = (1 << FRACTION) - 4
 BIAS = 256.5 + 2 / (1 << FRACTION)
 SMALLEST = 2.0**-31 + 2.0**-54
+# Of `Segments`.
 FIRST_PAIR = 48  # the pair of binades [2**-31, 2**-29)
 PAIRS = 16  # as many as a permute of 16 numbers can tell apart, or a shuffle of bytes
 MOST_RUNS = 8  # as many numbers as 256 bits hold

@@ -3,12 +3,14 @@
 The dispatcher takes 45 microseconds to pass a call through two functions in Python, one for
 gradients and one for the result: a third of a product of one row with a small weight, and a model
 that writes one token after the other makes hundreds of these. So where nobody asks for gradients,
-traces or records, the function is called as it is.
+traces or profiles, the function is called as it is. (Operations of `bnbx.functional` may write to
+their arguments, which torch has to be told of: see registration.py there.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +20,20 @@ from torch.nn import Parameter
 
 from bnbx.errors import NotYetError
 from bnbx.kernels.fakes import register_fake
+
+try:  # names of torch's own, which other versions may not have
+    from torch._C import (
+        _dispatch_keys,
+        _get_tracing_state,
+        _len_torch_dispatch_stack,
+        _len_torch_function_stack,
+    )
+    from torch._C._autograd import _profiler_enabled
+    from torch._C._functorch import peek_interpreter_stack
+
+    _TELLING = hasattr(forward_ad, "_current_level")
+except ImportError:
+    _TELLING = False
 
 NAMESPACE = "bnbx"
 _unpack: Any = forward_ad.unpack_dual
@@ -54,7 +70,7 @@ def define(
     def call(*arguments: Any) -> Any:
         if unwatched(arguments):
             return run(*arguments)
-        if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             _refuse_tangents(name, arguments)
         return operation(*arguments)
 
@@ -66,28 +82,44 @@ def unwatched(arguments: Iterable[Any]) -> bool:
 
     Not so where torch compiles, traces or profiles; inside of a mode (`FakeTensorMode`,
     `FlopCounterMode`, `torch.device`) or of a transform (`torch.func.vmap`); where a gradient may
-    be wanted, forward or backward; where a tensor is of a class of its own, or on the meta device.
+    be wanted, forward or backward; where a tensor is more than its memory: of a class of its own,
+    on the meta device, nested, a negative view. Nor where this torch cannot tell.
     """
-    return not (
-        torch.compiler.is_compiling()  # first: torch.compile takes it for a constant
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._autograd._profiler_enabled()
-        or forward_ad._current_level >= 0
-    ) and _plain(arguments, torch.is_grad_enabled())
+    return (
+        not torch.compiler.is_compiling()  # first: torch.compile takes it for a constant
+        and _TELLING
+        and _get_tracing_state() is None
+        and not _len_torch_dispatch_stack()
+        and not _len_torch_function_stack()
+        and peek_interpreter_stack() is None
+        and not _profiler_enabled()
+        and forward_ad._current_level < 0
+        and _plain(arguments, torch.is_grad_enabled())
+    )
 
 
 def _plain(arguments: Iterable[Any], gradients: bool) -> bool:
     for each in arguments:
         kind = type(each)
         if kind in _TENSORS:
-            if each.is_meta or (gradients and each.requires_grad):
+            if gradients and each.requires_grad:
+                return False
+            if _dispatch_keys(each).raw_repr() != _keys(each.device.type, each.is_inference()):
                 return False
         elif kind not in _OTHERS and not (kind in (list, tuple) and _plain(each, gradients)):
             return False
     return True
+
+
+@lru_cache(maxsize=16)
+def _keys(device: str, inference: bool) -> int | None:
+    """What torch dispatches tensors on that are their memory and no more; None for meta tensors."""
+    if device == "meta":
+        return None
+    with torch.inference_mode(inference):
+        keys = _dispatch_keys(torch.empty(0, dtype=torch.uint8, device=device))
+    found: int = keys.raw_repr()
+    return found
 
 
 def _refuse_tangents(name: str, arguments: Iterable[Any]) -> None:

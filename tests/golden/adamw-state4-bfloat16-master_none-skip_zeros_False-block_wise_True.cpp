@@ -433,16 +433,19 @@ static inline void put_codes(__m256i codes, int group, u8* to) {
   else _mm_storeu_si128((__m128i*)to, _mm256_castsi256_si128(codes));
 }
 
-// Tables of 16 values: byte shuffles look up 32 codes at once, one table for each byte of a float. These
-// interleave to floats in order if four codes at a time go to one half and to the other in turn.
+// Four of 32 codes at a time to one half and to the other: then what is found of them interleaves in order.
+static inline __m256i halves_in_turn(__m256i codes) {
+  return _mm256_permutevar8x32_epi32(codes, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+}
+
+// Tables of 16 values: byte shuffles look up 32 codes at once, one table for each byte of a float.
 template <class Type>
 static inline void decode_narrow_block(const u8* codes, float absmax, const Tables* tables, float* x) {
   const __m256 scale = _mm256_set1_ps(absmax);
   const int group = Type::BLOCK % 32 ? 16 : 32;
-  const __m256i in_turn = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
   const __m256i plane[4] = {load_twice(tables->planes[0]), load_twice(tables->planes[1]), load_twice(tables->planes[2]), load_twice(tables->planes[3])};
   for (int i = 0; i < Type::BLOCK; i += group) {
-    const __m256i index = _mm256_permutevar8x32_epi32(load_codes(codes + i, group), in_turn);
+    const __m256i index = halves_in_turn(load_codes(codes + i, group));
     const Floats32 levels = interleave_bytes(_mm256_shuffle_epi8(plane[0], index), _mm256_shuffle_epi8(plane[1], index),
                                              _mm256_shuffle_epi8(plane[2], index), _mm256_shuffle_epi8(plane[3], index));
     for (int j = 0; j < group / 8; ++j) _mm256_storeu_ps(x + i + 8 * j, _mm256_mul_ps(levels.value[j], scale));
@@ -617,7 +620,7 @@ static inline void pack64(__m512i codes, u8* packed) {
 #define PERMUTE_PACKED 0
 #endif
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__) && !(defined(__AVX512F__) && defined(__AVX512BW__))
 #include <immintrin.h>
 #define SHUFFLE_PACKED 1
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import platform
 import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ from torch import Tensor
 
 from bnbx.errors import BnbxWarning, CompileError, QuantizedDataError, UnsupportedTensorError
 from bnbx.kernels import coding, linear, linear_cpu, linear_panels
+from bnbx.kernels.compiler import find_compiler
 from bnbx.kernels.encoding import Encoding, make_encoding
+from bnbx.kernels.linear_source import plan_for, render_linear
 from bnbx.registry import quant_types
 from compiled import shared_cache
 from exact_weights import NOTHING, Weight, exact_encoding, exact_weight, small_numbers, with_codes
@@ -46,6 +50,14 @@ LACKING = {
     "-mno-avx512vbmi": ("3-blocks_of_4096", "5-e8m0"),
     "-mno-avx512f -mno-avx2 -mno-fma": ("3-centered", "4-second"),
 }
+# Of processors that are rare, or that nobody built: their sources compile.
+COMBINED = (
+    "-march=x86-64",
+    "-mavx2 -mfma",
+    "-mavx2 -mfma -mf16c -mavx512f -mno-avx512bw",
+    "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mno-avx512vbmi",
+    "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vbmi -mavx512bf16",
+)
 NARROWER = [(flags, name) for flags, names in LACKING.items() for name in names]
 
 
@@ -142,6 +154,18 @@ def test_every_registered_type_stays_within_rounding(name: str) -> None:
     for count in (1, 4):
         x = torch.randn(count, 333, generator=generator)
         assert_close(linear.linear(encoding, parts, shape, x), x, dense, roundings(333))
+
+
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="flags of x86")
+@pytest.mark.parametrize("flags", COMBINED)
+def test_sources_compile_with_any_instructions(flags: str, tmp_path: Path) -> None:
+    compiler = find_compiler()
+    for name in ("nf3", "nf4", "nf5", "nf7"):
+        source = tmp_path / f"{name}.cpp"
+        plan = plan_for(make_encoding(name), "bfloat16")
+        source.write_text(render_linear(plan, linear_cpu.TEMPLATE), encoding="utf-8")
+        command = [*compiler.command, "-std=c++17", "-fsyntax-only", "-w", *flags.split()]
+        subprocess.run([*command, str(source)], check=True)
 
 
 @pytest.mark.parametrize("name", [f"nf{bits}" for bits in range(2, 9)])

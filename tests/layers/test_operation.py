@@ -90,8 +90,7 @@ def test_results_are_the_same_without_the_dispatcher(
         assert torch.equal(layer(x), directly)
 
 
-def test_vmap_goes_by_the_operation() -> None:
-    layer = bnbx.nn.Linear4bit(64, 32).to("cpu")
+def test_transforms_are_seen() -> None:
     seen: list[bool] = []
 
     def product(x: Tensor) -> Tensor:
@@ -100,10 +99,43 @@ def test_vmap_goes_by_the_operation() -> None:
 
     with torch.no_grad():
         torch.func.vmap(product)(torch.randn(3, 64))
-    assert seen == [False]
-    assert layer(torch.randn(2, 64)).requires_grad is layer.bias.requires_grad
+        torch.func.functionalize(product)(torch.randn(3, 64))
+    assert seen == [False, False]
 
 
+def test_batched_gradients_go_by_the_operation() -> None:
+    """Torch's older vmap, which `is_grads_batched` is made of, leaves no interpreter to see."""
+    layer = bnbx.nn.Linear8bitLt(64, 32, has_fp16_weights=False).to("cpu")
+    x = torch.randn(3, 64, requires_grad=True)
+    grads = torch.randn(5, 3, 32)
+    (batched,) = torch.autograd.grad(layer(x), x, grads, is_grads_batched=True)
+    for grad, found in zip(grads, batched, strict=True):
+        torch.testing.assert_close(torch.autograd.grad(layer(x), x, grad)[0], found)
+
+
+def test_a_negative_view_is_its_numbers(called: tuple[str, torch.nn.Module, Tensor]) -> None:
+    """Its memory holds them with the other sign."""
+    _, layer, x = called
+    if x.is_floating_point():
+        with torch.no_grad():
+            assert torch.equal(layer(torch._neg_view(x)), layer(-x))
+
+
+def test_a_tensor_without_memory_is_zeros(called: tuple[str, torch.nn.Module, Tensor]) -> None:
+    _, layer, x = called
+    with torch.no_grad():
+        assert torch.equal(
+            layer(torch._efficientzerotensor(x.shape, dtype=x.dtype)), layer(torch.zeros_like(x))
+        )
+
+
+def test_a_torch_that_cannot_tell_goes_by_the_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.no_grad():
+        monkeypatch.setattr(operation, "_TELLING", False)
+        assert not operation.unwatched((torch.randn(3),))
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")  # torch's, of what it has
 def test_who_may_watch() -> None:
     x, w = torch.randn(3), torch.randn(3, requires_grad=True)
     assert operation.unwatched((x, [x, x], None, "nf4", 1, 1.5, True, torch.int8, x.shape))
@@ -111,6 +143,9 @@ def test_who_may_watch() -> None:
     assert not operation.unwatched((x, [w]))
     assert not operation.unwatched((x, x.as_subclass(Own)))
     assert not operation.unwatched((x, torch.empty(3, device="meta")))
+    assert not operation.unwatched((x, torch._neg_view(x)))
+    assert not operation.unwatched((x, torch._efficientzerotensor((3,))))
+    assert not operation.unwatched((x, torch.nested.nested_tensor([x, x])))
     with torch.no_grad():
         assert operation.unwatched((x, w))
         assert operation.unwatched((torch.nn.Parameter(x),))

@@ -42,9 +42,8 @@ static inline void look_up_codes(__m256i codes, const Levels& levels, Floats& w0
 
 template <int K>
 static inline void decode32(const u8* from, const Levels& levels, float* to) {
-  const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);  // the halves of a vector are in different halves of bytes
   Floats w[4];
-  look_up_codes(_mm256_permutevar8x32_epi32(unpack32<CODE_BITS, GROUP, K>(from), order), levels, w[0], w[1], w[2], w[3]);
+  look_up_codes(halves_in_turn(unpack32<CODE_BITS, GROUP, K>(from)), levels, w[0], w[1], w[2], w[3]);
   for (int v = 0; v < 4; ++v) store(w[v], to + v * LANES);
 }
 

@@ -57,7 +57,7 @@ static inline void pack64(__m512i codes, u8* packed) {
 #define PERMUTE_PACKED 0
 #endif
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__) && !(defined(__AVX512F__) && defined(__AVX512BW__))
 #include <immintrin.h>
 #define SHUFFLE_PACKED 1
 

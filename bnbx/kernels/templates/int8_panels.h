@@ -56,7 +56,7 @@ static __attribute__((noinline)) void add_pair(const i8* x, i64 stride, const i8
           "vpmaddubsw %2, %6, %2\n\tvpmaddubsw %3, %7, %3\n\t"
           "vpmaddwd %8, %2, %2\n\tvpmaddwd %8, %3, %3\n\t"
           "vpaddd %2, %0, %0\n\tvpaddd %3, %1, %1"
-          : "+x"(sums[r][0]), "+x"(sums[r][1]), "=&x"(a), "+x"(b)
+          : "+&x"(sums[r][0]), "+&x"(sums[r][1]), "=&x"(a), "+&x"(b)
           : "m"(signs[0]), "m"(signs[1]), "x"(first), "x"(second), "x"(ones));
     }
   }
