@@ -10,7 +10,6 @@ their arguments, which torch has to be told of: see registration.py there.)
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -39,6 +38,7 @@ NAMESPACE = "bnbx"
 _unpack: Any = forward_ad.unpack_dual
 Function = Callable[..., Any]
 _TENSORS = frozenset({Tensor, Parameter})
+_known: set[int] = set()  # what torch dispatches tensors on that are their memory and no more
 _OTHERS = frozenset({type(None), bool, int, float, str, torch.dtype, torch.Size})
 
 
@@ -104,22 +104,23 @@ def _plain(arguments: Iterable[Any], gradients: bool) -> bool:
         if kind in _TENSORS:
             if gradients and each.requires_grad:
                 return False
-            if _dispatch_keys(each).raw_repr() != _keys(each.device.type, each.is_inference()):
+            if _dispatch_keys(each).raw_repr() not in _known and not _is_its_memory(each):
                 return False
         elif kind not in _OTHERS and not (kind in (list, tuple) and _plain(each, gradients)):
             return False
     return True
 
 
-@lru_cache(maxsize=16)
-def _keys(device: str, inference: bool) -> int | None:
-    """What torch dispatches tensors on that are their memory and no more; None for meta tensors."""
-    if device == "meta":
-        return None
-    with torch.inference_mode(inference):
-        keys = _dispatch_keys(torch.empty(0, dtype=torch.uint8, device=device))
-    found: int = keys.raw_repr()
-    return found
+def _is_its_memory(tensor: Tensor) -> bool:
+    """Whether torch dispatches on a tensor as on any that is its memory and no more."""
+    if tensor.is_meta:
+        return False
+    with torch.inference_mode(tensor.is_inference()):
+        plain = _dispatch_keys(torch.empty(0, dtype=torch.uint8, device=tensor.device))
+    if _dispatch_keys(tensor).raw_repr() != plain.raw_repr():
+        return False
+    _known.add(plain.raw_repr())
+    return True
 
 
 def _refuse_tangents(name: str, arguments: Iterable[Any]) -> None:
