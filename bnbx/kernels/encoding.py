@@ -62,6 +62,14 @@ class Encoding:
     second: QuantType | None = None
     second_block: int = 256
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Kept, since every product looks up what belongs to an encoding."""
+        return hash((self.quant_type, self.block_size, self.signed, self.second, self.second_block))
+
     @property
     def per(self) -> str:
         """What shares a scale: "block", "row" or "tensor"."""

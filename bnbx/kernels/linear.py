@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from math import inf, prod
+from math import prod
 
 import torch
 from torch import Tensor
 
 from bnbx.errors import UnsupportedTensorError
 from bnbx.kernels import linear_cpu, linear_cuda, linear_panels, targets
-from bnbx.kernels.coding import check_factor, check_numbers
+from bnbx.kernels.coding import FLOATS, check_factor, check_numbers
 from bnbx.kernels.encoding import Encoding, check_parts
 from bnbx.kernels.memory import check_memory
 
@@ -32,8 +32,10 @@ class Native:
     ready: Callable[[Encoding], object]
     multiply: Multiply
     decode_columns: DecodeColumns
-    few_rows: Callable[[Encoding, torch.dtype], float]
-    """Fewer rows than these are multiplied as codes are read, more by panels."""
+    few_rows: Callable[[Encoding, torch.dtype, int], float]
+    """Fewer rows than these, each of so many numbers, are multiplied as codes are read."""
+    fast_panels: Callable[[torch.dtype], bool]
+    """Whether panels may have a dtype; if not, gradients are made in float32."""
 
 
 NATIVE = {
@@ -42,12 +44,14 @@ NATIVE = {
         linear_cpu.multiply,
         linear_cpu.decode_columns,
         linear_cpu.few_rows,
+        linear_cpu.fast_panels,
     ),
     "cuda": Native(
         linear_cuda.ready,
         linear_cuda.multiply,
         linear_cuda.decode_columns,
         linear_cuda.few_rows,
+        linear_cuda.fast_panels,
     ),
 }
 
@@ -118,7 +122,7 @@ def _multiply(
         y = x.new_zeros((x.shape[0], shape[0]))
         return y if bias is None else y + bias
     native = NATIVE.get(choose(encoding, x.device.type))
-    if native is not None and x.shape[0] < native.few_rows(encoding, x.dtype):
+    if native is not None and x.shape[0] < native.few_rows(encoding, x.dtype, shape[1]):
         return native.multiply(encoding, parts, shape, x, bias)
     return linear_panels.multiply(encoding, parts, shape, x, bias)
 
@@ -127,7 +131,7 @@ def _grad_input(encoding: Encoding, parts: Sequence[Tensor], shape: Shape, grad:
     if grad.numel() == 0 or shape[1] == 0:
         return grad.new_zeros((len(grad), shape[1]))
     native = NATIVE.get(choose(encoding, grad.device.type))
-    if native is None or native.few_rows(encoding, grad.dtype) == inf:
+    if native is None or not native.fast_panels(grad.dtype):
         return linear_panels.multiply_rows(encoding, parts, shape, grad)
     decode = partial(native.decode_columns, encoding, parts, shape)
     return linear_panels.multiply_columns(decode, shape, grad)
@@ -148,13 +152,25 @@ def _check_weight(
             f"the weight of a linear product has the shape (out, in), not {tuple(shape)}"
         )
     out, inner = shape
-    device = parts[0].device if parts else None
-    found = tuple((p.dtype, p.numel()) for p in parts if p.is_contiguous() and p.device == device)
-    if min(out, inner) < 0 or found != _expected(encoding, out, inner):
+    if min(out, inner) < 0 or not _as_expected(parts, _expected(encoding, out, inner)):
         check_parts(encoding, shape, parts)
-    if not all(part.data_ptr() for part in parts):
-        check_memory(parts)  # some may be empty, and have no memory for that
+    for part in parts:
+        if not part.data_ptr():
+            check_memory(parts)  # some may be empty, and have no memory for that
+            break
     return out, inner
+
+
+def _as_expected(parts: Sequence[Tensor], expected: tuple[tuple[torch.dtype, int], ...]) -> bool:
+    if len(parts) != len(expected):
+        return False
+    device = parts[0].device
+    for part, (dtype, numel) in zip(parts, expected, strict=True):
+        if part.dtype != dtype or part.numel() != numel or part.device != device:
+            return False
+        if not part.is_contiguous():
+            return False
+    return True
 
 
 @lru_cache(maxsize=4096)
@@ -164,8 +180,9 @@ def _expected(encoding: Encoding, out: int, inner: int) -> tuple[tuple[torch.dty
 
 
 def _check_input(what: str, x: Tensor, size: int, device: torch.device) -> None:
-    check_factor(what, x)
-    check_numbers(what, x)
+    if type(x) is not Tensor or x.dtype not in FLOATS or x.layout is not torch.strided:
+        check_factor(what, x)
+        check_numbers(what, x)
     if not x.data_ptr():
         check_memory((x,))
     if x.dim() == 0 or x.shape[-1] != size:

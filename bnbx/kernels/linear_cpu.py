@@ -21,7 +21,7 @@ from bnbx.kernels.linear_source import LinearPlan, plan_for, render_linear
 
 TEMPLATE = "linear.cpp.j2"
 FUNCTIONS: Functions = {
-    "bnbx_room_for": ((INTEGER,), INTEGER),
+    "bnbx_room_for": ((INTEGER, INTEGER), INTEGER),
     "bnbx_multiply": ((POINTER, INTEGER, POINTER), None),
     "bnbx_decode_columns": ((POINTER, INTEGER, POINTER), None),
 }
@@ -57,11 +57,16 @@ FEW_ROWS: dict[torch.dtype, tuple[float, float]] = {
 #   bfloat16
 #     nf4       1.5 9.5    2.9 14     5.8 16     12 20      17 24      23 28      46 45
 #     dynamic8             7.8 19     15  20     30 23      45 27      59 32      122 48
+#
+# Of nf4 in bfloat16, that is for rows that are no multiple of FIXED_COLUMNS. Else integers are
+# multiplied: 16, 64, 512 and 2048 rows take 7.7, 35, 242 and 1030 ms by codes, and 20, 53, 279 and
+# 1290 by panels.
 FEW_ROWS_OF_FLOATS: dict[torch.dtype, tuple[float, float]] = {
     torch.float32: (24, 9),
     torch.bfloat16: (64, 13),
     torch.float16: (64, 13),
 }
+FIXED_COLUMNS = 64  # the GROUP of templates/cpu_linear_fixed.h
 WORK = 16  # a product takes about so much less time than an element of what threads count by
 
 
@@ -96,26 +101,42 @@ def ready(encoding: Encoding) -> None:
     kernel(plan_for(encoding, "float32"))
 
 
-def few_rows(encoding: Encoding, dtype: torch.dtype) -> float:
+def few_rows(encoding: Encoding, dtype: torch.dtype, inner: int) -> float:
     """Fewer rows than these are multiplied faster as codes are read than by panels."""
-    narrow, wide = (FEW_ROWS_OF_FLOATS if processor.lacks_16_bits() else FEW_ROWS)[dtype]
-    return narrow if encoding.bits <= NARROW else wide
+    narrow, wide = _limits(dtype)
+    if encoding.bits > NARROW:
+        return wide
+    fixed = dtype == torch.bfloat16 and inner % FIXED_COLUMNS == 0
+    centered = encoding.quant_type.scale.centered
+    return inf if fixed and not centered and processor.lacks_16_bits() else narrow
+
+
+def fast_panels(dtype: torch.dtype) -> bool:
+    """Whether torch is fast with panels for numbers of a dtype."""
+    return min(_limits(dtype)) < inf
+
+
+def _limits(dtype: torch.dtype) -> tuple[float, float]:
+    return (FEW_ROWS_OF_FLOATS if processor.lacks_16_bits() else FEW_ROWS)[dtype]
 
 
 @lru_cache(maxsize=1024)
-def _compiled(encoding: Encoding, dtype: torch.dtype) -> tuple[ctypes.CDLL, int, int | None]:
-    """The kernels for an encoding, and the addresses of its tables."""
+def _compiled(
+    encoding: Encoding, dtype: torch.dtype
+) -> tuple[ctypes.CDLL, int, int | None, tuple[int | None, ...]]:
+    """The kernels for an encoding, the addresses of its tables, and which part each of PARTS is."""
     codes, scales = packed_tables(encoding)
     second = scales.ctypes.data if scales is not None else None
-    return kernel(plan_for(encoding, NUMBERS[dtype])), codes.ctypes.data, second
+    number = {name: i for i, name in enumerate(encoding.parts)}
+    order = tuple(map(number.get, PARTS))
+    return kernel(plan_for(encoding, NUMBERS[dtype])), codes.ctypes.data, second, order
 
 
 def _job(
     encoding: Encoding, parts: Sequence[Tensor], shape: tuple[int, int], y: Tensor
 ) -> tuple[ctypes.CDLL, Job]:
-    compiled, tables, second = _compiled(encoding, y.dtype)
-    held = dict(zip(encoding.parts, parts, strict=True))
-    addresses = (held[name].data_ptr() if name in held else None for name in PARTS)
+    compiled, tables, second, order = _compiled(encoding, y.dtype)
+    addresses = [None if i is None else parts[i].data_ptr() for i in order]
     return compiled, Job(*addresses, tables, second, *shape, y=y.data_ptr())
 
 
@@ -129,10 +150,9 @@ def multiply(
     """The product x (rows, in) @ weight.T + bias, with the weight decoded in registers."""
     x = x.contiguous()
     bias = bias if bias is None else bias.contiguous()
-    y = torch.empty((x.shape[0], shape[0]), dtype=x.dtype, device="cpu")
+    y = x.new_empty((x.shape[0], shape[0]))
     compiled, job = _job(encoding, parts, shape, y)
-    size = compiled.bnbx_room_for(shape[1])
-    room = torch.empty(size, dtype=torch.float32, device="cpu")
+    room = x.new_empty(compiled.bnbx_room_for(shape[1], x.shape[0]), dtype=torch.float32)
     job.inputs, job.x, job.room = x.shape[0], x.data_ptr(), room.data_ptr()
     job.bias = None if bias is None else bias.data_ptr()
     count, parallel = threads.threads_for(shape[0] * shape[1] * min(x.shape[0], 4) // WORK)

@@ -72,10 +72,16 @@ def ready(encoding: Encoding) -> None:
     _kernel(plan_for(encoding, "float32"), torch.cuda.current_device())
 
 
-def few_rows(encoding: Encoding, dtype: torch.dtype) -> float:
+def few_rows(encoding: Encoding, dtype: torch.dtype, inner: int) -> float:
     """Fewer rows than these are multiplied as codes are read, more by panels."""
-    del encoding, dtype  # the same for all of them
+    del encoding, dtype, inner  # the same for all of them
     return FEW_ROWS
+
+
+def fast_panels(dtype: torch.dtype) -> bool:
+    """Whether torch is fast with panels for numbers of a dtype."""
+    del dtype  # with any
+    return True
 
 
 def multiply(

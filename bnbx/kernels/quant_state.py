@@ -333,11 +333,14 @@ class QuantState:
         )
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(these: tuple[Any, ...], those: tuple[Any, ...]) -> bool:
     """Equality, by identity where there are tensors."""
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b))
+    if len(these) != len(those):
+        return False
+    for a, b in zip(these, those, strict=True):
+        if a is not b and (isinstance(a, Tensor) or isinstance(b, Tensor) or a != b):
+            return False
+    return True
 
 
 def _close(a: Tensor | None, b: Tensor | None) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bnbx.errors import BnbxWarning, OptionError
-from bnbx.kernels.coding import FLOATS, check_tensor
+from bnbx.kernels.coding import FLOATS
 from bnbx.layers.fit import check_method
 from bnbx.layers.module import QuantizedModule
 from bnbx.layers.parameter import QuantParameter
@@ -112,13 +112,12 @@ class QuantLinear(QuantizedModule, nn.Linear):
             QuantizedDataError: the weight is not quantized yet.
             UnsupportedTensorError: x has a dtype, a device or a last dimension that does not fit.
         """
-        check_tensor("x", x)
+        result = autocast_dtype(x) or x.dtype
         weight = self.weight
         bias: Tensor | None = self.bias
         if not getattr(weight, "bnb_quantized", False) and weight.is_meta:
             return nn.functional.linear(x, weight, bias)  # shapes only
-        state = self.state_of_weight()
-        result = autocast_dtype(x) or x.dtype
+        state = getattr(weight, "quant_state", None) or self.state_of_weight()
         dtype = self._dtype_of_product(x, result)
         found = multiply(x, weight.detach(), state, bias, dtype)
         return found if dtype == result else found.to(result)

@@ -78,4 +78,4 @@ def test_which_processors_are_slow_with_16_bits(
     assert processor.lacks_16_bits.__wrapped__() is lacks
     monkeypatch.setattr(processor, "lacks_16_bits", lambda: lacks)
     encoding = make_encoding("nf4")
-    assert (linear_cpu.few_rows(encoding, torch.float16) < 100) is lacks
+    assert (linear_cpu.few_rows(encoding, torch.float16, 64) < 100) is lacks

@@ -52,10 +52,6 @@ static inline i64 phase_step(i64 columns) {
 
 static inline i64 stride_of(i64 columns) { return (columns + ALIGNMENT + GROUP - 1) / GROUP * GROUP; }
 
-extern "C" i64 bnbx_room_for(i64 columns) {
-  return ALIGNMENT / phase_step(columns) * MOST_INPUTS * stride_of(columns);
-}
-
 static inline float* laid_out(const Job* job, i64 phase) {
   return job->room + (phase >> __builtin_ctzll(phase_step(job->columns))) * MOST_INPUTS * stride_of(job->columns);
 }

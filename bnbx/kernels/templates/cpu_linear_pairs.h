@@ -4,7 +4,8 @@
 // subnormal numbers for zero, and zero times infinity would be NaN where an infinite number meets a level
 // that one bfloat16 is enough for: rows with such numbers are multiplied as floats.
 
-#if defined(TABLE_IN_REGISTERS) && defined(__AVX512BF16__)
+#if CODE_BITS == 4 && defined(TABLE_IN_REGISTERS) && defined(__AVX512BF16__)
+#define PAIRS
 
 // The levels, twice: of a word's last five bits, that is what an index counts, one is of the next code.
 struct PairLevels {
@@ -81,11 +82,5 @@ static bool in_pairs(const Job* job, i64 input) {
   }
   return !strange;
 }
-
-#else
-
-static bool in_pairs(const Job*, i64) { return false; }
-static void lay_out_pairs(const Job*, i64, Number*) {}
-static void multiply_in_pairs(const Job*, i64, i64, i64) {}
 
 #endif

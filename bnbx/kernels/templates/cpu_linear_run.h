@@ -35,21 +35,40 @@ static void multiply_inputs(const Job* job, i64 input, i64 threads, Parallel par
   run({job, multiply<M>, input, 1, 0}, threads, parallel);
 }
 
+// Multiplies some rows of x, from `input` on; how many.
+static i64 multiply_some(const Job* job, i64 input, i64 threads, Parallel parallel) {
+  const i64 left = job->inputs - input;
+#ifdef PAIRS
+  if (left == 1 && in_pairs(job, input)) {
+    lay_out_pairs(job, input, (bfloat16*)job->room);
+    run({job, multiply_in_pairs, input, 1, 0}, threads, parallel);
+    return left;
+  }
+#endif
+#ifdef FIXED_POINT
+  if (const i64 rows = lay_out_fixed(job, input)) {
+    run({job, multiply_fixed, input, 1, 0}, threads, parallel);
+    return rows;
+  }
+#endif
+  if (left == 1) multiply_inputs<1>(job, input, threads, parallel);
+  else if (left == 2) multiply_inputs<2>(job, input, threads, parallel);
+  else multiply_inputs<MOST_INPUTS>(job, input, threads, parallel);
+  return MOST_INPUTS;
+}
+
 // y = x times the weight, transposed, plus bias.
 extern "C" void bnbx_multiply(const Job* job, i64 threads, Parallel parallel) {
-  for (i64 input = 0; input < job->inputs; input += MOST_INPUTS) {
-    const i64 left = job->inputs - input;
-#ifdef PAIRS
-    if (left == 1 && in_pairs(job, input)) {
-      lay_out_pairs(job, input, (bfloat16*)job->room);
-      run({job, multiply_in_pairs, input, 1, 0}, threads, parallel);
-      return;
-    }
+  for (i64 input = 0; input < job->inputs;) input += multiply_some(job, input, threads, parallel);
+}
+
+// The room that a job needs, in floats.
+extern "C" i64 bnbx_room_for(i64 columns, i64 inputs) {
+  i64 room = ALIGNMENT / phase_step(columns) * MOST_INPUTS * stride_of(columns);
+#ifdef FIXED_POINT
+  if (room < room_for_fixed(columns, inputs)) room = room_for_fixed(columns, inputs);
 #endif
-    if (left == 1) multiply_inputs<1>(job, input, threads, parallel);
-    else if (left == 2) multiply_inputs<2>(job, input, threads, parallel);
-    else multiply_inputs<MOST_INPUTS>(job, input, threads, parallel);
-  }
+  return room;
 }
 
 // y = columns [first, last) of the weight.
