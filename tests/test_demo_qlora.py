@@ -18,7 +18,15 @@ from rich.console import Console
 from torch import nn
 
 from bnbx.demo import qlora_report as report
-from bnbx.demo.adapters import RANK, SCALING, Adapted, adapt, adapters_of, base_bytes
+from bnbx.demo.adapters import (
+    RANK,
+    SCALING,
+    Adapted,
+    Kept16,
+    adapt,
+    adapters_of,
+    base_bytes,
+)
 from bnbx.demo.corpus import Corpus, CorpusError, load_corpus, load_documentation
 from bnbx.demo.model import build_model
 from bnbx.demo.plot import draw_runs
@@ -27,6 +35,7 @@ from bnbx.demo.qlora import (
     FOUR,
     PRETRAINING,
     SIXTEEN,
+    activations,
     adapt_on,
     adapter_steps,
     merge_all,
@@ -35,6 +44,7 @@ from bnbx.demo.qlora import (
 from bnbx.demo.qlora_report import Adaptation, Merge, Outcome
 from bnbx.demo.settings import Settings, Size
 from bnbx.demo.train import Result, validation_loss
+from bnbx.kernels import processor
 from bnbx.kernels.encoding import make_encoding
 
 TINY = Settings(size=Size.TINY, steps=120, batch_size=8)
@@ -133,6 +143,33 @@ def test_an_adapter_adds_a_low_rank_product() -> None:
     assert torch.linalg.matrix_rank(adapted.b @ adapted.a) <= RANK
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_kept_in_16_bits_is_multiplied_in_the_dtype_of_its_input(
+    dtype: torch.dtype,
+) -> None:
+    layer, x = nn.Linear(12, 7).to(dtype), torch.randn(3, 12, dtype=dtype)
+    kept = Kept16.of(layer)
+    assert kept.weight.dtype == torch.bfloat16
+    rounded = layer.weight.to(torch.bfloat16).to(dtype)
+    assert torch.equal(kept(x), torch.nn.functional.linear(x, rounded, layer.bias))
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_activations_are_what_the_processor_is_fast_with(
+    slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor, "lacks_16_bits", lambda: slow)
+    assert activations() == ("float32" if slow else "bfloat16")
+    corpus = load_corpus(window=WINDOW)
+    shown = report.introduction(corpus, documentation(), TINY, 5, activations())
+    assert ("Activations are float32: this processor" in shown) is slow
+    found = run_all(corpus, documentation(), replace(TINY, steps=10), Silent())
+    assert found.activations == activations()
+    for run in found.runs:
+        assert run.validation_losses
+        assert run.diverged_at is None
+
+
 def test_bytes_of_the_bases() -> None:
     shapes = [
         m.weight.shape for m in build_model(TINY.shape, 0).modules() if isinstance(m, nn.Linear)
@@ -223,7 +260,7 @@ def measured(key: str, losses: list[float], size: int, diverged: bool = False) -
 
 def made(four: float, diverged: bool = False) -> Outcome:
     runs = [measured("16", [2.0, 1.0], 2000), measured("4", [2.0, four], 500, diverged)]
-    return Outcome(Result("p", "p", 1000), runs, Merge(1.1, 1.3, 0.42))
+    return Outcome(Result("p", "p", 1000), "float32", runs, Merge(1.1, 1.3, 0.42))
 
 
 @pytest.mark.parametrize(
@@ -253,6 +290,7 @@ def test_table_picture_and_json(tmp_path: Path) -> None:
         saved = json.loads(report.as_json(found, TINY))
         assert [run["base_bytes"] for run in saved["runs"]] == [2000, 500]
         assert saved["merge"]["survived"] == 0.42
+        assert saved["activations"] == "float32"
     found = made(1.002)
     draw_runs(found.runs, report.notes(found), tmp_path / "q.png", report.title(found, TINY))
     assert (tmp_path / "q.png").read_bytes().startswith(b"\x89PNG")

@@ -57,6 +57,8 @@ class Outcome:
     """All that was measured: the 16-bit base first, then the 4-bit one."""
 
     pretraining: Result
+    activations: str
+    """What adapted models compute in."""
     runs: list[Adaptation] = field(default_factory=list)
     merge: Merge | None = None
 
@@ -67,9 +69,20 @@ class Outcome:
         return four / sixteen - 1
 
 
-def introduction(source: Corpus, documentation: Corpus, settings: Settings, steps: int) -> str:
+def introduction(
+    source: Corpus,
+    documentation: Corpus,
+    settings: Settings,
+    steps: int,
+    activations: str,
+) -> str:
     """What is about to happen."""
     shape = settings.shape
+    slow = (
+        ""
+        if activations == "bfloat16"
+        else f"\nActivations are {activations}: this processor has no fast products of bfloat16."
+    )
     return (
         f"Text: the standard library of Python {platform.python_version()} to pretrain on, "
         f"{len(source.train) / 1e6:.1f} MB; then its language reference, "
@@ -77,7 +90,7 @@ def introduction(source: Corpus, documentation: Corpus, settings: Settings, step
         f"{len(documentation.validation) / 1e6:.2f} MB of other topics to validate on.\n"
         f"Model: {settings.size.value}, {shape.layers} layers of width {shape.width}, predicting "
         f"bytes. {settings.steps} steps of pretraining, then {steps} steps for the adapters, of "
-        f"rank {RANK}, on each base, of {settings.batch_size} x {shape.context} bytes."
+        f"rank {RANK}, on each base, of {settings.batch_size} x {shape.context} bytes.{slow}"
     )
 
 
@@ -146,6 +159,5 @@ def as_json(outcome: Outcome, settings: Settings) -> str:
     ]
     merge = asdict(outcome.merge) if outcome.merge is not None else None
     pretraining = asdict(outcome.pretraining)
-    return json_text(
-        settings, {"pretraining": pretraining, "runs": runs, "gap": outcome.gap, "merge": merge}
-    )
+    measured = {"pretraining": pretraining, "runs": runs, "gap": outcome.gap, "merge": merge}
+    return json_text(settings, {"activations": outcome.activations, **measured})
