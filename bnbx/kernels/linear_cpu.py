@@ -22,6 +22,7 @@ from bnbx.kernels.linear_source import LinearPlan, plan_for, render_linear
 TEMPLATE = "linear.cpp.j2"
 FUNCTIONS: Functions = {
     "bnbx_room_for": ((INTEGER, INTEGER), INTEGER),
+    "bnbx_in_integers": ((POINTER, INTEGER), INTEGER),
     "bnbx_multiply": ((POINTER, INTEGER, POINTER), None),
     "bnbx_decode_columns": ((POINTER, INTEGER, POINTER), None),
 }
@@ -57,16 +58,21 @@ FEW_ROWS: dict[torch.dtype, tuple[float, float]] = {
 #   bfloat16
 #     nf4       1.5 9.5    2.9 14     5.8 16     12 20      17 24      23 28      46 45
 #     dynamic8             7.8 19     15  20     30 23      45 27      59 32      122 48
-#
-# Of nf4 in bfloat16, that is for rows that are no multiple of FIXED_COLUMNS. Else integers are
-# multiplied: 16, 64, 512 and 2048 rows take 7.7, 35, 242 and 1030 ms by codes, and 20, 53, 279 and
-# 1290 by panels.
 FEW_ROWS_OF_FLOATS: dict[torch.dtype, tuple[float, float]] = {
     torch.float32: (24, 9),
     torch.bfloat16: (64, 13),
     torch.float16: (64, 13),
 }
-FIXED_COLUMNS = 64  # the GROUP of templates/cpu_linear_fixed.h
+# Where integers are multiplied (templates/cpu_linear_fixed.h); panels are as above.
+#
+#     rows             1     4     8     16    64    512
+#   bfloat16
+#     nf4              0.75  1.9   3.8   7.7   35    242
+FEW_ROWS_OF_INTEGERS: dict[torch.dtype, tuple[float, float]] = {
+    torch.float32: (24, 24),
+    torch.bfloat16: (inf, 64),
+    torch.float16: (64, 24),
+}
 WORK = 16  # a product takes about so much less time than an element of what threads count by
 
 
@@ -103,21 +109,23 @@ def ready(encoding: Encoding) -> None:
 
 def few_rows(encoding: Encoding, dtype: torch.dtype, inner: int) -> float:
     """Fewer rows than these are multiplied faster as codes are read than by panels."""
-    narrow, wide = _limits(dtype)
-    if encoding.bits > NARROW:
-        return wide
-    fixed = dtype == torch.bfloat16 and inner % FIXED_COLUMNS == 0
-    centered = encoding.quant_type.scale.centered
-    return inf if fixed and not centered and processor.lacks_16_bits() else narrow
+    limits = FEW_ROWS_OF_INTEGERS if _in_integers(encoding, dtype, inner) else _limits()
+    return limits[dtype][encoding.bits > NARROW]
+
+
+@lru_cache(maxsize=1024)
+def _in_integers(encoding: Encoding, dtype: torch.dtype, inner: int) -> bool:
+    compiled, tables, *_ = _compiled(encoding, dtype)
+    return bool(compiled.bnbx_in_integers(tables, inner))
 
 
 def fast_panels(dtype: torch.dtype) -> bool:
     """Whether torch is fast with panels for numbers of a dtype."""
-    return min(_limits(dtype)) < inf
+    return min(_limits()[dtype]) < inf
 
 
-def _limits(dtype: torch.dtype) -> tuple[float, float]:
-    return (FEW_ROWS_OF_FLOATS if processor.lacks_16_bits() else FEW_ROWS)[dtype]
+def _limits() -> dict[torch.dtype, tuple[float, float]]:
+    return FEW_ROWS_OF_FLOATS if processor.lacks_16_bits() else FEW_ROWS
 
 
 @lru_cache(maxsize=1024)

@@ -1658,53 +1658,15 @@ static bool in_pairs(const Job* job, i64 input) {
 
 #endif
 
-// Products of rows of bfloat16 numbers with codes of up to 4 bits, by AVX2's products of 16-bit integers. To
-// decode 64 codes to integers takes 10 shuffles where floats take 26, and one instruction multiplies 16 pairs. A
-// row of x and a 4096 x 4096 weight take 0.75 ms on a thread of a Zen 3, and 1.5 as floats; four rows 1.9 and 2.9.
-//
-// Levels are integers of 16 bits, and so is x, with a power of 2 of its own for each group. What x would lose by that
-// goes into a second integer, which is multiplied only where it matters: next to outliers. In all, about 1 / 40 of
-// a rounding of the result is lost. Rows with numbers that are not finite, or too small, are multiplied as floats.
+// Levels as 16-bit integers, with AVX2: of codes of up to 4 bits by two tables of bytes, 10 shuffles for 64 of them where
+// floats take 26; of 8-bit codes that are whole numbers, with a sign, as they are.
 
-#if defined(PLANES_OF_16) && CODE_BITS <= 4
+#if defined(EIGHT_LANES) && (CODE_BITS <= 4 || CODE_BITS == 8)
 #define FIXED_POINT
 typedef short i16;
+enum { LEVEL_MOST = 32767 };
 
-enum { FIXED_ROWS = 32, FIXED_AT_ONCE = 4 };        // rows of x that are laid out at a time, and multiplied
-enum { X_BITS = 14, LEVEL_MOST = 32767 };           // products of 4 pairs fit into 31 bits
-static constexpr float FIXED_LOSS = 1.0f / 65536;  // of x, that may be lost
-
-// Where they lie in the job's room: for each FIXED_AT_ONCE rows, group by group.
-struct Fixed {
-  i64* rows;           // how many there are
-  i16 *high, *second;  // integers, and those of what these leave, in units of 2**-X_BITS
-  float* unit;         // what 1 stands for
-  u8* both;            // whether second integers are needed
-};
-
-static inline i64 groups_of(i64 columns) { return columns / GROUP; }
-
-// Rows that there is room for.
-static inline i64 fixed_rows(i64 inputs) {
-  return inputs < FIXED_ROWS ? (inputs + FIXED_AT_ONCE - 1) / FIXED_AT_ONCE * FIXED_AT_ONCE : (i64)FIXED_ROWS;
-}
-
-static inline i64 room_for_fixed(i64 columns, i64 inputs) {
-  return 16 + fixed_rows(inputs) * (columns + 2 * groups_of(columns));
-}
-
-static inline Fixed find_fixed(const Job* job) {
-  const i64 numbers = fixed_rows(job->inputs) * job->columns, groups = numbers / GROUP;
-  i16* high = (i16*)(job->room + 16);
-  float* unit = (float*)(high + 2 * numbers);
-  return {(i64*)job->room, high, high + numbers, unit, (u8*)(unit + groups)};
-}
-
-// The levels as integers, in two tables of bytes.
-struct FixedLevels {
-  __m256i low, high;
-  float unit;
-};
+static inline bool in_range(float x) { return x < 0x1p60f && x >= 0x1p-60f; }
 
 static inline float largest_of(const float* levels) {
   float largest = 0.0f;
@@ -1715,6 +1677,37 @@ static inline float largest_of(const float* levels) {
   }
   return largest;
 }
+
+#if CODE_BITS == 8
+
+struct FixedLevels {
+  float unit;  // the level of 1
+};
+
+static inline FixedLevels load_fixed_levels(const float* levels) { return {levels[1]}; }
+
+// Whether the levels are multiples of one number, as often as codes say.
+static inline bool are_fixed(const float* levels) {
+  const float unit = levels[1];
+  bool are = unit > 0x1p-60f;
+  for (int i = 0; i < 256; ++i) are &= __builtin_fabsf(levels[i] - (i8)i * unit) <= 0x1p-23f * 128 * unit;
+  return are && SPANS == 1;
+}
+
+static constexpr int fixed_element(int v, int w) { return v * 16 + w; }
+static inline int first_of_sum(int) { return 0; }
+
+static inline void decode_fixed(const u8* codes, const FixedLevels&, __m256i (&w)[4]) {
+#pragma GCC unroll 4
+  for (int v = 0; v < 4; ++v) w[v] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)codes + v));
+}
+
+#else
+
+struct FixedLevels {
+  __m256i low, high;  // the bytes of their integers
+  float unit;         // the level of 1
+};
 
 // How far integers of levels are off. Where x is of one sign, that of all of them adds up: so the mean counts more.
 static inline float loss_of(const float* levels, float inverse) {
@@ -1764,7 +1757,63 @@ static constexpr int fixed_element(int v, int w) {
 // A sum of products is made of elements from here on, 32 or 16.
 static inline int first_of_sum(int lane) { return lane / 4 * 32 + (IN_PLACE ? 0 : lane % 2 * 16); }
 
-static inline bool in_range(float x) { return x < 0x1p60f && x >= 0x1p-60f; }
+// The integers of a group's levels, in the order of `fixed_element`.
+static inline void decode_fixed(const u8* codes, const FixedLevels& levels, __m256i (&w)[4]) {
+  const __m256i pairs = IN_PLACE ? _mm256_loadu_si256((const __m256i*)codes) : load_pairs(codes), one = _mm256_set1_epi8((1 << CODE_BITS) - 1);
+  const __m256i index[2] = {_mm256_and_si256(_mm256_srli_epi16(pairs, CODE_BITS), one), _mm256_and_si256(pairs, one)};
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m256i low = _mm256_shuffle_epi8(levels.low, index[i]), high = _mm256_shuffle_epi8(levels.high, index[i]);
+    w[2 * i] = _mm256_unpacklo_epi8(low, high), w[2 * i + 1] = _mm256_unpackhi_epi8(low, high);
+  }
+}
+
+static inline bool are_fixed(const float* levels) { return in_range(largest_of(levels)); }
+
+#endif
+#endif
+
+// Products of rows of x with levels that are integers (cpu_linear_integers.h), by AVX2's products of 16 bits: one
+// instruction multiplies 16 pairs. A row of bfloat16 and a 4096 x 4096 weight of nf4 take 0.75 ms on a thread of a
+// Zen 3, and 1.5 as floats; four rows 1.9 and 2.9.
+//
+// x is made of integers too, with a power of 2 of its own for each group. What it would lose by that goes into second
+// integers, which are multiplied only where they matter: in bfloat16, next to outliers. With nf4, about 1 / 40 of a rounding
+// of the result is lost in all. Rows with numbers that are not finite, too small, or still lost are multiplied as floats.
+
+#ifdef FIXED_POINT
+
+enum { FIXED_ROWS = 32, FIXED_AT_ONCE = 4 };  // rows of x that are laid out at a time, and multiplied
+enum { X_BITS = 14 };                         // of x: its products with four pairs of levels fit into 31 bits
+// Of x, that may be lost: 1 / 128 of a rounding of bfloat16; of others, what sums of floats lose too.
+static constexpr float bearable_loss(const bfloat16*) { return 0x1p-16f; }
+static constexpr float bearable_loss(const void*) { return 0x1p-22f; }
+
+// Where they lie in the job's room: for each FIXED_AT_ONCE rows, group by group.
+struct Fixed {
+  i64* rows;           // how many there are
+  i16 *high, *second;  // integers, and those of what these leave, in units of 2**-X_BITS
+  float* unit;         // what 1 stands for
+  u8* both;            // whether second integers are needed
+};
+
+static inline i64 groups_of(i64 columns) { return columns / GROUP; }
+
+// Rows that there is room for.
+static inline i64 fixed_rows(i64 inputs) {
+  return inputs < FIXED_ROWS ? (inputs + FIXED_AT_ONCE - 1) / FIXED_AT_ONCE * FIXED_AT_ONCE : (i64)FIXED_ROWS;
+}
+
+static inline i64 room_for_fixed(i64 columns, i64 inputs) {
+  return 16 + fixed_rows(inputs) * (columns + 2 * groups_of(columns));
+}
+
+static inline Fixed find_fixed(const Job* job) {
+  const i64 numbers = fixed_rows(job->inputs) * job->columns, groups = numbers / GROUP;
+  i16* high = (i16*)(job->room + 16);
+  float* unit = (float*)(high + 2 * numbers);
+  return {(i64*)job->room, high, high + numbers, unit, (u8*)(unit + groups)};
+}
 
 // The bits of the largest magnitude of a group; those of something not finite, if there is any.
 static inline u32 largest_bits(const float* x) {
@@ -1787,7 +1836,7 @@ static inline void put_fixed(const float* integers, i16* to) {
 }
 
 // A group of a row; false where it must not be rounded. `both` is set where its second integers are needed.
-static bool fix_group(const bfloat16* from, i16* high, i16* second, float& unit, u8& both) {
+static bool fix_group(const Number* from, i16* high, i16* second, float& unit, u8& both) {
   alignas(64) float x[GROUP], first[GROUP], then[GROUP];
   for (int i = 0; i < GROUP; ++i) x[i] = to_float(from[i]);
   const u32 largest = largest_bits(x), exponent = largest >> 23;
@@ -1805,7 +1854,7 @@ static bool fix_group(const bfloat16* from, i16* high, i16* second, float& unit,
     sum += size_of(scaled), lost += size_of(left), lost_then += size_of(left - more);
   }
   put_fixed(first, high);
-  const float others = sum_of(sum) - float_of(largest) * inverse, bearable = FIXED_LOSS * others * (1 << X_BITS);
+  const float others = sum_of(sum) - float_of(largest) * inverse, bearable = bearable_loss(from) * others * (1 << X_BITS);
   if (sum_of(lost) <= bearable) return true;
   put_fixed(then, second);
   both = 1;
@@ -1821,8 +1870,8 @@ static bool fix_rows(const Job* job, const Fixed& to, i64 input, i64 first, i64 
     for (i64 m = 0; m < M; ++m) {
       const i64 at = first * groups + group * M + m;
       i16 *high = to.high + at * GROUP, *second = to.second + at * GROUP;
-      static const bfloat16 nothing[GROUP] = {};
-      const bfloat16* x = m < count ? job->x + (input + first + m) * job->columns + group * GROUP : nothing;
+      static const Number nothing[GROUP] = {};
+      const Number* x = m < count ? job->x + (input + first + m) * job->columns + group * GROUP : nothing;
       if (!fix_group(x, high, second, to.unit[at], to.both[first * groups + group])) return false;
     }
   }
@@ -1833,11 +1882,14 @@ static bool fix_rows(const Job* job, const Fixed& to, i64 input, i64 first, i64 
 #define FOR_FIXED(left, function, ...) \
   ((left) == 1 ? function<1>(__VA_ARGS__) : (left) == 2 ? function<2>(__VA_ARGS__) : function<FIXED_AT_ONCE>(__VA_ARGS__))
 
-// Lays out rows of x from `input` on; how many. Each row of the weight has to be made of whole groups, with
-// nothing but factors.
+// Each row of the weight has to be made of whole groups, with nothing but factors.
+static bool can_be_fixed(const Tables* tables, i64 columns) {
+  return !Code::CENTERED && columns % GROUP == 0 && are_fixed(tables->levels);
+}
+
+// Lays out rows of x from `input` on; how many.
 static i64 lay_out_fixed(const Job* job, i64 input) {
-  const float largest = largest_of(job->parts.tables->levels);
-  if (Code::CENTERED || job->columns % GROUP || !in_range(largest)) return 0;
+  if (!can_be_fixed(job->parts.tables, job->columns)) return 0;
   const Fixed to = find_fixed(job);
   const i64 left = job->inputs - input, most = left < FIXED_ROWS ? left : (i64)FIXED_ROWS;
   i64& rows = *to.rows;
@@ -1849,17 +1901,6 @@ static i64 lay_out_fixed(const Job* job, i64 input) {
 static inline Ints sum_products(const __m256i* levels, const i16* x) {
   const __m256i* numbers = (const __m256i*)x;
   return (Ints)_mm256_madd_epi16(levels[0], numbers[0]) + (Ints)_mm256_madd_epi16(levels[1], numbers[1]);
-}
-
-// The integers of a group's levels, in the order of `fixed_element`.
-static inline void decode_fixed(const u8* codes, const FixedLevels& levels, __m256i (&w)[4]) {
-  const __m256i pairs = IN_PLACE ? _mm256_loadu_si256((const __m256i*)codes) : load_pairs(codes), one = _mm256_set1_epi8((1 << CODE_BITS) - 1);
-  const __m256i index[2] = {_mm256_and_si256(_mm256_srli_epi16(pairs, CODE_BITS), one), _mm256_and_si256(pairs, one)};
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    const __m256i low = _mm256_shuffle_epi8(levels.low, index[i]), high = _mm256_shuffle_epi8(levels.high, index[i]);
-    w[2 * i] = _mm256_unpacklo_epi8(low, high), w[2 * i + 1] = _mm256_unpackhi_epi8(low, high);
-  }
 }
 
 // Adds the products of a group with M rows of x, of which the first integers begin at `high`.
@@ -1987,6 +2028,15 @@ static i64 multiply_some(const Job* job, i64 input, i64 threads, Parallel parall
 // y = x times the weight, transposed, plus bias.
 extern "C" void bnbx_multiply(const Job* job, i64 threads, Parallel parallel) {
   for (i64 input = 0; input < job->inputs;) input += multiply_some(job, input, threads, parallel);
+}
+
+// Whether x is multiplied as integers, if its numbers are not strange.
+extern "C" i64 bnbx_in_integers(const Tables* tables, i64 columns) {
+#ifdef FIXED_POINT
+  return can_be_fixed(tables, columns);
+#else
+  return 0;
+#endif
 }
 
 // The room that a job needs, in floats.

@@ -1,5 +1,6 @@
-"""Products of bfloat16 with codes of up to 4 bits as those of integers, which AVX2 does by itself.
+"""Products as those of integers, with AVX2.
 
+They are those of bfloat16 with codes of up to 4 bits, and of any dtype with 8-bit whole numbers.
 Where a processor has AVX-512, its compiler is told that it has not.
 """
 
@@ -52,7 +53,8 @@ def _kernels_for_avx2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 def whole_encoding(bits: int, kind: str, block: int | None, second: int = 0) -> Encoding:
     """As `exact_encoding`, but every code is a number: integers stand for such levels only."""
     steps = 2 ** (bits - 1)
-    values = tuple((code - steps) / steps for code in range(2**bits))
+    numbers = range(-steps, steps) if bits < 8 else (*range(128), *range(-128, 0))
+    values = tuple(number / steps for number in numbers)
     made = QuantType(
         name=f"whole{bits}_{kind}", summary="whole", bits=bits, values=values, scale=KINDS[kind]
     )
@@ -78,7 +80,15 @@ WHOLE = {
     "4-e4m3_tensor": whole_encoding(4, "e4m3_tensor", 16),
     "4-tensor": whole_encoding(4, "tensor", None),
     "4-centered": whole_encoding(4, "centered", 64),
+    "8-blocks_of_64": whole_encoding(8, "float32", 64),
+    "8-blocks_of_256": whole_encoding(8, "bfloat16", 256),
+    "8-blocks_of_32": whole_encoding(8, "float32", 32),
+    "8-second": whole_encoding(8, "float32", 128, second=16),
+    "8-row": whole_encoding(8, "row", None),
+    "8-centered": whole_encoding(8, "centered", 64),
 }
+CASES = [(name, torch.bfloat16) for name in WHOLE]
+CASES += [("8-row", torch.float32), ("8-blocks_of_64", torch.float32), ("8-row", torch.float16)]
 
 
 def weight_of(encoding: Encoding, shape: tuple[int, int], seed: int = 0) -> Weight:
@@ -113,17 +123,17 @@ def test_this_is_what_these_tests_are_about() -> None:
     assert rooms[0] > 32 * 1024 > rooms[1] == rooms[2]
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_exact_products_are_exact(name: str) -> None:
+@pytest.mark.parametrize(("name", "dtype"), CASES)
+def test_exact_products_are_exact(name: str, dtype: torch.dtype) -> None:
     """Also rows that are cut into tiles, and that are no whole groups."""
     for turn, shape in enumerate(((7, 128), (40, 192), (35, 64), (3, 8192 + 64), (5, 100))):
         weight = weight_of(WHOLE[name], shape, turn)
-        bias = small_numbers(1, shape[0], torch.bfloat16, seed=2)[0]
+        bias = small_numbers(1, shape[0], dtype, seed=2)[0]
         for count in COUNTS:
-            x = small_numbers(count, shape[1], torch.bfloat16, seed=count)
+            x = small_numbers(count, shape[1], dtype, seed=count)
             exact = x.double() @ weight.dense.T
-            assert torch.equal(multiply(weight, x), exact.bfloat16()), (shape, count)
-            with_bias = (exact + bias.double()).bfloat16()
+            assert torch.equal(multiply(weight, x), exact.to(dtype)), (shape, count)
+            with_bias = (exact + bias.double()).to(dtype)
             assert torch.equal(multiply(weight, x, bias), with_bias), (shape, count)
 
 
@@ -145,6 +155,26 @@ def test_less_is_lost_than_a_20th_of_a_rounding(name: str) -> None:
         x = x.bfloat16()
         exact = x.double() @ weight.dense.T
         assert error_in_roundings(multiply(weight, x), exact) < (1 + 1 / 20**2) ** 0.5
+
+
+@pytest.mark.parametrize("name", ["int8", "int8_block", "dynamic8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_products_with_8_bits_are_no_worse_than_those_of_floats(
+    name: str, dtype: torch.dtype
+) -> None:
+    """Also where integers cannot hold what stands beside outliers: then they are floats."""
+    weight = quantized(name, (100, 1024))
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(9, 1024, generator=generator)
+    x[1] = x[1].abs()
+    for row, factor in ((2, 50), (3, 1000), (4, 1e5)):
+        x[row, ::97] *= factor
+    x = x.to(dtype)
+    exact, size = x.double() @ weight.dense.T, x.double().abs() @ weight.dense.abs().T
+    rounding = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+    got = multiply(weight, x).double()
+    there = exact.abs() < 6e4
+    assert ((got - exact).abs() <= 2.0**-20 * size + rounding * exact.abs())[there].all()
 
 
 def test_numbers_next_to_an_outlier_that_counts_nothing_are_kept() -> None:

@@ -62,6 +62,15 @@ extern "C" void bnbx_multiply(const Job* job, i64 threads, Parallel parallel) {
   for (i64 input = 0; input < job->inputs;) input += multiply_some(job, input, threads, parallel);
 }
 
+// Whether x is multiplied as integers, if its numbers are not strange.
+extern "C" i64 bnbx_in_integers(const Tables* tables, i64 columns) {
+#ifdef FIXED_POINT
+  return can_be_fixed(tables, columns);
+#else
+  return 0;
+#endif
+}
+
 // The room that a job needs, in floats.
 extern "C" i64 bnbx_room_for(i64 columns, i64 inputs) {
   i64 room = ALIGNMENT / phase_step(columns) * MOST_INPUTS * stride_of(columns);
