@@ -116,10 +116,14 @@ class Encoding:
 
     @property
     def label(self) -> str:
-        """A name from which `from_label` makes this encoding again, in this process at least."""
+        """A name from which `from_label` makes this encoding again.
+
+        Pickles and exported programs keep it. So it tells which numbers a registered type has,
+        for another process may know others by this name; any other type it tells in this process.
+        """
         sign = "" if self.signed else "/unsigned"
-        second = f"/{intern(self.second)}:{self.second_block}" if self.second else ""
-        return f"{intern(self.quant_type)}/{self.block_size}{sign}{second}"
+        second = f"/{_told(self.second)}:{self.second_block}" if self.second else ""
+        return f"{_told(self.quant_type)}/{self.block_size}{sign}{second}"
 
     def grid(self, shape: Sequence[int]) -> tuple[int, int]:
         """Rows and columns of a tensor as kernels see it: blocks never cross rows."""
@@ -266,13 +270,30 @@ def intern(quant_type: QuantType) -> str:
     return name
 
 
+def _told(quant_type: QuantType) -> str:
+    name = intern(quant_type)
+    return name if name in _ANONYMOUS else f"{name}@{quant_type.meaning}"
+
+
 def type_named(name: str) -> QuantType:
     """The type that `intern` gave this name, or the registered one.
 
     Raises:
         UnknownNameError: no such type.
+        QuantizedDataError: a label had this name, of a type that means something else by codes.
     """
-    return _ANONYMOUS.get(name) or quant_types().get(name)
+    if name in _ANONYMOUS:
+        return _ANONYMOUS[name]
+    plain, _, meaning = name.partition("@")
+    found = quant_types().get(plain)
+    if meaning and meaning != found.meaning:
+        raise QuantizedDataError(
+            f"these codes were written with a quant type {plain!r} that means other numbers than "
+            f"the registered one, from {quant_types().package(plain)} ({meaning}, not "
+            f"{found.meaning}): install the version of the package that wrote them, or save a "
+            "state dict there, which holds the table"
+        )
+    return found
 
 
 @lru_cache(maxsize=1024)
@@ -291,10 +312,10 @@ def from_label(label: str) -> Encoding:
         block = int(size) or None
         second, _, second_block = seconds[0] if seconds else ("", "", "256")
         return make_encoding(
-            _ANONYMOUS.get(name) or name,
+            type_named(name),
             block,
             signed=signed,
-            second=(_ANONYMOUS.get(second) or second) if seconds else None,
+            second=type_named(second) if seconds else None,
             second_block=int(second_block),
         )
     except (ValueError, IndexError) as error:

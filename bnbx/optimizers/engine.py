@@ -48,6 +48,7 @@ from bnbx.registry.options import unaliased
 # What the constructor takes beside the arguments that are resolved for each parameter.
 CONSTRUCTOR_ARGUMENTS = frozenset(["params", "rule", "overrides", "page_dir", *IMPLEMENTATION])
 OVERRIDES = "_overrides"  # of parameters, in a pickle: the manager knows those of a process
+TYPES = "_quant_types"  # of states, in a pickle: a registered type may be another elsewhere
 
 
 class Optimizer8bit(torch.optim.Optimizer):
@@ -391,13 +392,15 @@ class Optimizer8bit(torch.optim.Optimizer):
         self._scaling.settle()
         params = (p for group in self.param_groups for p in group["params"])
         own = {"spec": self.spec, "_resolution": self._resolution, "_pages": self._pages}
+        own[TYPES] = saving.types_of(self)
         overrides = GlobalOptimManager.get_instance().overrides_of(params)
         return {**super().__getstate__(), **own, OVERRIDES: overrides}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        saving.check_types(state.get(TYPES, {}))
         self.spec = state["spec"]
         self._start()
-        super().__setstate__({key: state[key] for key in state if key != OVERRIDES})
+        super().__setstate__({key: state[key] for key in state if key not in (OVERRIDES, TYPES)})
         self._resolution.clear()
         GlobalOptimManager.get_instance().adopt(state.get(OVERRIDES, []))
 

@@ -96,17 +96,35 @@ def _text(label: str, value: Any) -> Any:
     return bytes(value.reshape(-1)[:MOST_LABEL].tolist()).decode(errors="replace")
 
 
-def header(optimizer: Optimizer8bit) -> dict[str, Any]:
-    """What a state dict says of itself."""
+def types_of(optimizer: Optimizer8bit) -> dict[str, str]:
+    """The specs of the quant types of all states, by name, as JSON."""
     keys = [type_key(state.name) for state in optimizer.spec.states]
     labels = {saved[key] for saved in optimizer.state.values() for key in keys if key in saved}
     names = sorted({label.removesuffix(WHOLE) for label in labels})
+    return {name: quant_types().get(name).to_json() for name in names}
+
+
+def check_types(saved: Mapping[str, str]) -> None:
+    """Raise CheckpointError if a type of `types_of` means other numbers here, by its codes."""
+    for name, text in saved.items():
+        here = quant_types().get(name)
+        if _quant_type(name, text).meaning != here.meaning:
+            raise CheckpointError(
+                f"this optimizer was pickled with a quant type {name!r} that means other numbers "
+                f"than the registered one, from {quant_types().package(name)}. Load it with the "
+                "version of the package that wrote it and save its state_dict() there: that "
+                "is converted when it is loaded"
+            )
+
+
+def header(optimizer: Optimizer8bit) -> dict[str, Any]:
+    """What a state dict says of itself."""
     return {
         "format": FORMAT,
         "rule": optimizer.spec.name,
         "rule_digest": optimizer.spec.digest,
         "mode": optimizer.mode,
-        "quant_types": {name: quant_types().get(name).to_json() for name in names},
+        "quant_types": types_of(optimizer),
     }
 
 

@@ -8,6 +8,7 @@ once the block is scaled so that its absmax becomes the table's `unit`. Everythi
 
 from __future__ import annotations
 
+import hashlib
 import math
 import struct
 from functools import cached_property
@@ -118,6 +119,16 @@ class QuantType(Spec):
         if self.unsigned_values is not None:
             _check_table("unsigned_values", self.unsigned_values, self, signed=False)
         return self
+
+    @cached_property
+    def meaning(self) -> str:
+        """8 hex digits of the SHA-256 of all that reading codes depends on.
+
+        What was written by another type of this name, such as that of another version of a
+        package, is known by them.
+        """
+        text = self.model_dump_json(include={"bits", "values", "unsigned_values", "unit", "scale"})
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def codebook(self, *, signed: bool) -> Codebook:
         """The table for states of either sign, or for states that are never negative."""
