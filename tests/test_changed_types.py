@@ -86,3 +86,22 @@ def test_what_another_table_wrote_is_refused(kind: str, installed: Path) -> None
     assert other.returncode != 0
     assert "quant type 'log3' that means other numbers than the registered one" in other.stderr
     assert "from log3" in other.stderr
+
+
+def test_a_file_of_a_layer_needs_no_plugin(installed: Path) -> None:
+    """It holds the spec, and so decodes as it was written where the type is another, or unknown."""
+    layer = "m = bnbx.nn.QuantLinear(64, 8, quant_type={!r}).to('cpu')\n"
+    save = layer.format("log3") + "torch.save((m.state_dict(), m(x)), 'kept')"
+    load = layer.format("nf4") + (
+        "saved, y = torch.load('kept', weights_only=True)\n"
+        "m.load_state_dict(saved, assign=True)\n"
+        "assert torch.equal(m(x), y)\n"
+        "again = bnbx.nn.QuantLinear(64, 8).to('cpu')\n"
+        "again.load_state_dict(m.state_dict(), assign=True)\n"
+        "assert torch.equal(again(x), y)"
+    )
+    written = run(installed, save, LOG3_BASE="0.5")
+    assert written.returncode == 0, written.stderr
+    for settings in ({"LOG3_BASE": "0.5"}, {"LOG3_BASE": "0.25"}, {"BNBX_PLUGINS": ""}):
+        read = run(installed, load, **settings)
+        assert read.returncode == 0, read.stderr

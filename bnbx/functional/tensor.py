@@ -12,13 +12,18 @@ from torch import Tensor
 from bnbx.errors import BnbxError, InputError, OptionError, QuantizedDataError
 from bnbx.functional import checks, ops
 from bnbx.kernels.coding import FLOATS
-from bnbx.kernels.encoding import Encoding, check_parts, from_label, make_encoding
+from bnbx.kernels.encoding import (
+    Encoding,
+    check_parts,
+    comes_with_bnbx,
+    from_label,
+    make_encoding,
+)
 from bnbx.kernels.memory import check_memory
 from bnbx.kernels.state_dict import pack_json, unpack_json
 from bnbx.registry import QuantType, quant_types
 
 ABOUT = "about"
-OWN_PACKAGE = "bnbx"
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 KEYS = ("quant_type", "digest", "spec", "block_size", "signed", "second", "shape", "dtype")
 SECOND_KEYS = ("quant_type", "digest", "spec", "block_size")
@@ -284,8 +289,7 @@ def _equal_bits(a: Tensor, b: Tensor) -> bool:
 def _describe(spec: QuantType) -> dict[str, Any]:
     """What a file says of a type."""
     found = {"quant_type": spec.name, "digest": spec.digest}
-    catalog = quant_types()
-    if not catalog.holds(spec) or catalog.package(spec.name).partition(".")[0] != OWN_PACKAGE:
+    if not comes_with_bnbx(spec):
         found["spec"] = json.loads(spec.to_json())
     return found
 

@@ -270,6 +270,14 @@ def intern(quant_type: QuantType) -> str:
     return name
 
 
+def comes_with_bnbx(quant_type: QuantType) -> bool:
+    """Whether a file need not say more of a type than its name: any bnbx has it."""
+    catalog = quant_types()
+    if not catalog.holds(quant_type):
+        return False
+    return catalog.package(quant_type.name).partition(".")[0] == __name__.partition(".")[0]
+
+
 def _told(quant_type: QuantType) -> str:
     name = intern(quant_type)
     return name if name in _ANONYMOUS else f"{name}@{quant_type.meaning}"

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from bnbx.errors import QuantizedDataError
-from bnbx.kernels.encoding import Encoding, check_parts, intern, make_encoding, type_named
+from bnbx.kernels.encoding import (
+    Encoding,
+    check_parts,
+    comes_with_bnbx,
+    intern,
+    make_encoding,
+    type_named,
+)
 from bnbx.kernels.memory import check_memory, moved
 from bnbx.kernels.state_checks import check_sizes, check_table, checked_encoding
 from bnbx.kernels.state_dict import (
@@ -34,7 +41,7 @@ from bnbx.kernels.state_dict import (
     tensor_entry,
 )
 from bnbx.kernels.table_types import type_of_table
-from bnbx.registry import QuantType, quant_types
+from bnbx.registry import QuantType
 
 TENSORS = ("absmax", "code", "offset", "center", "tensor_scale")
 """The attributes that are tensors, besides those of `state2`."""
@@ -240,7 +247,7 @@ class QuantState:
             found["signed"] = False
         if self.quant_type is not None:
             spec = type_named(self.quant_type)
-            if not quant_types().holds(spec):
+            if not comes_with_bnbx(spec):
                 found["spec"] = spec.to_json()  # so that the file says all that there is to know
         if not packed or self.quant_type is None:
             return found
