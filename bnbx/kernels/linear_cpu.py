@@ -63,15 +63,20 @@ FEW_ROWS_OF_FLOATS: dict[torch.dtype, tuple[float, float]] = {
     torch.bfloat16: (64, 13),
     torch.float16: (64, 13),
 }
-# Where integers are multiplied (templates/cpu_linear_fixed.h); panels are as above.
+# Where integers are multiplied (templates/cpu_linear_fixed.h), on that Zen 3:
 #
-#     rows             1     4     8     16    64    512
+#     rows         1            4           16           32           64           512
+#   float32
+#     int8_block   1.1  8.2     3.4 12      13  17       34  33       54  35       465 258
 #   bfloat16
-#     nf4              0.75  1.9   3.8   7.7   35    242
-FEW_ROWS_OF_INTEGERS: dict[torch.dtype, tuple[float, float]] = {
-    torch.float32: (24, 24),
-    torch.bfloat16: (inf, 64),
-    torch.float16: (64, 24),
+#     nf4          0.75 9.5     1.9 14      7.7 20                    35  53       242 279
+#     int8_block   1.2  14      2.0 16      8.1 28       17  32       32  47       340 388
+#   float16
+#     int8_block   1.4  17                  15  28       31  30       61  49
+FEW_ROWS_OF_INTEGERS: dict[torch.dtype, float] = {
+    torch.float32: 32,
+    torch.bfloat16: inf,
+    torch.float16: 32,
 }
 WORK = 16  # a product takes about so much less time than an element of what threads count by
 
@@ -109,8 +114,10 @@ def ready(encoding: Encoding) -> None:
 
 def few_rows(encoding: Encoding, dtype: torch.dtype, inner: int) -> float:
     """Fewer rows than these are multiplied faster as codes are read than by panels."""
-    limits = FEW_ROWS_OF_INTEGERS if _in_integers(encoding, dtype, inner) else _limits()
-    return limits[dtype][encoding.bits > NARROW]
+    if _in_integers(encoding, dtype, inner):
+        return FEW_ROWS_OF_INTEGERS[dtype]
+    narrow, wide = _limits()[dtype]
+    return narrow if encoding.bits <= NARROW else wide
 
 
 @lru_cache(maxsize=1024)
