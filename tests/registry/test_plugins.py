@@ -358,7 +358,7 @@ def test_loading_by_hand_raises_what_is_wrong(install: Install) -> None:
     with pytest.raises(DuplicateNameError, match="'adam'"):
         found.load("good", plugin_good)
     assert_only_built_ins(found)
-    with pytest.raises(PluginError, match="it registers nothing: .*, not an object$"):
+    with pytest.raises(PluginError, match=r"it registers nothing: .*, not an object$"):
         found.load("good", object())
     plugin_good.register_optimizers = hookimpl(lambda register: None)
     found.load("good", plugin_good)  # the name is free again
