@@ -55,6 +55,11 @@ class State(Frozen):
     quantized: bool = True
     saved_as: FrozenTable = Field(default_factory=dict, validate_default=True)
 
+    @classmethod
+    def written(cls, value: object) -> str:
+        """A state of this name."""
+        return f"State(name={value!r})" if isinstance(value, str) else 'State(name="m")'
+
     def __hash__(self) -> int:
         return hash((self.name, self.signed, self.when, self.initial, self.quantized))
 
@@ -64,6 +69,12 @@ class Constraint(Frozen):
 
     condition: str
     message: str
+
+    @classmethod
+    def written(cls, value: object) -> str:
+        """One with this condition."""
+        condition = value if isinstance(value, str) else "beta1 < beta2"
+        return f"Constraint(condition={condition!r}, message=...)"
 
 
 HyperTable = Annotated[

@@ -35,7 +35,6 @@ from bnbx.registry.spec import Spec
 GROUP = "bnbx"
 CHOSEN = "BNBX_PLUGINS"
 BUILT_INS = ("bnbx.quant_types", "bnbx.optimizers.rules")
-HOOKS = ("register_optimizers", "register_quant_types")
 
 
 class Plugins:
@@ -53,6 +52,10 @@ class Plugins:
         self._chosen: str | None = None
         self.optimizers: Catalog[Optimizer] = Catalog("optimizer", self._more, self.absent)
         self.quant_types: Catalog[QuantType] = Catalog("quant type", self._more, self.absent)
+        self._catalogs: dict[str, Catalog[Any]] = {
+            "register_optimizers": self.optimizers,
+            "register_quant_types": self.quant_types,
+        }
         for module in BUILT_INS:
             self.load(module, importlib.import_module(module))
 
@@ -70,7 +73,7 @@ class Plugins:
             self._manager.register(plugin, name)
             self._check_hooks(plugin)
             self._manager.check_pending()
-            for hook, catalog in zip(HOOKS, (self.optimizers, self.quant_types), strict=True):
+            for hook, catalog in self._catalogs.items():
                 others = [p for p in self._manager.get_plugins() if p is not plugin]
                 caller = self._manager.subset_hook_caller(hook, remove_plugins=others)
                 caller(register=_Register(catalog, name))
@@ -100,14 +103,14 @@ class Plugins:
             )
         for caller in callers:
             needed = not all(found.optionalhook for found in caller.get_hookimpls())
-            if needed and caller.name not in HOOKS:
+            if needed and caller.name not in self._catalogs:
                 raise PluginError(
-                    f"unknown hook {caller.name!r}{nearest(caller.name, HOOKS)}; there are "
-                    f"{' and '.join(HOOKS)}"
+                    f"unknown hook {caller.name!r}{nearest(caller.name, self._catalogs)}; "
+                    f"there are {' and '.join(self._catalogs)}"
                 )
 
     def _forget(self, name: str) -> None:
-        for catalog in (self.optimizers, self.quant_types):
+        for catalog in self._catalogs.values():
             catalog.discard(name)
         if self._manager.has_plugin(name):
             self._manager.unregister(name=name)
