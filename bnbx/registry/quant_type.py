@@ -41,6 +41,7 @@ def _rounded(value: float | None) -> float | None:
 
 # Kernels have them in float32, so that a spec has them so too, whoever writes 0.3 or 1/3.
 Entry = Annotated[float | None, BeforeValidator(_number), NotText, AfterValidator(_rounded)]
+Unit = Annotated[float, NotText, AfterValidator(_rounded)]
 Ties = Literal["low", "even"]
 
 
@@ -111,9 +112,7 @@ class QuantType(Spec):
     bits: int = Field(ge=2, le=8)
     values: tuple[Entry, ...]
     unsigned_values: tuple[Entry, ...] | None = None
-    unit: Annotated[float, NotText, AfterValidator(_rounded)] = Field(
-        default=1.0, ge=LEAST, le=MOST
-    )
+    unit: Unit = Field(default=1.0, ge=LEAST, le=MOST)
     decode_only: tuple[int, ...] = ()
     ties: Ties = "low"
     grid: int = Field(default=0, ge=0, le=65536)
@@ -243,10 +242,9 @@ def _check_table(what: str, values: Values, spec: QuantType, *, signed: bool = T
             continue
         reads = code in spec.decode_only
         if not reads and not lowest <= value <= spec.unit:
+            beyond = abs(value) > spec.unit
             hint = (
-                "; `unit` is the largest magnitude of a table in other numbers (unit=6 for FP4)"
-                if abs(value) > spec.unit
-                else ""
+                "; of a table in other numbers, `unit` is the largest magnitude" if beyond else ""
             )
             raise ValueError(
                 f"{what}[{code}] = {_shown(value)} is outside [{lowest:g}, {spec.unit:g}]{hint}"

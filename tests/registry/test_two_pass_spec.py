@@ -173,8 +173,8 @@ def test_where_a_state_may_begin() -> None:
     assert spec(states=(State(name="m", initial="p", quantized=False),)).states[0].initial == "p"
     message = refusal(states=(State(name="m", initial="beat"),))
     assert message == (
-        "state 'm': initial='beat' is no hyperparameter; did you mean 'beta'?; expected the name of "
-        "one whose value it begins with (or 'p'; without it, zero); there are lr, beta"
+        "state 'm': initial='beat' is no hyperparameter; did you mean 'beta'?; expected the name "
+        "of one whose value it begins with (or 'p'; without it, zero); there are lr, beta"
     )
     message = refusal(states=(State(name="m", initial="1.0"),))
     assert message.startswith("state 'm': initial='1.0' is no hyperparameter; expected the name")
