@@ -281,7 +281,9 @@ class _Reader:
 
     def expression(self, node: ast.expr, depth: int = 0) -> Expression:
         if depth > MAX_DEPTH:
-            raise self._refuse(node, f"expressions nest at most {MAX_DEPTH} deep")
+            raise self._refuse(
+                node, f"expressions nest at most {MAX_DEPTH} deep; give a part a name"
+            )
         match node:
             case ast.Name(id=name):
                 check_name(name, f"{self._place(node)}: name")
