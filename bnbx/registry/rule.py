@@ -260,8 +260,8 @@ def _functions(name: str) -> str:
     """The function that is meant by a name of another library, or all that there are."""
     if name in FUNCTIONS:
         places = ", ".join("xyz"[: FUNCTIONS[name]])
-        return f"write {name}({places})"
-    return f"there are {', '.join(sorted(FUNCTIONS))}"
+        return f"; write {name}({places})"
+    return f"{nearest(name, FUNCTIONS)}; there are {', '.join(sorted(FUNCTIONS))}"
 
 
 class _Reader:
@@ -299,9 +299,8 @@ class _Reader:
             case ast.Compare():
                 raise self._refuse(node, "a comparison may only be the first argument of 'where'")
             case ast.Call(func=ast.Attribute(attr=function)):  # torch.sign(m), m.sqrt()
-                raise self._refuse(
-                    node, f"functions are called by name alone; {_functions(function)}"
-                )
+                why = f"functions are called by name alone{_functions(function)}"
+                raise self._refuse(node, why)
         raise self._refuse(node, _instead(node))
 
     def condition(self, node: ast.expr, depth: int = 0) -> Expression:
@@ -325,11 +324,7 @@ class _Reader:
 
     def _call(self, node: ast.expr, function: str, args: list[ast.expr], depth: int) -> Expression:
         if function not in FUNCTIONS:
-            raise self._refuse(
-                node,
-                f"unknown function {function!r}{nearest(function, FUNCTIONS)}; "
-                f"{_functions(function)}",
-            )
+            raise self._refuse(node, f"unknown function {function!r}{_functions(function)}")
         if len(args) != FUNCTIONS[function]:
             raise self._refuse(
                 node, f"{function} takes {FUNCTIONS[function]} arguments, {len(args)} given"

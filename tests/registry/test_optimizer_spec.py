@@ -416,6 +416,10 @@ def test_a_pack_stands_where_its_first_member_is() -> None:
             "fraction, positive, number, steps; hyper.warm: True is no Hyper; write flag(True); "
             "hyper.k: None is no Hyper; write rate(1e-3), or",
         ),
+        (
+            {**VALID, "states": State(name="m")},
+            "'r': states: a single State; write a tuple, with a comma: (State(...),)",
+        ),
         ({**VALID, "states": ("m",)}, "'r': states.0: 'm' is no State; write State(name='m')"),
         (
             {**VALID, "constraints": ("lr > 0",)},

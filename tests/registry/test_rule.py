@@ -217,7 +217,7 @@ REFUSED: list[tuple[str, str]] = [
     ("p = torch.sign(g)", "functions are called by name alone; write sign(x)"),
     ("p = torch.where(g > p, g, p)", "by name alone; write where(x, y, z)"),
     ("p = g.sqrt()", "functions are called by name alone; write sqrt(x)"),
-    ("p = torch.clamp(g)", "functions are called by name alone; there are abs, exp, log, max"),
+    ("p = torch.maximum(g, p)", "called by name alone; did you mean 'max'?; there are abs, exp, "),
     # the host's alone
     ("p = g ** 2", "'**' belongs in step_code; write x * x, or compute it there"),
     ("p = exp(g)", "'exp' belongs in step_code"),

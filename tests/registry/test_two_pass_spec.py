@@ -176,6 +176,10 @@ def test_where_a_state_may_begin() -> None:
         "state 'm': initial='beat' is no hyperparameter; did you mean 'beta'?; expected the name "
         "of one whose value it begins with (or 'p'; without it, zero); there are lr, beta"
     )
+    with pytest.raises(
+        SpecError, match=r"'m': initial: 1.0 is a number; expected the name of a hy"
+    ):
+        State(name="m", initial=1.0)  # type: ignore[arg-type]
     message = refusal(states=(State(name="m", initial="1.0"),))
     assert message.startswith("state 'm': initial='1.0' is no hyperparameter; expected the name")
     message = refusal(states=(State(name="m", initial="p"),))
