@@ -170,6 +170,26 @@ def types() -> None:
 
     with _reported():
         list_types(quant_types(), Console())
+        _say_what_is_absent()
+
+
+@app.command()
+def rules() -> None:
+    """List the optimizers that are registered, those of plugins too."""
+    from bnbx.describe.rules import list_rules
+    from bnbx.registry import optimizers
+
+    with _reported():
+        list_rules(optimizers(), Console())
+        _say_what_is_absent()
+
+
+def _say_what_is_absent() -> None:
+    """The plugins that a list lacks, and why: to stderr, since a list may be piped."""
+    from bnbx.registry import plugins
+
+    for line in plugins().absent():
+        typer.echo(line, err=True)
 
 
 @app.command()

@@ -27,6 +27,10 @@ class DuplicateNameError(BnbxError, ValueError):
     """Two packages register a spec under one name."""
 
 
+class PluginError(BnbxError, ValueError):
+    """What an entry point names has no hooks, and so registers nothing."""
+
+
 class OptionError(BnbxError, ValueError):
     """A known option or hyperparameter has a value that it cannot take."""
 

@@ -20,7 +20,7 @@ from bnbx.cli import INTERRUPTED, app
 from bnbx.demo import compare, qlora
 from bnbx.demo.qlora import BASES
 from bnbx.demo.runs import RUNS
-from bnbx.registry import QuantType, hookimpl, plugins, quant_types
+from bnbx.registry import QuantType, hookimpl, optimizers, plugins, quant_types
 
 QUICK = ("demo", "--size", "tiny", "--steps", "5", "--batch-size", "2", "--threads", "1")
 
@@ -66,7 +66,7 @@ def test_version() -> None:
 def test_help_names_every_command() -> None:
     status, output = invoke("--help")
     assert status == 0
-    assert all(command in output for command in ("demo", "types", "describe", "plot"))
+    assert all(command in output for command in ("demo", "types", "rules", "describe", "plot"))
 
 
 def test_help_does_not_import_torch() -> None:
@@ -192,6 +192,33 @@ def test_types_lists_every_quant_type() -> None:
     assert all(len(line) <= WIDTH for line in output.splitlines())
     (row,) = [line for line in output.splitlines() if line.startswith("nf4 ")]
     assert row.split()[:4] == ["nf4", "4", "4.5", "64"]
+
+
+def test_rules_lists_every_optimizer() -> None:
+    status, output = invoke("rules")
+    assert status == 0
+    names = optimizers().names()
+    listed = [line.split()[0] for line in output.splitlines() if line.split(" ")[0] in names]
+    assert tuple(listed) == names
+    assert f"{len(names)} rules." in output
+    assert all(len(line) <= WIDTH for line in output.splitlines())
+    (row,) = [line for line in output.splitlines() if line.startswith("adamw ")]
+    assert row.split()[:4] == ["adamw", "m,", "v,", "(vmax)"]
+
+
+@pytest.mark.parametrize("command", ["types", "rules"])
+def test_a_list_is_followed_by_the_plugins_it_lacks(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(plugins().failures, "mine", "ValueError: no (from mine)")
+    monkeypatch.setattr(plugins(), "left_out", ("yours",))
+    monkeypatch.setattr(plugins(), "_chosen", "")
+    result = CliRunner().invoke(app, [command])
+    assert result.exit_code == 0
+    assert "passed over" not in result.stdout
+    passed, left = result.stderr.splitlines()
+    assert passed == "plugin 'mine' was passed over: ValueError: no (from mine)"
+    assert left.startswith("installed, but left out by BNBX_PLUGINS='': yours; ")
 
 
 def test_types_names_the_package_of_a_plugin() -> None:

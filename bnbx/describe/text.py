@@ -43,8 +43,7 @@ def list_types(types: Catalog[QuantType], console: Console) -> None:
 
     for spec in types:
         encoding = make_encoding(spec)
-        own = types.package(spec.name) == "bnbx.quant_types"
-        package = Text("" if own else f" (from {types.package(spec.name)})", style="dim")
+        package = owner(types.package(spec.name), "bnbx.quant_types")
         table.add_row(
             spec.name,
             str(spec.bits),
@@ -55,6 +54,11 @@ def list_types(types: Catalog[QuantType], console: Console) -> None:
     console.print(table)
     console.print()
     console.print(f"{len(types)} types. `bnbx describe TYPE` says more of one; `bnbx plot` draws.")
+
+
+def owner(package: str, built_in: str) -> Text:
+    """Where a spec comes from, unless it is one of ours."""
+    return Text("" if package == built_in else f" (from {package})", style="dim")
 
 
 def _overview(facts: Facts) -> RenderableType:

@@ -32,9 +32,10 @@ FLAGS = (
     "-fPIC",
     "-w",  # GCC 12's own AVX-512 headers warn about themselves
 )
+CHOSEN = "BNBX_CXX"
 HOW_TO = (
     "install g++ or clang++, or `pip install bnbx[compiler]`; "
-    "unset BNBX_CXX if it names a compiler that does not work"
+    f"unset {CHOSEN} if it names a compiler that does not work"
 )
 
 
@@ -93,15 +94,26 @@ def find_compiler() -> Compiler:
     Raises:
         CompileError: saying what was tried.
     """
-    return _find(os.environ.get("BNBX_CXX"), os.environ.get("CXX"), os.environ.get("PATH"))
+    return _find(os.environ.get(CHOSEN), os.environ.get("CXX"), os.environ.get("PATH"))
+
+
+def how_to() -> str:
+    """How to have a compiler, by the environment as it is now."""
+    return f"unset {CHOSEN}" if _switched_off(os.environ.get(CHOSEN)) else HOW_TO
+
+
+def _switched_off(chosen: str | None) -> bool:
+    return chosen is not None and not chosen.strip()
 
 
 @lru_cache(maxsize=16)
 def _find(chosen: str | None, cxx: str | None, path: str | None) -> Compiler:
+    if _switched_off(chosen):
+        raise CompileError(f"the C++ compiler is switched off: {CHOSEN} is set, but empty")
     if chosen is not None:
         found = _on_path(chosen)
         if found is None:
-            raise CompileError(f"BNBX_CXX={chosen!r} is not a command on PATH")
+            raise CompileError(f"{CHOSEN}={chosen!r} is not a command on PATH")
         return found
     for command in (cxx, "g++", "clang++", "c++"):
         found = _on_path(command) if command else None

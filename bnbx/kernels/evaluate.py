@@ -33,5 +33,5 @@ def tensor_operations(dtype: Any, device: Any) -> Operations:
         "sign": lambda x: torch.where(x > 0, one, torch.where(x < 0, -one, x)),
         "min": lambda a, b: torch.where(a < b, a, b),
         "max": lambda a, b: torch.where(a > b, a, b),
-        "where": torch.where,
+        "where": lambda condition, a, b: torch.where(condition != 0, a, b),
     }

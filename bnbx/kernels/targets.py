@@ -11,7 +11,10 @@ from bnbx.errors import BnbxWarning, TargetError
 from bnbx.kernels import compiler, cuda_module
 
 REFERENCE = "reference"
-HINTS = {"cpu": compiler.HOW_TO, "cuda": cuda_module.HOW_TO}
+HINTS: Mapping[str, Callable[[], str]] = {
+    "cpu": compiler.how_to,
+    "cuda": lambda: cuda_module.HOW_TO,
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ def choose(device: str, ready: Mapping[str, Callable[[], object]], what: str) ->
             reason = str(error)
         else:
             return Target(device)
-    hint = HINTS.get(device, "move the tensors to the CPU or a CUDA device")
+    hint = HINTS.get(device, lambda: "move the tensors to the CPU or a CUDA device")()
     _warn_once(
         f"{reason.splitlines()[0]}\n{what} on plain torch operations, with the same results but "
         f"slowly. For the fast path: {hint}."

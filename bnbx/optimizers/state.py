@@ -36,7 +36,7 @@ from bnbx.registry import Optimizer as OptimizerSpec
 from bnbx.registry import quant_types
 from bnbx.registry.config import Resolved
 from bnbx.registry.optimizer import PARAMETER, STEP, State
-from bnbx.registry.quant_type import FLOAT32
+from bnbx.registry.quant_type import FLOAT32, QuantType
 
 ParameterState = dict[str, Any]
 DTYPE_NAMES: Mapping[torch.dtype, str] = {getattr(torch, name): name for name in DTYPES}
@@ -105,13 +105,19 @@ def warn_of_signed_tables(spec: OptimizerSpec, resolved: Resolved) -> None:
         name = resolved.state_types[state.name]
         if state.signed or name == FLOAT32 or quant_types().get(name).unsigned_values is not None:
             continue
-        known = [t.name for t in quant_types() if t.unsigned_values is not None]
+        known = [t for t in quant_types() if t.unsigned_values is not None]
         _warn_once(
             f"{spec.name}: state {state.name!r} is never negative, and quant type {name!r} has no "
             "table for such states: half of its codes are wasted, and small values become zero. "
-            f"Types that have one: {', '.join(known)}; choose by state: "
-            f"state_types={{{state.name!r}: {known[0]!r}, ...}}"
+            f"Types that have one: {', '.join(t.name for t in known)}; choose by state: "
+            f"state_types={{{state.name!r}: {_made_for_states(known, name).name!r}, ...}}"
         )
+
+
+def _made_for_states(types: list[QuantType], name: str) -> QuantType:
+    """Of these types, the one that widths of states stand for, of the width nearest to a type's."""
+    bits = quant_types().get(name).bits
+    return min(types, key=lambda t: (not t.state_default, abs(t.bits - bits), -t.bits))
 
 
 @lru_cache(maxsize=64)

@@ -6,7 +6,7 @@ more (entry points load one by one), then fails with the nearest name and the li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 from bnbx.errors import DuplicateNameError, UnknownNameError
@@ -22,15 +22,15 @@ class Catalog(Generic[S]):
     Args:
         kind: what the specs are, for messages ("optimizer").
         more: called on a miss; loads the next plugin, False when there is none left.
-        failures: plugins that could not be loaded, by name, with the reason.
+        absent: what to know of plugins that are not in it, in lines for the message of a miss.
     """
 
     def __init__(
-        self, kind: str, more: Callable[[], bool], failures: Callable[[], dict[str, str]]
+        self, kind: str, more: Callable[[], bool], absent: Callable[[], Iterable[str]]
     ) -> None:
         self.kind = kind
         self._more = more
-        self._failures = failures
+        self._absent = absent
         self._specs: dict[str, S] = {}
         self._packages: dict[str, str] = {}
 
@@ -57,7 +57,7 @@ class Catalog(Generic[S]):
         """The spec of this name.
 
         Raises:
-            UnknownNameError: with the nearest name, the list, and the plugins that failed.
+            UnknownNameError: with the nearest name, the list, and the plugins that are missing.
         """
         if not isinstance(name, str):
             raise UnknownNameError(self._miss(name))
@@ -104,6 +104,4 @@ class Catalog(Generic[S]):
         known = self.names()
         message = f"there is no {self.kind} {name!r}{nearest(str(name), known)}"
         message += f"; available: {', '.join(known) or '(none)'}"
-        for plugin, reason in self._failures().items():
-            message += f"\nplugin {plugin!r} was passed over: {reason}"
-        return message
+        return "\n".join([message, *self._absent()])

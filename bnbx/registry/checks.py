@@ -107,10 +107,20 @@ def _check_states(spec: Optimizer) -> None:
             raise ValueError(
                 f"state {state.name!r}: the endings _absmax and _type are taken, and {taken}"
             )
-    _check_hypers(spec, [state.when for state in spec.states if state.when])
-    _check_hypers(spec, [s.initial for s in spec.states if s.initial and s.initial != "p"])
+        _check_named(spec, state.name, "when", state.when, "that it exists with")
+        if state.initial != "p":
+            words = "whose value it begins with (or 'p'; without it, zero)"
+            _check_named(spec, state.name, "initial", state.initial, words)
     if any(s.initial == "p" and s.quantized for s in spec.states):
         raise ValueError("a state that begins as the parameter has to be quantized=False")
+
+
+def _check_named(spec: Optimizer, state: str, field: str, name: str | None, words: str) -> None:
+    if name is not None and name not in spec.hyper:
+        raise ValueError(
+            f"state {state!r}: {field}={name!r} is no hyperparameter{nearest(name, spec.hyper)}; "
+            f"expected the name of one {words}; there are {', '.join(spec.hyper) or '(none)'}"
+        )
 
 
 def _check_hypers(spec: Optimizer, named: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ Nothing is allocated before everything has been resolved.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -22,7 +22,7 @@ from bnbx.registry.quant_type import FLOAT32, QuantType
 from bnbx.registry.rule import parse_condition
 
 Layer = tuple[str, Mapping[str, Any]]
-DEFAULT = "default"
+DEFAULT, ARGUMENT = "default", "argument"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def resolve(spec: Optimizer, types: Catalog[QuantType], layers: Sequence[Layer])
         members = {member: pack for pack, each in spec.packs.items() for member in each}
         named = [name for name in (*values, *members) if f"{name}=" in str(error)]
         names = {members.get(name, name) for name in named}
-        told = {origins[name] for name in names} - {DEFAULT, "argument"}
+        told = {origins[name] for name in names} - {DEFAULT, ARGUMENT}
         where = f" (from {', '.join(sorted(told))})" if told else ""
         raise OptionError(f"{error}{where}") from None
 
@@ -110,11 +110,24 @@ def _resolved(
     return Resolved(
         hyper=hyper,
         switches={name: bool(hyper[name]) for name in spec.switches},
-        state_types=_state_types(spec, types, values["bits"], values["state_types"]),
+        state_types=_named(
+            origins["state_types"],
+            lambda: _state_types(spec, types, values["bits"], values["state_types"]),
+        ),
         options=options,
         clip=clip,
         origins=origins,
     )
+
+
+def _named(origin: str, resolved: Callable[[], dict[str, str]]) -> dict[str, str]:
+    """What `resolved` returns; where it misses a name, the error tells who gave that name."""
+    try:
+        return resolved()
+    except UnknownNameError as error:
+        if origin in (DEFAULT, ARGUMENT):
+            raise
+        raise UnknownNameError(f"{origin}: {error}") from None
 
 
 def _check_clip(spec: Optimizer) -> None:
@@ -125,9 +138,9 @@ def _check_clip(spec: Optimizer) -> None:
         )
 
 
-def check_known(spec: Optimizer, names: Iterable[str], origin: str = "argument") -> None:
+def check_known(spec: Optimizer, names: Iterable[str], origin: str = ARGUMENT) -> None:
     """Raise UnknownNameError for a name that is neither an argument of `spec` nor an option."""
-    prefix = "" if origin == "argument" else f"{origin}: "
+    prefix = "" if origin == ARGUMENT else f"{origin}: "
     known = (*spec.arguments, *options_of(spec))
     for name in names:
         if name not in known:
@@ -175,6 +188,9 @@ def _state_types(
         chosen = {}
     if isinstance(chosen, str):
         chosen = dict.fromkeys(states, chosen)
+    for given in chosen.values() if isinstance(chosen, Mapping) else (chosen,):
+        if isinstance(given, QuantType):
+            raise OptionError(_no_name(given, types))
     if not isinstance(chosen, Mapping):
         raise OptionError(f"state_types={chosen!r}: expected a quant type's name, or one by state")
     for state, name in chosen.items():
@@ -187,6 +203,19 @@ def _state_types(
             types.get(name)
     found = {state: chosen.get(state, default) for state in states}
     return {state.name: found.get(state.name, FLOAT32) for state in spec.states}
+
+
+def _no_name(given: QuantType, types: Catalog[QuantType]) -> str:
+    """What to do with a spec in the place of its name: not print it, which may take a page."""
+    how = (
+        f"pass {given.name!r}"
+        if types.holds(given)
+        else (
+            "only registered types hold states, since checkpoints name them; register it by the "
+            f"hook register_quant_types (docs/plugins.md), then pass {given.name!r}"
+        )
+    )
+    return f"state_types=(the QuantType {given.name!r} itself): expected a quant type's name; {how}"
 
 
 def _default_type(types: Catalog[QuantType], bits: Any) -> str:

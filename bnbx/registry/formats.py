@@ -117,8 +117,16 @@ def check_formats(spec: Optimizer) -> None:
                     f"saved_as[{name!r}]: read_code names {state_name!r}; "
                     f"the states are {', '.join(states)}"
                 )
+    libraries = {name.partition(".")[0] for name in spec.saved_as}
     for state in spec.states:
         for library, place in state.saved_as.items():
+            if library not in libraries:
+                raise ValueError(
+                    f"state {state.name!r}: saved_as has {library!r}, but the saved_as of the rule "
+                    f"has no class of {library}, and its checkpoints would not be read; name the "
+                    f"class too: Optimizer(saved_as={{'{library}.Class': GroupFormat()}}), or "
+                    f"leave {library!r} out"
+                )
             if place_of(state, library) is None:
                 raise ValueError(
                     f"state {state.name!r}: saved_as[{library!r}] is {place!r}; expected a key, "

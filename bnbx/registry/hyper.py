@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 from bnbx.errors import OptionError
-from bnbx.registry.spec import Frozen
+from bnbx.registry.spec import Frozen, NotText
 
 
 class Hyper(Frozen):
@@ -17,12 +17,20 @@ class Hyper(Frozen):
     other values reach the kernel at launch.
     """
 
-    default: float | bool | None
-    minimum: float | None = None
-    below: float | None = None
+    default: Annotated[float | bool | None, NotText]
+    minimum: Annotated[float | None, NotText] = None
+    below: Annotated[float | None, NotText] = None
     positive: bool = False
     flag: bool = False
     optional: bool = False
+
+    @classmethod
+    def written(cls, value: object) -> str:
+        """The function that makes one of this default; which one, only its author knows."""
+        if isinstance(value, bool):
+            return f"flag({value})"
+        default = value if isinstance(value, (int, float)) else "1e-3"
+        return f"rate({default}), or by the values it may take: fraction, positive, number, steps"
 
     @property
     def required(self) -> bool:

@@ -12,7 +12,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, PlainSerializer, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 from typing_extensions import Self
 
 from bnbx.registry.checks import bare_conditions, check_spec
@@ -25,6 +25,20 @@ PARAMETER, GRADIENT, STEP, UPDATE = "p", "g", "step", "u"
 CLIP = "max_unorm"
 
 
+def _no_number(value: object) -> object:
+    if isinstance(value, (int, float)):
+        raise ValueError(f"{value!r} is a number; expected the name of a hyperparameter, or None")
+    return value
+
+
+def _several(value: object) -> object:
+    if isinstance(value, Frozen):  # as in `(State(name="m"))`
+        kind = type(value).__name__
+        raise ValueError(f"a single {kind}; write a tuple, with a comma: ({kind}(...),)")
+    return value
+
+
+HyperName = Annotated[str | None, BeforeValidator(_no_number)]
 FrozenTable = Annotated[
     Mapping[str, str],
     AfterValidator(lambda table: MappingProxyType(dict(table))),
@@ -50,10 +64,15 @@ class State(Frozen):
 
     name: str
     signed: bool = True
-    when: str | None = None
-    initial: str | None = None
+    when: HyperName = None
+    initial: HyperName = None
     quantized: bool = True
     saved_as: FrozenTable = Field(default_factory=dict, validate_default=True)
+
+    @classmethod
+    def written(cls, value: object) -> str:
+        """A state of this name."""
+        return f"State(name={value!r})" if isinstance(value, str) else 'State(name="m")'
 
     def __hash__(self) -> int:
         return hash((self.name, self.signed, self.when, self.initial, self.quantized))
@@ -64,6 +83,12 @@ class Constraint(Frozen):
 
     condition: str
     message: str
+
+    @classmethod
+    def written(cls, value: object) -> str:
+        """One with this condition."""
+        condition = value if isinstance(value, str) else "beta1 < beta2"
+        return f"Constraint(condition={condition!r}, message=...)"
 
 
 HyperTable = Annotated[
@@ -100,10 +125,10 @@ class Optimizer(Spec):
         saved_as: how other libraries write its parameter groups, by "library.Class".
     """
 
-    states: tuple[State, ...] = ()
+    states: Annotated[tuple[State, ...], BeforeValidator(_several)] = ()
     hyper: HyperTable
     packs: PackTable = Field(default_factory=dict, validate_default=True)
-    constraints: tuple[Constraint, ...] = ()
+    constraints: Annotated[tuple[Constraint, ...], BeforeValidator(_several)] = ()
     step_code: str = ""
     element_code: str
     tensor_code: str = ""

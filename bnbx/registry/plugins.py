@@ -16,19 +16,24 @@ from __future__ import annotations
 import importlib
 import os
 import threading
+import traceback
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
 from typing import Any
 
 import pluggy
 
-from bnbx.errors import DuplicateNameError
+from bnbx.errors import DuplicateNameError, PluginError
 from bnbx.registry import hookspecs
 from bnbx.registry.catalog import Catalog
+from bnbx.registry.names import nearest
 from bnbx.registry.optimizer import Optimizer
 from bnbx.registry.quant_type import QuantType
+from bnbx.registry.spec import Spec
 
 GROUP = "bnbx"
+CHOSEN = "BNBX_PLUGINS"
 BUILT_INS = ("bnbx.quant_types", "bnbx.optimizers.rules")
 
 
@@ -42,8 +47,15 @@ class Plugins:
         self._waiting: list[EntryPoint] | None = None
         self.failures: dict[str, str] = {}
         """Reason by plugin name."""
-        self.optimizers: Catalog[Optimizer] = Catalog("optimizer", self._more, self._failed)
-        self.quant_types: Catalog[QuantType] = Catalog("quant type", self._more, self._failed)
+        self.left_out: tuple[str, ...] = ()
+        """Entry points that are installed, but not among those that BNBX_PLUGINS names."""
+        self._chosen: str | None = None
+        self.optimizers: Catalog[Optimizer] = Catalog("optimizer", self._more, self.absent)
+        self.quant_types: Catalog[QuantType] = Catalog("quant type", self._more, self.absent)
+        self._catalogs: dict[str, Catalog[Any]] = {
+            "register_optimizers": self.optimizers,
+            "register_quant_types": self.quant_types,
+        }
         for module in BUILT_INS:
             self.load(module, importlib.import_module(module))
 
@@ -51,16 +63,17 @@ class Plugins:
         """Register `plugin` (a module or object with hookimpls) and take in its specs.
 
         Raises whatever the plugin raises; then none of its specs stay.
+
+        Raises:
+            PluginError: it has no function that is marked as a hook.
         """
         if self._manager.has_plugin(name):
             raise DuplicateNameError(f"there is a plugin {name!r} already")
         try:
             self._manager.register(plugin, name)
+            self._check_hooks(plugin)
             self._manager.check_pending()
-            for hook, catalog in (
-                ("register_optimizers", self.optimizers),
-                ("register_quant_types", self.quant_types),
-            ):
+            for hook, catalog in self._catalogs.items():
                 others = [p for p in self._manager.get_plugins() if p is not plugin]
                 caller = self._manager.subset_hook_caller(hook, remove_plugins=others)
                 caller(register=_Register(catalog, name))
@@ -68,8 +81,36 @@ class Plugins:
             self._forget(name)
             raise
 
+    def absent(self) -> list[str]:
+        """The plugins that were passed over and why, and those left out, one a line."""
+        lines = [f"plugin {name!r} was passed over: {why}" for name, why in self.failures.items()]
+        if self.left_out:
+            lines.append(
+                f"installed, but left out by {CHOSEN}={self._chosen!r}: "
+                f"{', '.join(self.left_out)}; add a name to load it, or unset {CHOSEN} to load all"
+            )
+        return lines
+
+    def _check_hooks(self, plugin: Any) -> None:
+        """Pluggy takes in anything, also what has no hooks or hooks that nobody calls."""
+        callers = self._manager.get_hookcallers(plugin)
+        if not callers:
+            kind = type(plugin).__name__
+            wrong = "" if isinstance(plugin, ModuleType) else f", not {_article(kind)} {kind}"
+            raise PluginError(
+                "it registers nothing: mark its functions with bnbx.registry.hookimpl; the entry "
+                f"point has to name a module or an object with such functions{wrong}"
+            )
+        for caller in callers:
+            needed = not all(found.optionalhook for found in caller.get_hookimpls())
+            if needed and caller.name not in self._catalogs:
+                raise PluginError(
+                    f"unknown hook {caller.name!r}{nearest(caller.name, self._catalogs)}; "
+                    f"there are {' and '.join(self._catalogs)}"
+                )
+
     def _forget(self, name: str) -> None:
-        for catalog in (self.optimizers, self.quant_types):
+        for catalog in self._catalogs.values():
             catalog.discard(name)
         if self._manager.has_plugin(name):
             self._manager.unregister(name=name)
@@ -78,7 +119,7 @@ class Plugins:
         """Load the next waiting entry point; False if none waits."""
         with self._lock:
             if self._waiting is None:
-                self._waiting = list(_selected(self.failures))
+                self._waiting = self._selected()
             if not self._waiting:
                 return False
             entry = self._waiting.pop(0)
@@ -87,11 +128,23 @@ class Plugins:
             except KeyboardInterrupt:
                 raise
             except BaseException as error:  # noqa: BLE001 - a stranger's module may even exit
-                self.failures[entry.name] = f"{type(error).__name__}: {error} (from {entry.value})"
+                place = ", ".join([entry.value, *_line_of(error, entry.value)])
+                self.failures[entry.name] = f"{type(error).__name__}: {error} (from {place})"
             return True
 
-    def _failed(self) -> dict[str, str]:
-        return self.failures
+    def _selected(self) -> list[EntryPoint]:
+        """The entry points to load; notes those that are not there, and those left out."""
+        found = sorted(entry_points(group=GROUP), key=lambda entry: entry.name)
+        chosen = self._chosen = os.environ.get(CHOSEN)
+        if chosen is None:
+            return found
+        wanted = [name.strip() for name in chosen.split(",") if name.strip()]
+        for name in set(wanted) - {entry.name for entry in found}:
+            self.failures[name] = (
+                f"named in {CHOSEN}, but no installed package has this entry point"
+            )
+        self.left_out = tuple(entry.name for entry in found if entry.name not in wanted)
+        return [entry for entry in found if entry.name in wanted]
 
 
 class _Register:
@@ -104,19 +157,26 @@ class _Register:
     def __call__(self, spec: Any) -> None:
         expected = Optimizer if self.catalog.kind == "optimizer" else QuantType
         if not isinstance(spec, expected):
-            raise TypeError(f"expected a bnbx.registry.{expected.__name__}, got {spec!r}")
+            named = isinstance(spec, Spec)  # and not all of its table
+            got = f"{type(spec).__name__} {spec.name!r}" if named else repr(spec)
+            raise TypeError(f"expected a bnbx.registry.{expected.__name__}, got {got}")
         self.catalog.add(spec, self.package)
 
 
-def _selected(failures: dict[str, str]) -> list[EntryPoint]:
-    found = sorted(entry_points(group=GROUP), key=lambda entry: entry.name)
-    chosen = os.environ.get("BNBX_PLUGINS")
-    if chosen is None:
-        return found
-    wanted = [name.strip() for name in chosen.split(",") if name.strip()]
-    for name in set(wanted) - {entry.name for entry in found}:
-        failures[name] = "named in BNBX_PLUGINS, but no installed package has this entry point"
-    return [entry for entry in found if entry.name in wanted]
+def _article(noun: str) -> str:
+    return "an" if noun[0].lower() in "aeiou" else "a"
+
+
+def _line_of(error: BaseException, value: str) -> list[str]:
+    """Where in a plugin's own package something went wrong: a file and a line, if that is known."""
+    package = value.partition(":")[0].partition(".")[0]
+    frames = traceback.walk_tb(error.__traceback__)
+    own = [
+        (frame.f_code.co_filename, line)
+        for frame, line in frames
+        if frame.f_globals.get("__name__", "").partition(".")[0] == package
+    ]
+    return [f"{file}:{line}" for file, line in own[-1:]]
 
 
 @lru_cache(maxsize=1)

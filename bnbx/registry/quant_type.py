@@ -13,19 +13,36 @@ import math
 import struct
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
 from bnbx.registry.grid import float32, grid_threshold
-from bnbx.registry.spec import Frozen, Spec
+from bnbx.registry.spec import Frozen, NotText, Spec
 
 FLOAT32 = "float32"
 BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 LEAST, MOST = 2.0**-16, 2.0**16  # of units
 LARGEST = 2.0**128 - 2.0**104  # float32 number
 Values = tuple[float | None, ...]
+
+
+def _number(value: object) -> object:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is no number of a table; write None for a code without a number")
+    return value
+
+
+def _rounded(value: float | None) -> float | None:
+    if value is not None and abs(value) > LARGEST:
+        raise ValueError(f"{value!r} is beyond the largest float32 number")
+    return None if value is None else float32(value)
+
+
+# Kernels have them in float32, so that a spec has them so too, whoever writes 0.3 or 1/3.
+Entry = Annotated[float | None, BeforeValidator(_number), NotText, AfterValidator(_rounded)]
+Unit = Annotated[float, NotText, AfterValidator(_rounded)]
 Ties = Literal["low", "even"]
 
 
@@ -49,6 +66,11 @@ class Scale(Frozen):
     tensor_scale: bool = False
     centered: bool = False
 
+    @classmethod
+    def written(cls, value: object) -> str:
+        """One for what shares a scale."""
+        return f"Scale(per={value!r})" if isinstance(value, str) else 'Scale(per="block")'
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.tensor_scale and (self.dtype != "e4m3" or self.centered):
@@ -68,8 +90,8 @@ class QuantType(Spec):
 
     Attributes:
         bits: width of a code.
-        values: the 2**bits table entries in code order, each a float32 in [-unit, unit]; None for
-            a code that stands for no number (it reads as NaN).
+        values: the 2**bits table entries in code order, in [-unit, unit], which are rounded to
+            float32; None for a code that stands for no number (it reads as NaN).
         unsigned_values: the table used where values are known to be >= 0 (second moments);
             None if the type has no such form, then `values` serves.
         unit: the number of the table that a block's absmax becomes: 1, or in tables that are
@@ -89,9 +111,9 @@ class QuantType(Spec):
     """
 
     bits: int = Field(ge=2, le=8)
-    values: Values
-    unsigned_values: Values | None = None
-    unit: float = Field(default=1.0, ge=LEAST, le=MOST)
+    values: tuple[Entry, ...]
+    unsigned_values: tuple[Entry, ...] | None = None
+    unit: Unit = Field(default=1.0, ge=LEAST, le=MOST)
     decode_only: tuple[int, ...] = ()
     ties: Ties = "low"
     grid: int = Field(default=0, ge=0, le=65536)
@@ -110,8 +132,6 @@ class QuantType(Spec):
             raise ValueError("grid is for unit 1, ties 'low', and a float32 scale per block")
         if self.grid == 1:
             raise ValueError("grid: one point tells no numbers apart; expected 0, or 2 and more")
-        if float32(self.unit) != self.unit:
-            raise ValueError(f"unit {self.unit!r} is not a float32 number")
         for code in self.decode_only:
             if not 0 <= code < 2**self.bits:
                 raise ValueError(f"decode_only: {code} is no code of {self.bits} bits")
@@ -215,6 +235,12 @@ def next_below(value: float) -> float:
     return float(struct.unpack("<f", struct.pack("<i", bits - 1 if value > 0 else bits + 1))[0])
 
 
+def _shown(value: float) -> str:
+    """A float32 number in as few digits as tell it from all others, as its author wrote it."""
+    texts = (f"{value:.{digits}g}" for digits in range(1, 10))
+    return next(text for text in texts if float32(float(text)) == value)
+
+
 def _check_table(what: str, values: Values, spec: QuantType, *, signed: bool = True) -> None:
     if len(values) != 2**spec.bits:
         raise ValueError(
@@ -227,13 +253,18 @@ def _check_table(what: str, values: Values, spec: QuantType, *, signed: bool = T
             continue
         reads = code in spec.decode_only
         if not reads and not lowest <= value <= spec.unit:
-            raise ValueError(f"{what}[{code}] = {value!r} is outside [{lowest:g}, {spec.unit:g}]")
-        if abs(value) > LARGEST or float32(value) != value:
-            raise ValueError(f"{what}[{code}] = {value!r} is not a float32 number")
+            beyond = abs(value) > spec.unit
+            hint = (
+                "; of a table in other numbers, `unit` is the largest magnitude" if beyond else ""
+            )
+            raise ValueError(
+                f"{what}[{code}] = {_shown(value)} is outside [{lowest:g}, {spec.unit:g}]{hint}"
+            )
         if not reads:
             written.append(value)
     near = math.isclose(max(map(abs, written), default=0.0), spec.unit, rel_tol=0.1)
     if len(set(written)) < 2 or not near:
         raise ValueError(
-            f"{what}: expected at least two numbers, the largest magnitude near {spec.unit:g}"
+            f"{what}: expected at least two numbers, the largest magnitude near {spec.unit:g}, "
+            "which is what the field `unit` says"
         )

@@ -22,6 +22,7 @@ from functools import lru_cache
 from typing import Literal
 
 from bnbx.errors import RuleError
+from bnbx.registry.names import nearest
 
 Section = Literal[
     "step_code",
@@ -64,6 +65,24 @@ RESERVED = frozenset(
     to_float from_float larger_magnitude noise round_stochastically load_parameter store_parameter
     place_of calm_zone half_step""".split()
 )
+NO_IF = "there is no 'if' in the rule language; write where(condition, a, b)"
+NO_LOOP = "there are no loops in the rule language; its lines say what is done once"
+NO_LOGIC = "there is no 'and', 'or' or 'not'; write one where(...) inside of another"
+CONDITION = "a condition is one comparison, or a name, which is true where it is not zero"
+NOT_IN = "not in the rule language"
+LINES = "only lines of the form 'name = expression' are allowed"
+# What to write instead, by what Python calls it.
+INSTEAD: dict[type[ast.AST], str] = {
+    ast.If: NO_IF,
+    ast.IfExp: NO_IF,
+    ast.For: NO_LOOP,
+    ast.While: NO_LOOP,
+    ast.BoolOp: NO_LOGIC,
+    ast.Not: NO_LOGIC,
+    ast.FloorDiv: "there is no '//'; write '/', which does not round to whole numbers",
+}
+BLOCKS = {"if": NO_IF, "for": NO_LOOP, "while": NO_LOOP}
+_BLOCK = re.compile(r"after '(\w+)' statement on line (\d+)")
 NAME = re.compile(r"[a-z][a-z0-9_]*(?<!_)\Z")
 FLOAT32_MAX = 3.4028234663852886e38
 MAX_TEXT = 8_000
@@ -207,6 +226,8 @@ def _body(lines: list[str], section: Section) -> list[ast.stmt]:
         raise RuleError(f"{section}: {len(text)} characters; a rule has at most {MAX_TEXT}")
     try:
         return ast.parse(text).body
+    except IndentationError as error:
+        raise _block(error, lines, section) from None
     except SyntaxError as error:
         if error.lineno is None or not 0 < error.lineno <= len(lines):
             raise RuleError(f"{section}: {error.msg}") from None
@@ -214,6 +235,33 @@ def _body(lines: list[str], section: Section) -> list[ast.stmt]:
         raise RuleError(f"{section} line {error.lineno}: {error.msg}: {line!r}") from None
     except (ValueError, RecursionError, MemoryError) as error:
         raise RuleError(f"{section}: cannot be parsed: {error}") from None
+
+
+def _block(error: IndentationError, lines: list[str], section: Section) -> RuleError:
+    """What to say of an `if` or a loop over several lines, whose indents mean nothing here."""
+    found = _BLOCK.search(error.msg)
+    word, number = found.groups() if found else ("", (error.lineno or 2) - 1)
+    line = lines[min(int(number), len(lines)) - 1]
+    return RuleError(f"{section} line {number}: {line!r}: {BLOCKS.get(word, LINES)}")
+
+
+def _instead(node: ast.expr) -> str:
+    """Why an expression is refused: what to write instead, where that is known."""
+    return INSTEAD.get(_kind(node), NOT_IN)
+
+
+def _kind(node: ast.expr) -> type[ast.AST]:
+    """What INSTEAD knows an expression by: its operator, if that is a kind of its own."""
+    operator = type(getattr(node, "op", None))
+    return operator if operator in (ast.Not, ast.FloorDiv) else type(node)
+
+
+def _functions(name: str) -> str:
+    """The function that is meant by a name of another library, or all that there are."""
+    if name in FUNCTIONS:
+        places = ", ".join("xyz"[: FUNCTIONS[name]])
+        return f"; write {name}({places})"
+    return f"{nearest(name, FUNCTIONS)}; there are {', '.join(sorted(FUNCTIONS))}"
 
 
 class _Reader:
@@ -229,11 +277,13 @@ class _Reader:
             case ast.Assign(targets=[ast.Name(id=target)], value=value):
                 check_name(target, f"{self._place(node)}: name")
                 return Statement(target, self.expression(value), self._line(node))
-        raise self._refuse(node, "only lines of the form 'name = expression' are allowed")
+        raise self._refuse(node, INSTEAD.get(type(node), LINES))
 
     def expression(self, node: ast.expr, depth: int = 0) -> Expression:
         if depth > MAX_DEPTH:
-            raise self._refuse(node, f"expressions nest at most {MAX_DEPTH} deep")
+            raise self._refuse(
+                node, f"expressions nest at most {MAX_DEPTH} deep; give a part a name"
+            )
         match node:
             case ast.Name(id=name):
                 check_name(name, f"{self._place(node)}: name")
@@ -248,7 +298,10 @@ class _Reader:
                 return self._call(node, function, args, depth + 1)
             case ast.Compare():
                 raise self._refuse(node, "a comparison may only be the first argument of 'where'")
-        raise self._refuse(node, "not in the rule language")
+            case ast.Call(func=ast.Attribute(attr=function)):  # torch.sign(m), m.sqrt()
+                why = f"functions are called by name alone{_functions(function)}"
+                raise self._refuse(node, why)
+        raise self._refuse(node, _instead(node))
 
     def condition(self, node: ast.expr, depth: int = 0) -> Expression:
         match node:
@@ -260,7 +313,7 @@ class _Reader:
                 )
             case ast.Name():
                 return self.expression(node, depth)
-        raise self._refuse(node, "a condition is one comparison, or the name of a hyperparameter")
+        raise self._refuse(node, INSTEAD.get(_kind(node), CONDITION))
 
     def _binary(
         self, node: ast.expr, op: str, left: ast.expr, right: ast.expr, depth: int
@@ -271,9 +324,7 @@ class _Reader:
 
     def _call(self, node: ast.expr, function: str, args: list[ast.expr], depth: int) -> Expression:
         if function not in FUNCTIONS:
-            raise self._refuse(
-                node, f"unknown function {function!r}; there are {', '.join(sorted(FUNCTIONS))}"
-            )
+            raise self._refuse(node, f"unknown function {function!r}{_functions(function)}")
         if len(args) != FUNCTIONS[function]:
             raise self._refuse(
                 node, f"{function} takes {FUNCTIONS[function]} arguments, {len(args)} given"

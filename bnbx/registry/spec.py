@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import re
+import reprlib
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 from typing_extensions import Self
 
 from bnbx.errors import SpecError
+from bnbx.registry.names import nearest
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 
@@ -26,7 +29,15 @@ def _spec_name(name: str) -> str:
     return name
 
 
+def _no_text(value: object) -> object:
+    if isinstance(value, str):
+        raise ValueError(f"{value!r} is a text; expected a number, without quotes")
+    return value
+
+
 SpecName = Annotated[str, AfterValidator(_spec_name)]
+NotText = BeforeValidator(_no_text)
+"""Of a field for numbers, where pydantic would read them from texts too."""
 
 
 class Frozen(BaseModel):
@@ -40,8 +51,16 @@ class Frozen(BaseModel):
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            label = f"{type(self).__name__} spec {fields.get('name', '(no name)')!r}"
-            raise SpecError(f"{label}: {_readable(error)}") from None
+            label = type(self).__name__
+            if "name" in type(self).model_fields:
+                label += f" spec {fields.get('name', '(no name)')!r}"
+            raise SpecError(f"{label}: {_readable(error, type(self))}") from None
+
+    @classmethod
+    def written(cls, value: object) -> str:
+        """How to write such a part, for an error about `value` in its place."""
+        del value
+        return f"{cls.__name__}(...)"
 
 
 class Spec(Frozen):
@@ -66,7 +85,7 @@ class Spec(Frozen):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            raise SpecError(f"{cls.__name__} spec from JSON: {_readable(error)}") from None
+            raise SpecError(f"{cls.__name__} spec from JSON: {_readable(error, cls)}") from None
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """The spec with some fields changed; checked as a new one is."""
@@ -99,11 +118,23 @@ class Spec(Frozen):
         return self
 
 
-def _readable(error: ValidationError) -> str:
-    """One line a problem: where in the spec, and what is wrong."""
+def _readable(error: ValidationError, model: type[Frozen]) -> str:
+    """One line a problem: where in the spec, what is wrong, and what to write."""
     problems = []
     for problem in error.errors(include_url=False):
         place = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
+        message = _message(problem, model)
         problems.append(f"{place}: {message}" if place else message)
     return "; ".join(problems)
+
+
+def _message(problem: ErrorDetails, model: type[Frozen]) -> str:
+    match problem["type"], problem["loc"]:
+        case "extra_forbidden", (field,):
+            fields = model.model_fields
+            return f"no such field{nearest(str(field), fields)}; there are {', '.join(fields)}"
+        case "model_type", (_, *_):
+            name, given = problem["ctx"]["class_name"], problem["input"]
+            part = next(part for part in Frozen.__subclasses__() if part.__name__ == name)
+            return f"{reprlib.repr(given)} is no {name}; write {part.written(given)}"
+    return problem["msg"].removeprefix("Value error, ")

@@ -54,8 +54,11 @@ def test_key_changes_with_the_compiler_file(
 
 def test_an_empty_bnbx_cxx_means_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BNBX_CXX", "")
-    with pytest.raises(CompileError, match="BNBX_CXX=''"):
+    with pytest.raises(CompileError, match="is switched off: BNBX_CXX is set, but empty"):
         find_compiler()
+    assert compiler.how_to() == "unset BNBX_CXX"
+    monkeypatch.setenv("BNBX_CXX", "missing-compiler")
+    assert compiler.how_to().startswith("install g++")
 
 
 def test_compilers_are_looked_for_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bnbx import optim
 from bnbx.errors import BnbxError, BnbxWarning, NotYetError, OptionError, UnknownNameError
 from bnbx.optim import create
+from bnbx.optimizers import state
 from bnbx.optimizers.engine import Optimizer8bit
 from bnbx.registry import optimizers
 from bnbx.registry.options import ALIASES, options_of
@@ -423,6 +424,14 @@ def test_a_second_moment_in_a_type_without_a_table_for_it_is_warned_of() -> None
         create("adamw", [torch.zeros(5000, requires_grad=True)], state_types="nf4")
     create("adamw", [torch.zeros(5000, requires_grad=True)], state_types={"m": "nf4"})
     create("adamw", [torch.zeros(10, requires_grad=True)], state_types="nf4")  # stays in float32
+
+
+@pytest.mark.parametrize(("name", "meant"), [("nf4", "state4"), ("nf8", "dynamic8")])
+def test_the_type_proposed_is_one_that_a_width_of_states_stands_for(name: str, meant: str) -> None:
+    """And not the first of the list, which has two bits."""
+    state._warn_once.cache_clear()
+    with pytest.warns(BnbxWarning, match=rf"choose by state: state_types={{'v': '{meant}', ...}}"):
+        create("adamw", [torch.zeros(5000, requires_grad=True)], state_types=name)
 
 
 def test_other_names_of_options_work_in_groups_and_overrides() -> None:

@@ -208,3 +208,9 @@ def test_a_checkpoint_is_loaded_under_the_same_overrides() -> None:
     step(two)
     for p, q in zip(first.parameters(), second.parameters(), strict=True):
         assert equal(p, q)
+
+
+@pytest.mark.parametrize("given", ["nf44", {"m": "nf44"}, {"momentum": "nf4"}])
+def test_an_override_of_types_that_misses_a_name_is_named(given: Any) -> None:
+    with pytest.raises(UnknownNameError, match=r"^overrides\['\*embed\*'\]: "):
+        create("adamw", model().named_parameters(), overrides={"*embed*": {"state_types": given}})

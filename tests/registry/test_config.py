@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -330,7 +331,10 @@ def test_bits_that_there_are_none_of(bits: Any) -> None:
     ],
 )
 def test_unknown_states_and_quant_types(state_types: Any, message: str) -> None:
-    assert refusal(UnknownNameError, dict(state_types=state_types)).startswith(message)
+    found = refusal(UnknownNameError, dict(state_types=state_types))
+    assert found.startswith(f"layer 0: {message}")
+    with pytest.raises(UnknownNameError, match=rf"^{re.escape(message)}"):  # the caller knows
+        resolve(SPEC, quant_types(), [("argument", dict(lr=0.1, state_types=state_types))])
 
 
 @pytest.mark.parametrize("state_types", [8, ["linear8"], ("linear8", "linear8"), True])
@@ -338,6 +342,24 @@ def test_state_types_of_the_wrong_kind(state_types: Any) -> None:
     assert refusal(OptionError, dict(state_types=state_types)) == (
         f"state_types={state_types!r}: expected a quant type's name, or one by state (from layer 0)"
     )
+
+
+@pytest.mark.parametrize("by_state", [False, True])
+def test_a_spec_is_no_name_of_a_quant_type(by_state: bool) -> None:
+    """And is not printed: 256 numbers take a page."""
+    wide = QuantType(
+        name="wide", summary="s", bits=8, values=tuple(n / 128 - 1 for n in range(256))
+    )
+    for spec, how in (
+        (wide, "only registered types hold states, since checkpoints name them; register it by the "
+         "hook register_quant_types (docs/plugins.md), then pass 'wide'"),
+        (quant_types().get("linear8"), "pass 'linear8'"),
+    ):  # fmt: skip
+        state_types = {"m": spec} if by_state else spec
+        assert refusal(OptionError, dict(state_types=state_types)) == (
+            f"state_types=(the QuantType {spec.name!r} itself): expected a quant type's name; "
+            f"{how} (from layer 0)"
+        )
 
 
 def test_bits_mean_a_default_type_of_the_catalog_given() -> None:
@@ -356,7 +378,7 @@ def test_a_rule_without_states_has_no_types() -> None:
     plain = Optimizer(name="r", summary="s", hyper=dict(lr=rate()), element_code="p = p - lr * g")
     assert merged(spec=plain).state_types == {}
     assert merged(dict(state_types="linear8"), spec=plain).state_types == {}
-    message = "r has no state 'm' to quantize; it has: (none)"
+    message = "layer 0: r has no state 'm' to quantize; it has: (none)"
     assert refusal(UnknownNameError, dict(state_types={"m": FLOAT32}), spec=plain) == message
 
 

@@ -35,6 +35,15 @@ def test_a_format_names_what_there_is(saved_as: dict[str, GroupFormat], message:
         Optimizer(**SPEC, saved_as=saved_as)
 
 
+def test_states_without_the_class_that_has_them_are_refused() -> None:
+    """They would do nothing: a checkpoint is read by the class whose groups it fits."""
+    state = State(name="v", saved_as={"a": "exp_avg"})
+    fields = {**SPEC, "states": (state, State(name="mean"))}
+    with pytest.raises(ValueError, match=r"'v': saved_as has 'a'.*{'a\.Class': GroupFormat\("):
+        Optimizer(**fields, saved_as={"b.C": GroupFormat()})
+    assert Optimizer(**fields, saved_as={"a.B": GroupFormat()}).states[0] == state
+
+
 def test_code_that_reads_states_is_part_of_the_spec() -> None:
     plain, coded = (
         Optimizer(**SPEC, saved_as={"a.B": GroupFormat(read_code=text)}) for text in ("", "v = -v")

@@ -184,10 +184,15 @@ TWO_STATES = RULE + "b = b + g"
         ),
         (dict(packs=dict(a=("beta",), b=("beta",))), "a hyperparameter is in two packs"),
         (dict(packs=dict(a=("beta", "beta"))), "a hyperparameter is in two packs"),
-        (dict(states=(State(name="m", when="momentum"),)), "'momentum': no such hyperparameter"),
+        (
+            dict(states=(State(name="m", when="momentum"),)),
+            "state 'm': when='momentum' is no hyperparameter; expected the name of one that it "
+            "exists with; there are lr, beta",
+        ),
         (
             dict(states=(State(name="m", when="beat"),)),
-            "'beat': no such hyperparameter; did you mean 'beta'?",
+            "state 'm': when='beat' is no hyperparameter; did you mean 'beta'?; expected the name "
+            "of one that it exists with; there are lr, beta",
         ),
         (
             dict(constraints=(Constraint(condition="where(bta, 1, gama)", message="x"),)),
@@ -273,6 +278,8 @@ def test_defaults_at_the_edge_of_their_bounds(hyper: Hyper) -> None:
         (Hyper, dict(default=float("inf"))),
         (Hyper, dict(default=float("nan"))),
         (Hyper, dict(default="many")),
+        (rate, dict(default="1e-3")),
+        (Hyper, dict(default=0.5, below="1")),
         (Hyper, dict(default=0.5, minimum=float("-inf"))),
         (Hyper, dict(default=0.5, maximum=1.0)),
         (State, dict(name=1)),
@@ -398,7 +405,26 @@ def test_a_pack_stands_where_its_first_member_is() -> None:
     ("fields", "message"),
     [
         ({}, "'(no name)': name: Field required; summary: Field required"),
-        ({**VALID, "extra": 1}, "'r': extra: Extra inputs are not permitted"),
+        ({**VALID, "extra": 1}, "'r': extra: no such field; there are name, summary, source, "),
+        (
+            {**VALID, "elementcode": ""},
+            "'r': elementcode: no such field; did you mean 'element_code'?",
+        ),
+        (
+            {**VALID, "hyper": dict(lr=0.01, warm=True, k=None)},
+            "'r': hyper.lr: 0.01 is no Hyper; write rate(0.01), or by the values it may take: "
+            "fraction, positive, number, steps; hyper.warm: True is no Hyper; write flag(True); "
+            "hyper.k: None is no Hyper; write rate(1e-3), or",
+        ),
+        (
+            {**VALID, "states": State(name="m")},
+            "'r': states: a single State; write a tuple, with a comma: (State(...),)",
+        ),
+        ({**VALID, "states": ("m",)}, "'r': states.0: 'm' is no State; write State(name='m')"),
+        (
+            {**VALID, "constraints": ("lr > 0",)},
+            "'r': constraints.0: 'lr > 0' is no Constraint; write Constraint(condition='lr > 0', ",
+        ),
         ({**VALID, "hyper": 1}, "'r': hyper: Input should be a valid dictionary"),
         ({**VALID, "states": "m"}, "'r': states: "),
         ({**VALID, "element_code": None}, "'r': element_code: Input should be a valid string"),

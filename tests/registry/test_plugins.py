@@ -7,6 +7,7 @@ and asks a fresh set of plugins.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from bnbx import quant_types as types
-from bnbx.errors import DuplicateNameError, UnknownNameError
+from bnbx.errors import DuplicateNameError, PluginError, UnknownNameError
 from bnbx.optimizers import rules
-from bnbx.registry import Optimizer, QuantType, plugins
+from bnbx.registry import Optimizer, QuantType, hookimpl, plugins
 from bnbx.registry.plugins import BUILT_INS, Plugins
 
 BUILT_IN_OPTIMIZERS = tuple(sorted(spec.name for spec in rules.RULES))
@@ -215,7 +216,7 @@ BROKEN: dict[str, tuple[str, str]] = {
     ),
     "wrong_kind": (
         QUANT_TYPE.format(name="wide2").replace("quant_types", "optimizers"),
-        "TypeError: expected a bnbx.registry.Optimizer, got QuantType(",
+        "TypeError: expected a bnbx.registry.Optimizer, got QuantType 'wide2' (from ",
     ),
     "wrong_object": (
         OPTIMIZER.format(name="descent") + "    register('descent')\n",
@@ -227,7 +228,17 @@ BROKEN: dict[str, tuple[str, str]] = {
     ),
     "unknown_hook": (
         OPTIMIZER.format(name="descent") + "@hookimpl\ndef register_layers(register): pass\n",
-        "PluginValidationError: unknown hook 'register_layers'",
+        "PluginError: unknown hook 'register_layers'",
+    ),
+    "hook_in_the_singular": (
+        OPTIMIZER.format(name="descent").replace("optimizers(register)", "optimizer(register)"),
+        "PluginError: unknown hook 'register_optimizer'; did you mean 'register_optimizers'?; "
+        "there are register_optimizers and register_quant_types",
+    ),
+    "forgotten_mark": (
+        OPTIMIZER.format(name="descent").replace("@hookimpl", ""),
+        "PluginError: it registers nothing: mark its functions with bnbx.registry.hookimpl; the "
+        "entry point has to name a module or an object with such functions (from ",
     ),
     "wrong_argument": (
         OPTIMIZER.format(name="descent").replace("(register):", "(registry):"),
@@ -255,7 +266,7 @@ def test_a_broken_plugin_is_reported_and_breaks_nothing_else(install: Install, n
     first, *rest = message.split("\n", 1)
     assert first == "there is no optimizer 'no_such_rule'" + listed("later")
     assert rest[0].startswith(f"plugin {name!r} was passed over: {reason}")
-    assert rest[0].endswith(f"(from plugin_{name})")
+    assert re.search(rf"\(from plugin_{name}(, \S+plugin_{name}\.py:\d+)?\)$", rest[0])
     assert found.quant_types.names() == BUILT_IN_TYPES
     assert found.optimizers.package("adam") == "bnbx.optimizers.rules"
     assert set(found.failures) == {name}
@@ -268,8 +279,35 @@ def test_an_entry_point_of_a_strange_object(install: Install, value: str) -> Non
     install("zz_good", OPTIMIZER.format(name="later"))
     found = Plugins()
     assert found.optimizers.get("later").name == "later"
-    assert set(found.failures) <= {"odd"}
+    assert set(found.failures) == {"odd"}
     assert found.optimizers.names() == tuple(sorted([*BUILT_IN_OPTIMIZERS, "later"]))
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [("mine", "an Optimizer"), ("register_optimizers", "a function")]
+)
+def test_an_entry_point_that_names_no_plugin(install: Install, value: str, words: str) -> None:
+    install("odd", OPTIMIZER.format(name="descent"), value=f"plugin_odd:{value}")
+    assert miss(Plugins()).splitlines()[1] == (
+        "plugin 'odd' was passed over: PluginError: it registers nothing: mark its functions with "
+        "bnbx.registry.hookimpl; the entry point has to name a module or an object with such "
+        f"functions, not {words} (from plugin_odd:{value})"
+    )
+
+
+def test_hooks_of_another_version_may_be_optional(install: Install) -> None:
+    later = "@hookimpl(optionalhook=True)\ndef register_layers(register): pass\n"
+    install("later", OPTIMIZER.format(name="descent") + later)
+    found = Plugins()
+    assert found.optimizers.get("descent").name == "descent"
+    assert found.failures == {}
+
+
+def test_what_a_plugin_raises_comes_with_its_line(install: Install) -> None:
+    """The last line of its own: not that of the module it calls."""
+    install("calls", "import json\n\n\njson.loads('{')\n")
+    message = miss(Plugins())
+    assert re.search(r"\(from plugin_calls, \S+plugin_calls\.py:5\)$", message)
 
 
 def test_every_broken_plugin_is_reported(install: Install) -> None:
@@ -320,7 +358,10 @@ def test_loading_by_hand_raises_what_is_wrong(install: Install) -> None:
     with pytest.raises(DuplicateNameError, match="'adam'"):
         found.load("good", plugin_good)
     assert_only_built_ins(found)
-    found.load("good", object())  # the name is free again
+    with pytest.raises(PluginError, match=r"it registers nothing: .*, not an object$"):
+        found.load("good", object())
+    plugin_good.register_optimizers = hookimpl(lambda register: None)
+    found.load("good", plugin_good)  # the name is free again
 
 
 # ---- BNBX_PLUGINS
@@ -364,8 +405,18 @@ def test_a_chosen_plugin_that_is_missing_is_named(
     assert message == (
         f"there is no optimizer 'second'{listed('first')}\n"
         "plugin 'three' was passed over: named in BNBX_PLUGINS, but no installed package has "
-        "this entry point"
+        "this entry point\n"
+        "installed, but left out by BNBX_PLUGINS='one,three': two; add a name to load it, or "
+        "unset BNBX_PLUGINS to load all"
     )
+
+
+def test_a_miss_names_the_plugins_that_were_turned_off(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_two(install)
+    monkeypatch.setenv("BNBX_PLUGINS", "")
+    assert "\ninstalled, but left out by BNBX_PLUGINS='': one, two; " in miss(Plugins(), "second")
 
 
 # ---- what an import costs

@@ -247,10 +247,17 @@ def test_float32_rounds_to_nearest(value: float) -> None:
         (dict(values=()), "values: 0 numbers for 2 bits; expected 4"),
         (dict(values=(-1.5, 0.0, 0.5, 1.0)), "values[0] = -1.5 is outside [-1, 1]"),
         (dict(values=(-1.0, 0.0, 0.5, 1.5)), "values[3] = 1.5 is outside [-1, 1]"),
-        (dict(values=(-1.0, 0.0, 0.1, 1.0)), "values[2] = 0.1 is not a float32 number"),
-        (dict(values=(-1.0, 0.0, 1e-60, 1.0)), "values[2] = 1e-60 is not a float32 number"),
-        (dict(values=(-1.0, math.nan, 0.5, 1.0)), "values.1: Input should be a finite number"),
-        (dict(values=(-1.0, 0.0, 0.5, math.inf)), "values.3: Input should be a finite number"),
+        (
+            dict(values=(-1.0, math.nan, 0.5, 1.0)),
+            "values.1: nan is no number of a table; write None for a code without a number",
+        ),
+        (dict(values=(-1.0, 0.0, 0.5, math.inf)), "values.3: inf is no number of a table"),
+        (dict(values=(-1.0, 0.0, 0.5, "1.0")), "values.3: '1.0' is a text; expected a number"),
+        (
+            dict(values=(-6.0, 0.0, 0.5, 6.0)),
+            "values[0] = -6 is outside [-1, 1]; of a table in other numbers, `unit` is the largest "
+            "magnitude",
+        ),
         (dict(values=(1.0,) * 4), "values: expected at least two numbers"),
         (dict(values=(-0.5, 0.0, 0.25, 0.5)), "the largest magnitude near 1"),
         (
@@ -264,18 +271,22 @@ def test_float32_rounds_to_nearest(value: float) -> None:
         (dict(block_size=8192), f"block_size 8192 is not one of {BLOCK_SIZES}"),
         (dict(values="text"), "values: Input should be a valid tuple"),
         (dict(values=(None,) * 4), "values: expected at least two numbers"),
-        (dict(values=(1e300, 0.0, 0.5, 1.0)), "values[0] = 1e+300 is outside [-1, 1]"),
+        (dict(values=(1e30, 0.0, 0.5, 1.0)), "values[0] = 1e+30 is outside [-1, 1]"),
+        (dict(values=(-1.1, 0.0, 0.5, 1.0)), "values[0] = -1.1 is outside [-1, 1]"),
+        (dict(values=(-1.0000001, 0.0, 0.5, 1.0)), "values[0] = -1.0000001 is outside [-1, 1]"),
         (
             dict(values=(1e300, 0.0, 0.5, 1.0), decode_only=(0,)),
-            "values[0] = 1e+300 is not a float32 number",
+            "values.0: 1e+300 is beyond the largest float32 number",
         ),
         (dict(decode_only=(0, 3)), "the largest magnitude near 1"),
         (dict(decode_only=(4,)), "decode_only: 4 is no code of 2 bits"),
         (dict(decode_only=(-1,)), "decode_only: -1 is no code of 2 bits"),
         (dict(decode_only=(0, 1, 2)), "expected at least two numbers"),
         (dict(unit=2.0), "the largest magnitude near 2"),
-        (dict(unit=0.5), "values[0] = -1.0 is outside [-0.5, 0.5]"),
-        (dict(unit=1.1), "unit 1.1 is not a float32 number"),
+        (dict(unit=0.5), "values[0] = -1 is outside [-0.5, 0.5]"),
+        (dict(unit="2"), "unit: '2' is a text; expected a number, without quotes"),
+        (dict(unit=1e300), "unit: "),
+        (dict(unit=math.nan), "unit: Input should be a finite number"),
         (dict(unit=0.0), "unit: Input should be greater than or equal to"),
         (dict(unit=2.0**17), "unit: Input should be less than or equal to"),
         (dict(ties="up"), "ties: Input should be 'low' or 'even'"),
@@ -287,7 +298,9 @@ def test_float32_rounds_to_nearest(value: float) -> None:
             "tensor_scale is for dtype 'e4m3' without centered",
         ),
         (dict(scale=dict(dtype="e8m0", centered=True)), "centered is for scales in float32"),
-        (dict(extra=1), "extra: Extra inputs are not permitted"),
+        (dict(scale="row"), "scale: 'row' is no Scale; write Scale(per='row')"),
+        (dict(extra=1), "extra: no such field; there are name, summary, source, bits, values, "),
+        (dict(unsigned=1), "unsigned: no such field; did you mean 'unsigned_values'?; there are"),
     ],
 )
 def test_bad_types(changes: dict[str, Any], message: str) -> None:
@@ -295,6 +308,17 @@ def test_bad_types(changes: dict[str, Any], message: str) -> None:
         quant_type(**changes)
     assert str(caught.value).startswith("QuantType spec 'q': ")
     assert message in str(caught.value)
+
+
+def test_tables_are_rounded_to_float32() -> None:
+    """Kernels have them in float32; equal tables are equal specs, however they were written."""
+    found = quant_type(values=(-1, -0.3, 1e-60, 1), unsigned_values=(0, 0.1, None, 1.1), unit=1.1)
+    assert found.values == (-1.0, float32(-0.3), 0.0, 1.0)
+    assert found.unsigned_values == (0.0, float32(0.1), None, float32(1.1))
+    assert found.unit == float32(1.1)
+    tables = {name: getattr(found, name) for name in ("values", "unsigned_values", "unit")}
+    assert quant_type(**tables) == found
+    assert QuantType.from_json(found.to_json()).digest == found.digest
 
 
 def test_float32_is_no_name_for_a_quant_type() -> None:

@@ -17,9 +17,15 @@ import torch
 from bnbx.errors import RuleError
 from bnbx.kernels.evaluate import HOST, evaluate, tensor_operations
 from bnbx.registry.rule import (
+    CONDITION,
     FLOAT32_MAX,
+    LINES,
     MAX_DEPTH,
     MAX_TEXT,
+    NO_IF,
+    NO_LOGIC,
+    NO_LOOP,
+    NOT_IN,
     Call,
     Compare,
     Expression,
@@ -143,6 +149,15 @@ def test_element_code_on_tensors_computes_what_python_does(text: str) -> None:
     assert float(found) == by_python(text)
 
 
+@pytest.mark.parametrize("text", ["where(a, b, c)", "where(zero, b, c)"])
+def test_a_name_alone_is_true_where_it_is_not_zero(text: str) -> None:
+    values: dict[str, Any] = {"a": -0.5, "b": 1.0, "c": 2.0, "zero": 0.0}
+    on_host = evaluate(tree(text, "element_code"), values, HOST)
+    operations = tensor_operations(torch.float64, torch.device("cpu"))
+    tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+    assert float(evaluate(tree(text, "element_code"), tensors, operations)) == on_host
+
+
 def test_statements_keep_their_order_and_source() -> None:
     code = parse("\n  # first\n  x = a + g\n\n  y = (x\n    * b)\n  x = y; z = x\n", "element_code")
     assert [statement.target for statement in code.statements] == ["x", "y", "x", "z"]
@@ -164,9 +179,6 @@ def test_a_condition_is_an_expression_or_one_comparison() -> None:
 
 # ---- what is refused says why
 
-LINES = "only lines of the form 'name = expression' are allowed"
-NOT_IN = "not in the rule language"
-CONDITION = "a condition is one comparison, or the name of a hyperparameter"
 NAMES = "a name is lower-case ASCII letters, digits and underscores"
 RESERVED_WORD = "is a reserved word; choose another name"
 TOO_LARGE = "too large a number for this section's precision"
@@ -177,21 +189,35 @@ SYNTAX = "element_code line 1: "
 REFUSED: list[tuple[str, str]] = [
     # statements
     *((text, LINES) for text in (
-        "for i in g: p = i", "while g: p = g", "if g: p = g", "import os", "from os import path",
+        "import os", "from os import path",
         "p += g", "p: float = g", "a = b = g", "a, b = g", "(p, *a) = g", "p.data = g", "p[0] = g",
         "def f(): p = g", "async def f(): p = g", "class c: p = g", "return g", "yield g", "pass",
         "break", "del p", "global p", "assert g", "raise g", "with g: p = g", "g", "sqrt(g)",
-        "'docstring'",
+        "'docstring'", "with g:\n    p = g", "def f():\n    p = g",
+    )),
+    *((text, NO_IF) for text in (
+        "if g: p = g", "if g > 0:\n    p = g\nelse:\n    p = 0", "if g > 0:",
+        "u = g\nif u > 0:\n\n  # up\n  p = u",
+    )),
+    *((text, NO_LOOP) for text in (
+        "for i in g: p = i", "while g: p = g", "for i in g:\n    p = i", "while g:\n    p = g",
     )),
     # expressions
     *((f"p = {text}", NOT_IN) for text in (
-        "g if p else g", "g.real", "g.__class__", "g[0]", "g[0:1]", "'text'", "b'text'", "f'{g}'",
+        "g.real", "g.__class__", "g[0]", "g[0:1]", "'text'", "b'text'", "f'{g}'",
         "'a' 'b'", "lambda: g", "(q := g)", "(g, p)", "[g]", "{g}", "{g: p}", "[i for i in g]",
-        "(i for i in g)", "g @ g", "g % 2", "g // 2", "g << 1", "g >> 1", "g & p", "g | p", "g ^ p",
-        "not g", "~g", "+g", "g and p", "g or p", "1j", "True", "False", "None", "...",
-        "yield_ if g else p", "await g", "min(a=g, b=p)", "min(g, b=p)", "sqrt(x=g)", "min(**g)",
-        "min(*g, p)", "sqrt(*g)", "sqrt(g)(p)", "g.sqrt(p)", "(lambda: g)()",
+        "(i for i in g)", "g @ g", "g % 2", "g << 1", "g >> 1", "g & p", "g | p", "g ^ p",
+        "~g", "+g", "1j", "True", "False", "None", "...",
+        "await g", "min(a=g, b=p)", "min(g, b=p)", "sqrt(x=g)", "min(**g)",
+        "min(*g, p)", "sqrt(*g)", "sqrt(g)(p)", "(lambda: g)()",
     )),
+    *((f"p = {text}", NO_IF) for text in ("g if p else g", "yield_ if g else p")),
+    *((f"p = {text}", NO_LOGIC) for text in ("not g", "g and p", "g or p")),
+    ("p = g // 2", "there is no '//'; write '/', which does not round"),
+    ("p = torch.sign(g)", "functions are called by name alone; write sign(x)"),
+    ("p = torch.where(g > p, g, p)", "by name alone; write where(x, y, z)"),
+    ("p = g.sqrt()", "functions are called by name alone; write sqrt(x)"),
+    ("p = torch.maximum(g, p)", "called by name alone; did you mean 'max'?; there are abs, exp, "),
     # the host's alone
     ("p = g ** 2", "'**' belongs in step_code; write x * x, or compute it there"),
     ("p = exp(g)", "'exp' belongs in step_code"),
@@ -202,16 +228,18 @@ REFUSED: list[tuple[str, str]] = [
     ("p = where(g < p, g > p, p)", "a comparison may only be the first argument of 'where'"),
     ("p = where((g < p) < g, g, p)", "a comparison may only be the first argument of 'where'"),
     *((f"p = where({text}, g, p)", CONDITION) for text in (
-        "0 < g < 1", "g + p", "-g", "1", "True", "g in p", "g is p", "g is not p", "not g",
-        "g and p", "where(g, p, g)", "sqrt(g)",
+        "0 < g < 1", "g + p", "-g", "1", "True", "g in p", "g is p", "g is not p",
+        "where(g, p, g)", "sqrt(g)",
     )),
+    *((f"p = where({text}, g, p)", NO_LOGIC) for text in ("not g", "g < 1 and p > 1")),
     # calls
     ("p = min(g)", "min takes 2 arguments, 1 given"),
     ("p = max(g, p, g)", "max takes 2 arguments, 3 given"),
     ("p = min(*g)", "min takes 2 arguments, 1 given"),
     ("p = where(g < p, g)", "where takes 3 arguments, 2 given"),
     ("p = sqrt()", "sqrt takes 1 arguments, 0 given"),
-    ("p = sin(g)", "unknown function 'sin'; there are abs, exp, log, max, min, sign, sqrt, where"),
+    ("p = sin(g)", "unknown function 'sin'; did you mean 'sign'?; there are abs, exp, log, max, "
+     "min, sign, sqrt, where"),
     ("p = __import__(g)", "unknown function '__import__'"),
     ("p = g(p)", "unknown function 'g'"),
     # names
@@ -268,7 +296,7 @@ def test_numbers_go_up_to_the_largest_of_the_section() -> None:
         ("a\nb", "expected one expression"),
         ("0 < a < 1", CONDITION),
         ("where(a)", "where takes 3 arguments, 1 given"),
-        ("a and b", NOT_IN),
+        ("a and b", NO_LOGIC),
         ("a.b", NOT_IN),
         ("(\n  a.b\n)", NOT_IN),
         ("where(\n  a,\n  b.c,\n  0\n)", NOT_IN),

@@ -172,9 +172,16 @@ def test_where_a_state_may_begin() -> None:
     assert spec(states=(State(name="m", initial="beta"),)).states[0].initial == "beta"
     assert spec(states=(State(name="m", initial="p", quantized=False),)).states[0].initial == "p"
     message = refusal(states=(State(name="m", initial="beat"),))
-    assert message == "'beat': no such hyperparameter; did you mean 'beta'?"
-    message = refusal(states=(State(name="m", initial="g"),))
-    assert message == "'g': no such hyperparameter"
+    assert message == (
+        "state 'm': initial='beat' is no hyperparameter; did you mean 'beta'?; expected the name "
+        "of one whose value it begins with (or 'p'; without it, zero); there are lr, beta"
+    )
+    with pytest.raises(
+        SpecError, match=r"'m': initial: 1.0 is a number; expected the name of a hy"
+    ):
+        State(name="m", initial=1.0)  # type: ignore[arg-type]
+    message = refusal(states=(State(name="m", initial="1.0"),))
+    assert message.startswith("state 'm': initial='1.0' is no hyperparameter; expected the name")
     message = refusal(states=(State(name="m", initial="p"),))
     assert message == "a state that begins as the parameter has to be quantized=False"
 

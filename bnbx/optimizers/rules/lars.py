@@ -14,13 +14,7 @@ lars = Optimizer(
     name="lars",
     summary="SGD with momentum, the norm of updates bound to that of the parameter",
     source="arXiv:1708.03888",
-    states=(
-        State(
-            name="m",
-            when="momentum",
-            saved_as={"torch": "momentum_buffer", "bitsandbytes": "state1"},
-        ),
-    ),
+    states=(State(name="m", when="momentum", saved_as={"bitsandbytes": "state1"}),),
     hyper=dict(
         lr=rate(1e-3),
         momentum=rate(0.0),
