@@ -43,7 +43,9 @@ SAVE = {
     "o = bnbx.optim.create('lion', [p], lr=0.1, state_types='log3'); o.step()\n"
     "torch.save((o, p.grad), 'kept'); o.step(); y = p.detach()",
 }
+SAVE["memory"] = SAVE["pickle"].replace("m(x)", "m[0].weight.dequantize()")
 LOAD = {
+    "memory": "y = torch.load('kept', weights_only=False)[0].weight.dequantize()",
     "pickle": "y = torch.load('kept', weights_only=False)(x)",
     "export": "y = torch.export.load('kept').module()(x)",
     "double": "y = torch.load('kept', weights_only=False)(x)",
@@ -105,3 +107,17 @@ def test_a_file_of_a_layer_needs_no_plugin(installed: Path) -> None:
     for settings in ({"LOG3_BASE": "0.5"}, {"LOG3_BASE": "0.25"}, {"BNBX_PLUGINS": ""}):
         read = run(installed, load, **settings)
         assert read.returncode == 0, read.stderr
+
+
+def test_a_type_that_only_says_it_otherwise_is_the_same(installed: Path) -> None:
+    """A file's spec with another summary: what comes of it is the registered type again."""
+    layer = "m = bnbx.nn.QuantLinear(64, 8, quant_type='log3').to('cpu')\n"
+    save = layer + "torch.save((m.state_dict(), m(x)), 'kept')"
+    take = layer + (
+        "saved, y = torch.load('kept', weights_only=True)\nm.load_state_dict(saved)\n"
+        "assert m.weight.quant_type == 'log3'\ntorch.save((m, y), 'again')"
+    )
+    load = "m, y = torch.load('again', weights_only=False)\nassert torch.equal(m(x), y)"
+    for code, says in ((save, "two"), (take, "another number"), (load, "another number")):
+        done = run(installed, code, LOG3_BASE="0.5", LOG3_SAYS=says)
+        assert done.returncode == 0, done.stderr

@@ -152,6 +152,7 @@ def test_a_weight_kept_in_16_bits_is_multiplied_in_the_dtype_of_its_input(
     assert kept.weight.dtype == torch.bfloat16
     rounded = layer.weight.to(torch.bfloat16).to(dtype)
     assert torch.equal(kept(x), torch.nn.functional.linear(x, rounded, layer.bias))
+    assert kept(x.double()).dtype == torch.float64  # the bias goes along
 
 
 @pytest.mark.parametrize("slow", [True, False])

@@ -54,11 +54,13 @@ class Kept16(nn.Linear):
         kept = cls(layer.in_features, layer.out_features, layer.bias is not None, "meta")
         kept.weight = nn.Parameter(layer.weight.detach().to(torch.bfloat16), requires_grad=False)
         kept.bias = layer.bias
-        return kept
+        return kept.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """The product of (..., in) activations."""
-        return F.linear(x, self.weight.to(x.dtype), self.bias)
+        bias: Tensor | None = self.bias
+        bias = bias if bias is None else bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 def linear_layers(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:

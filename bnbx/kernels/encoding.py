@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnbx.errors import OptionError, QuantizedDataError
+from bnbx.errors import BnbxError, OptionError, QuantizedDataError
 from bnbx.kernels.codebook import Tables, tables
 from bnbx.kernels.packing import packed_size
 from bnbx.registry import QuantType, quant_types
@@ -64,6 +64,10 @@ class Encoding:
 
     def __hash__(self) -> int:
         return self._hash
+
+    def __reduce__(self) -> tuple[Any, ...]:  # without what is kept, a hash of this process
+        own = (self.quant_type, self.block_size, self.signed, self.second, self.second_block)
+        return Encoding, own
 
     @cached_property
     def _hash(self) -> int:
@@ -294,7 +298,7 @@ def type_named(name: str) -> QuantType:
         return _ANONYMOUS[name]
     plain, _, meaning = name.partition("@")
     found = quant_types().get(plain)
-    if meaning and meaning != found.meaning:
+    if meaning not in ("", found.meaning, found.digest):  # `intern` told the digest
         raise QuantizedDataError(
             f"these codes were written with a quant type {plain!r} that means other numbers than "
             f"the registered one, from {quant_types().package(plain)} ({meaning}, not "
@@ -310,7 +314,7 @@ def from_label(label: str) -> Encoding:
 
     Raises:
         UnknownNameError: no such type.
-        QuantizedDataError: not a label.
+        QuantizedDataError: not a label, or one of another type of this name.
     """
     name, _, rest = label.partition("/")
     try:
@@ -326,9 +330,9 @@ def from_label(label: str) -> Encoding:
             second=type_named(second) if seconds else None,
             second_block=int(second_block),
         )
+    except BnbxError:
+        raise
     except (ValueError, IndexError) as error:
-        if isinstance(error, OptionError):
-            raise
         raise QuantizedDataError(f"{label!r} does not name an encoding: {error}") from None
 
 

@@ -1,7 +1,8 @@
 """Products with a quantized weight, on the fastest target there is: what layers stand on.
 
-No product makes a dense copy of the weight: one or a few rows of input are multiplied with the
-codes as they are read, and for many rows the weight is decoded in panels that share one buffer.
+No product makes a dense copy of the weight: a few rows of input (any number, where that is faster)
+are multiplied with the codes as they are read, and for many rows the weight is decoded in panels
+that share one buffer.
 """
 
 from __future__ import annotations

@@ -9,10 +9,12 @@ import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
 from math import inf
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bnbx.errors import CompileError
 from bnbx.kernels import processor, threads
 from bnbx.kernels.coding_cpu import NUMBERS, PARTS, packed_tables
 from bnbx.kernels.encoding import Encoding
@@ -26,6 +28,7 @@ FUNCTIONS: Functions = {
     "bnbx_multiply": ((POINTER, INTEGER, POINTER), None),
     "bnbx_decode_columns": ((POINTER, INTEGER, POINTER), None),
 }
+WHOLE = 8  # width of codes that may be whole numbers
 NARROW = 4  # widths up to this have tables that fit into registers
 # How many rows of x it takes until panels are faster: (narrow codes, wide codes). Measured with
 # `python benchmarks/linear.py --crossover`, 4096 x 4096, one thread of a Zen 5; milliseconds of CPU
@@ -122,8 +125,15 @@ def few_rows(encoding: Encoding, dtype: torch.dtype, inner: int) -> float:
 
 @lru_cache(maxsize=1024)
 def _in_integers(encoding: Encoding, dtype: torch.dtype, inner: int) -> bool:
-    compiled, tables, *_ = _compiled(encoding, dtype)
-    return bool(compiled.bnbx_in_integers(tables, inner))
+    """Whether the kernel does so; it is not made to be asked where it cannot."""
+    narrow = encoding.bits <= NARROW and dtype == torch.bfloat16
+    if not processor.lacks_16_bits() or not (narrow or encoding.bits == WHOLE):
+        return False
+    try:
+        found = _compiled(encoding, dtype)
+    except CompileError:
+        return False
+    return bool(found.library.bnbx_in_integers(found.tables, inner))
 
 
 def fast_panels(dtype: torch.dtype) -> bool:
@@ -135,24 +145,34 @@ def _limits() -> dict[torch.dtype, tuple[float, float]]:
     return FEW_ROWS_OF_FLOATS if processor.lacks_16_bits() else FEW_ROWS
 
 
-@lru_cache(maxsize=1024)
-def _compiled(
-    encoding: Encoding, dtype: torch.dtype
-) -> tuple[ctypes.CDLL, int, int | None, tuple[int | None, ...]]:
+class _Compiled(NamedTuple):
     """The kernels for an encoding, the addresses of its tables, and which part each of PARTS is."""
+
+    library: ctypes.CDLL
+    tables: int
+    second: int | None
+    order: tuple[int | None, ...]
+    memory: object
+    """Of the tables, so that it stays."""
+
+
+@lru_cache(maxsize=1024)
+def _compiled(encoding: Encoding, dtype: torch.dtype) -> _Compiled:
     codes, scales = packed_tables(encoding)
     second = scales.ctypes.data if scales is not None else None
     number = {name: i for i, name in enumerate(encoding.parts)}
     order = tuple(map(number.get, PARTS))
-    return kernel(plan_for(encoding, NUMBERS[dtype])), codes.ctypes.data, second, order
+    found = kernel(plan_for(encoding, NUMBERS[dtype]))
+    return _Compiled(found, codes.ctypes.data, second, order, (codes, scales))
 
 
 def _job(
     encoding: Encoding, parts: Sequence[Tensor], shape: tuple[int, int], y: Tensor
 ) -> tuple[ctypes.CDLL, Job]:
-    compiled, tables, second, order = _compiled(encoding, y.dtype)
-    addresses = [None if i is None else parts[i].data_ptr() for i in order]
-    return compiled, Job(*addresses, tables, second, *shape, y=y.data_ptr())
+    found = _compiled(encoding, y.dtype)
+    addresses = [None if i is None else parts[i].data_ptr() for i in found.order]
+    job = Job(*addresses, found.tables, found.second, *shape, y=y.data_ptr())
+    return found.library, job
 
 
 def multiply(
@@ -170,7 +190,8 @@ def multiply(
     room = x.new_empty(compiled.bnbx_room_for(shape[1], x.shape[0]), dtype=torch.float32)
     job.inputs, job.x, job.room = x.shape[0], x.data_ptr(), room.data_ptr()
     job.bias = None if bias is None else bias.data_ptr()
-    count, parallel = threads.threads_for(shape[0] * shape[1] * min(x.shape[0], 4) // WORK)
+    rows = min(x.shape[0], 32 if _in_integers(encoding, x.dtype, shape[1]) else 4)  # in one go
+    count, parallel = threads.threads_for(shape[0] * shape[1] * rows // WORK)
     compiled.bnbx_multiply(ctypes.byref(job), count, parallel)
     return y
 

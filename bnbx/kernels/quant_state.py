@@ -21,6 +21,7 @@ from bnbx.kernels.encoding import (
     Encoding,
     check_parts,
     comes_with_bnbx,
+    from_label,
     intern,
     make_encoding,
     type_named,
@@ -91,6 +92,11 @@ class QuantState:
         self.tensor_scale = tensor_scale
         self.signed = signed
         self._labeled: tuple[Any, str] | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._labeled is not None:
+            from_label(self._labeled[1])  # an error where a type of this name has other numbers
 
     @classmethod
     def from_parts(

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbx.errors import BnbxError, QuantizedDataError
+from bnbx.errors import BnbxError, QuantizedDataError, UnknownNameError
 from bnbx.kernels.memory import lost
-from bnbx.registry import QuantType
+from bnbx.registry import QuantType, quant_types
 from bnbx.registry.names import nearest
 
 PACKED = "quant_state.bitsandbytes__"
@@ -282,4 +282,8 @@ def spec_entry(found: Mapping[str, Any], what: str) -> QuantType | None:
         raise QuantizedDataError(f"{what}: {error}") from None
     if spec.name != (found["quant_type"] or "").partition("@")[0]:
         raise QuantizedDataError(f"{what} comes with the spec of {spec.name!r}")
-    return spec
+    try:
+        here = quant_types().get(spec.name)
+    except UnknownNameError:
+        return spec
+    return here if here.meaning == spec.meaning else spec  # but for words, it is the same

@@ -1305,7 +1305,7 @@ struct Job {
   const Number* bias;  // rows of them, or null
   Number* y;           // inputs * rows; or the columns that are decoded
   i64 first, last;     // which those are, [first, last)
-  float* room;         // for MOST_INPUTS rows of x, laid out for each phase: see bnbx_room_for
+  float* room;         // for rows of x as they are multiplied: see bnbx_room_for
 };
 
 // A row of the weight from its aligned beginning on; its elements are [phase, end).
@@ -1660,6 +1660,10 @@ static bool in_pairs(const Job* job, i64 input) {
 
 // Levels as 16-bit integers, with AVX2: of codes of up to 4 bits by two tables of bytes, 10 shuffles for 64 of them where
 // floats take 26; of 8-bit codes that are whole numbers, with a sign, as they are.
+//
+// A level is off by less than bfloat16 would have it: nf4's by 2**-12.5 of themselves. Of a result in bfloat16 that is 1 / 60
+// of a rounding with normal weights and x, 1 / 8 in rows of 16384 x of one sign; a whole one in the worst case that was
+// found, x of one sign and weights that are small next to an outlier in each block, where x is 0.
 
 #if defined(EIGHT_LANES) && (CODE_BITS <= 4 || CODE_BITS == 8)
 #define FIXED_POINT
@@ -1690,7 +1694,7 @@ static inline FixedLevels load_fixed_levels(const float* levels) { return {level
 static inline bool are_fixed(const float* levels) {
   const float unit = levels[1];
   bool are = unit > 0x1p-60f;
-  for (int i = 0; i < 256; ++i) are &= __builtin_fabsf(levels[i] - (i8)i * unit) <= 0x1p-23f * 128 * unit;
+  for (int i = 0; i < 256; ++i) are &= __builtin_fabsf(levels[i] - (i8)i * unit) <= 0x1p-22f * __builtin_fabsf(levels[i]);
   return are && SPANS == 1;
 }
 
@@ -1768,7 +1772,17 @@ static inline void decode_fixed(const u8* codes, const FixedLevels& levels, __m2
   }
 }
 
-static inline bool are_fixed(const float* levels) { return in_range(largest_of(levels)); }
+// Whether each level is kept better than bfloat16 would.
+static inline bool are_fixed(const float* levels) {
+  if (!in_range(largest_of(levels))) return false;
+  const float inverse = fixed_scale(levels);
+  bool are = true;
+  for (int i = 0; i < 1 << CODE_BITS; ++i) {
+    const float scaled = levels[i] * inverse;
+    are &= __builtin_fabsf(scaled - __builtin_rintf(scaled)) <= 0x1p-10f * __builtin_fabsf(scaled);
+  }
+  return are;
+}
 
 #endif
 #endif
@@ -1778,22 +1792,26 @@ static inline bool are_fixed(const float* levels) { return in_range(largest_of(l
 // Zen 3, and 1.5 as floats; four rows 1.9 and 2.9.
 //
 // x is made of integers too, with a power of 2 of its own for each group. What it would lose by that goes into second
-// integers, which are multiplied only where they matter: in bfloat16, next to outliers. With nf4, about 1 / 40 of a rounding
-// of the result is lost in all. Rows with numbers that are not finite, too small, or still lost are multiplied as floats.
+// integers, which are multiplied only where they matter: in bfloat16, next to outliers. A group that loses more than
+// a few of its numbers even so is multiplied as floats, and so are those with numbers that are not finite or of a size
+// beyond in_range.
 
 #ifdef FIXED_POINT
 
 enum { FIXED_ROWS = 32, FIXED_AT_ONCE = 4 };  // rows of x that are laid out at a time, and multiplied
 enum { X_BITS = 14 };                         // of x: its products with four pairs of levels fit into 31 bits
-// Of x, that may be lost: 1 / 128 of a rounding of bfloat16; of others, what sums of floats lose too.
-static constexpr float bearable_loss(const bfloat16*) { return 0x1p-16f; }
-static constexpr float bearable_loss(const void*) { return 0x1p-22f; }
+// A number is lost that is off by more than this part of itself: one of bfloat16 is as good as exact, of others as good as
+// in a sum of floats. So many of a group may be: what a normal distribution has, near zero. Those that are
+// kept are larger, so that these count little, whichever of them weights leave out.
+static constexpr float bearable_loss(const bfloat16*) { return 0x1p-12f; }
+static constexpr float bearable_loss(const void*) { return 0x1p-20f; }
+enum { MOST_LOST = 4 };
 
 // Where they lie in the job's room: for each FIXED_AT_ONCE rows, group by group.
 struct Fixed {
   i64* rows;           // how many there are
   i16 *high, *second;  // integers, and those of what these leave, in units of 2**-X_BITS
-  float* unit;         // what 1 stands for
+  float* unit;         // what 1 stands for, of x times a level
   u8* both;            // whether second integers are needed
 };
 
@@ -1835,8 +1853,17 @@ static inline void put_fixed(const float* integers, i16* to) {
   for (int i = 0; i < GROUP; ++i) to[i] = in_order[fixed_element(i / 16, i % 16)];
 }
 
+// Which lanes are lost, as -1.
+static inline Ints are_lost(Floats left, Floats x) { return (Ints)(size_of(left) > size_of(x) * bearable_loss((const Number*)0)); }
+
+static inline int count_of(Ints lost) {
+  int count = 0;
+  for (int l = 0; l < LANES; ++l) count -= lost[l];
+  return count;
+}
+
 // A group of a row; false where it must not be rounded. `both` is set where its second integers are needed.
-static bool fix_group(const Number* from, i16* high, i16* second, float& unit, u8& both) {
+static bool fix_group(const Number* from, float level, i16* high, i16* second, float& unit, u8& both) {
   alignas(64) float x[GROUP], first[GROUP], then[GROUP];
   for (int i = 0; i < GROUP; ++i) x[i] = to_float(from[i]);
   const u32 largest = largest_bits(x), exponent = largest >> 23;
@@ -1844,26 +1871,26 @@ static bool fix_group(const Number* from, i16* high, i16* second, float& unit, u
   __builtin_memset(second, 0, GROUP * sizeof *second);
   unit = 0.0f;
   if (!in_range(float_of(largest))) return largest == 0;
-  unit = float_of((exponent + 1 - X_BITS) << 23);  // x is smaller than 2**X_BITS of them
-  const float inverse = float_of((254 + X_BITS - 1 - exponent) << 23);
-  Floats sum = {}, lost = {}, lost_then = {};
-  for (int i = 0; i < GROUP; i += LANES) {
-    const Floats scaled = load(x + i) * inverse, integers = round_all(scaled);
-    const Floats left = (scaled - integers) * (float)(1 << X_BITS), more = round_all(left);
+  const float step = float_of((exponent + 1 - X_BITS) << 23);  // x is smaller than 2**X_BITS of them
+  const float inverse = float_of((254 + X_BITS - 1 - exponent) << 23), finer = 1 << X_BITS;
+  unit = step * level;
+  Ints lost = {}, lost_then = {};
+  for (int i = 0; i < GROUP; i += LANES) {  // not in units, which may be too large for a number to be seen
+    const Floats number = load(x + i), integers = round_all(number * inverse), left = number - integers * step;
+    const Floats more = round_all(left * inverse * finer);
     store(integers, first + i), store(more, then + i);
-    sum += size_of(scaled), lost += size_of(left), lost_then += size_of(left - more);
+    lost += are_lost(left, number), lost_then += are_lost(left - more * (step / finer), number);
   }
   put_fixed(first, high);
-  const float others = sum_of(sum) - float_of(largest) * inverse, bearable = bearable_loss(from) * others * (1 << X_BITS);
-  if (sum_of(lost) <= bearable) return true;
+  if (count_of(lost) <= MOST_LOST) return true;
   put_fixed(then, second);
   both = 1;
-  return sum_of(lost_then) <= bearable;
+  return count_of(lost_then) <= MOST_LOST;
 }
 
 // Rows [first, first + M) of those that are laid out; zeros for the rows that there are not. False where one must not be.
 template <int M>
-static bool fix_rows(const Job* job, const Fixed& to, i64 input, i64 first, i64 count) {
+static bool fix_rows(const Job* job, const Fixed& to, float level, i64 input, i64 first, i64 count) {
   const i64 groups = groups_of(job->columns);
   for (i64 group = 0; group < groups; ++group) {
     to.both[first * groups + group] = 0;
@@ -1872,7 +1899,7 @@ static bool fix_rows(const Job* job, const Fixed& to, i64 input, i64 first, i64 
       i16 *high = to.high + at * GROUP, *second = to.second + at * GROUP;
       static const Number nothing[GROUP] = {};
       const Number* x = m < count ? job->x + (input + first + m) * job->columns + group * GROUP : nothing;
-      if (!fix_group(x, high, second, to.unit[at], to.both[first * groups + group])) return false;
+      if (!fix_group(x, level, high, second, to.unit[at], to.both[first * groups + group])) return false;
     }
   }
   return true;
@@ -1891,10 +1918,11 @@ static bool can_be_fixed(const Tables* tables, i64 columns) {
 static i64 lay_out_fixed(const Job* job, i64 input) {
   if (!can_be_fixed(job->parts.tables, job->columns)) return 0;
   const Fixed to = find_fixed(job);
+  const float level = load_fixed_levels(job->parts.tables->levels).unit;
   const i64 left = job->inputs - input, most = left < FIXED_ROWS ? left : (i64)FIXED_ROWS;
   i64& rows = *to.rows;
   for (rows = 0; rows < most; rows += FIXED_AT_ONCE)
-    if (!FOR_FIXED(most - rows, fix_rows, job, to, input, rows, most - rows)) return rows;
+    if (!FOR_FIXED(most - rows, fix_rows, job, to, level, input, rows, most - rows)) return rows;
   return rows = most;
 }
 
@@ -1946,7 +1974,7 @@ static void multiply_row_fixed(const Job* job, const Fixed& fixed, const FixedLe
     }
   }
   for (int m = 0; m < M && at + m < *fixed.rows; ++m) {
-    const float sum = sum_of(sums[m]) * levels.unit;
+    const float sum = sum_of(sums[m]);
     from_float(job->bias ? sum + to_float(job->bias[number]) : sum, job->y[(input + at + m) * job->rows + number]);
   }
 }

@@ -42,6 +42,7 @@ def _kernels_for_avx2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     def forget() -> None:
         linear_cpu.kernel.cache_clear()
         linear_cpu._compiled.cache_clear()
+        linear_cpu._in_integers.cache_clear()
 
     with shared_cache(tmp_path_factory), pytest.MonkeyPatch.context() as patch:
         patch.setenv("BNBX_CXX", "g++ -mno-avx512f")
@@ -177,26 +178,66 @@ def test_products_with_8_bits_are_no_worse_than_those_of_floats(
     assert ((got - exact).abs() <= 2.0**-20 * size + rounding * exact.abs())[there].all()
 
 
-def test_numbers_next_to_an_outlier_that_counts_nothing_are_kept() -> None:
+@pytest.mark.parametrize("outliers", [1, 2, 7])
+def test_numbers_next_to_outliers_that_count_nothing_are_kept(outliers: int) -> None:
     """Level 7 of nf4 is 0: what is left are the other numbers, up to 2**40 times smaller."""
     encoding = make_encoding("nf4")
     generator = torch.Generator().manual_seed(5)
     codes = torch.randint(0, 16, (200, 256), generator=generator, dtype=torch.uint8)
-    codes[:, ::64] = 7
+    for place in range(outliers):
+        codes[:, place::64] = 7
     weight = with_codes(encoding, codes, generator)
-    for size in (2.0**3, 2.0**9, 2.0**14, 2.0**21, 2.0**30, 2.0**40):
+    for size in (2.0**3, 2.0**9, 2.0**14, 2.0**20, 2.0**22, 2.0**30, 2.0**40):
         for count in (1, 6):
             x = torch.randn(count, 256, generator=generator)
-            x[:, ::64] = size
+            for place in range(outliers):
+                x[:, place::64] = size * (1 + place)
             x = x.bfloat16()
             exact = x.double() @ weight.dense.T
             assert error_in_roundings(multiply(weight, x), exact) < (1 + 1 / 20**2) ** 0.5, size
 
 
-def test_a_row_is_the_same_in_any_company() -> None:
+@pytest.mark.parametrize("outliers", [1, 2, 7])
+def test_float32_beside_outliers_is_as_good_as_in_a_sum_of_floats(outliers: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    codes = torch.randint(0, 256, (50, 256), generator=generator, dtype=torch.uint8)
+    for place in range(outliers):
+        codes[:, place::64] = 0
+    weight = with_codes(make_encoding("int8_block"), codes, generator)
+    for size in (1.0, 2.0**5, 2.0**10, 2.0**20, 2.0**28):
+        x = torch.randn(3, 256, generator=generator)
+        for place in range(outliers):
+            x[:, place::64] = size
+        exact = x.double() @ weight.dense.T
+        numbers = x.double().abs() @ weight.dense.abs().T
+        assert ((multiply(weight, x).double() - exact).abs() <= 2.0**-21 * numbers).all(), size
+
+
+def test_levels_far_apart_are_multiplied_as_floats() -> None:
+    """Integers of 16 bits cannot tell the small ones: products are as those of float32."""
+    values = (-1.0, -(5.0**-3), -(5.0**-6), 0.0, 5.0**-7, 5.0**-5, 5.0**-2, 1.0)
+    spec = QuantType(name="apart", summary="far", bits=3, values=values, scale=KINDS["tensor"])
+    weight = weight_of(make_encoding(spec), (50, 128))
+    for count in (1, 9):
+        x = torch.randn(count, 128, generator=torch.Generator().manual_seed(9)).bfloat16()
+        assert torch.equal(multiply(weight, x), multiply(weight, x.float()).bfloat16())
+        assert not linear_cpu._in_integers(weight.encoding, torch.bfloat16, 128)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("nf4", torch.bfloat16), ("int8", torch.float32)])
+def test_large_results_are_finite(name: str, dtype: torch.dtype) -> None:
+    encoding = make_encoding(name)
+    numbers = torch.randn(40, 256, generator=torch.Generator().manual_seed(3)) * 1e30
+    weight = Weight(encoding, (40, 256), list(coding.encode(encoding, numbers)))
+    x = (1e4 * torch.randn(3, 256, generator=torch.Generator().manual_seed(4))).to(dtype)
+    got, exact = multiply(weight, x).double(), x.double() @ weight.dense.T
+    assert ((got - exact).abs() <= 2.0**-8 * exact.abs().max()).all()
+
+
+def test_a_row_is_the_same_among_others_that_are_integers() -> None:
     weight = quantized("nf4", (70, 320))
     x = torch.randn(75, 320, generator=torch.Generator().manual_seed(6))
-    x[3, 7], x[8, 250], x[40] = 1e5, -3e3, 0
+    x[3, 7], x[8, 250], x[40] = 1e4, -3e3, 0
     x = x.bfloat16()
     together = multiply(weight, x)
     for i, row in enumerate(x):

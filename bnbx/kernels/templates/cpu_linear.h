@@ -22,7 +22,7 @@ struct Job {
   const Number* bias;  // rows of them, or null
   Number* y;           // inputs * rows; or the columns that are decoded
   i64 first, last;     // which those are, [first, last)
-  float* room;         // for MOST_INPUTS rows of x, laid out for each phase: see bnbx_room_for
+  float* room;         // for rows of x as they are multiplied: see bnbx_room_for
 };
 
 // A row of the weight from its aligned beginning on; its elements are [phase, end).
