@@ -118,14 +118,18 @@ class Spec(Frozen):
         return self
 
 
+MOST_PROBLEMS = 5  # that a message names: a table has up to 256 numbers
+
+
 def _readable(error: ValidationError, model: type[Frozen]) -> str:
-    """One line a problem: where in the spec, what is wrong, and what to write."""
+    """Where in the spec, what is wrong, and what to write: of the first few problems."""
     problems = []
-    for problem in error.errors(include_url=False):
+    for problem in error.errors(include_url=False)[:MOST_PROBLEMS]:
         place = ".".join(str(part) for part in problem["loc"])
         message = _message(problem, model)
         problems.append(f"{place}: {message}" if place else message)
-    return "; ".join(problems)
+    more = error.error_count() - len(problems)
+    return "; ".join(problems) + (f"; and {more} more" if more else "")
 
 
 def _message(problem: ErrorDetails, model: type[Frozen]) -> str:

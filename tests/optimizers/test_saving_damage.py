@@ -130,7 +130,13 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         lambda saved: saved["bnbx"].update(
             quant_types={"dynamic8": json_of("dynamic8", values=[1e300] * 256)}
         ),
-        "dynamic8.*outside",
+        r"dynamic8.*values\.0: 1e\+300 is beyond the largest float32 number.*; and 251 more",
+    ),
+    "a table outside of its unit": (
+        lambda saved: saved["bnbx"].update(
+            quant_types={"dynamic8": json_of("dynamic8", values=[3.0] * 256)}
+        ),
+        r"dynamic8.*values\[0\] = 3 is outside \[-1, 1\]",
     ),
     "a table with a block of nothing": (
         lambda saved: saved["bnbx"].update(
