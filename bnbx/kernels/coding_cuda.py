@@ -87,7 +87,8 @@ def _kernel(plan: CodingPlan, index: int) -> CudaModule:
 
 
 @lru_cache(maxsize=512)
-def _tables(encoding: Encoding, index: int) -> dict[str, Tensor]:
+def packed_tables(encoding: Encoding, index: int) -> dict[str, Tensor]:
+    """The tables of an encoding as kernels read them, by name, on the device of this index."""
     device = torch.device("cuda", index)
     second = encoding.second_tables
     found = {"tables": torch.from_numpy(encoding.tables.pack()).to(device)}
@@ -112,7 +113,7 @@ def ready(encoding: Encoding) -> None:
 
 def held_parts(encoding: Encoding, parts: Sequence[Tensor], index: int) -> dict[str, Tensor]:
     """The parts by name, with the encoding's tables on the device of this index."""
-    return dict(zip(encoding.parts, parts, strict=True)) | _tables(encoding, index)
+    return dict(zip(encoding.parts, parts, strict=True)) | packed_tables(encoding, index)
 
 
 def encode(

@@ -14,14 +14,15 @@ what `encode` made it, so each block may choose alone and none is ever worse.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from bnbx.errors import OptionError
-from bnbx.kernels import fit_cpu, fit_reference
+from bnbx.kernels import fit_cpu, fit_cuda, fit_reference
 from bnbx.kernels.coding import check_numbers, choose, encode
 from bnbx.kernels.coding_reference import (
     LARGEST_FLOAT,
@@ -43,6 +44,9 @@ FIRST_STEP = 0.04
 STEPS = 3
 MARGIN = 1e-5  # of an error: what float32 sums may be off by, many times over
 PIECE = 1 << 20  # elements at a time, so that temporaries stay small; a multiple of 8
+TARGETS: Mapping[str, ModuleType] = {"cpu": fit_cpu, "cuda": fit_cuda}  # others: fit_reference
+MORE: Mapping[str, int] = {"cuda": 16}
+"""Pieces at a time where kernels need no temporaries, and run in less time than launches take."""
 
 
 def check_method(method: str | None) -> None:
@@ -93,13 +97,13 @@ def fit_scales(
             # Where codes are not the nearest for their scales: those, and absmax, are tried too.
             again = start is not None or encoding.second is not None
             fit = _Fit(encoding, parts, x.shape, steps, again=again)
-            for first, stop, blocks, packed in _chunks(encoding, x.detach(), parts[0]):
+            for first, stop, blocks, packed in _chunks(encoding, x.detach(), parts[0], fit.piece):
                 fit.chunk(first, stop, blocks, packed)
     return parts
 
 
 def _chunks(
-    encoding: Encoding, x: Tensor, codes: Tensor
+    encoding: Encoding, x: Tensor, codes: Tensor, piece: int
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     """Blocks from `start` to `stop` (blocks, elements), and views (blocks, bytes) of their codes.
 
@@ -115,15 +119,18 @@ def _chunks(
             0,
             flat[0, : whole * size].reshape(whole, size),
             packed[0, :of_whole].view(whole, size * encoding.bits // 8),
+            piece,
         )
         if columns % size:
             yield whole, whole + 1, flat[:, whole * size :], packed[:, of_whole:]
     else:
-        yield from _split(0, flat, packed)
+        yield from _split(0, flat, packed, piece)
 
 
-def _split(start: int, blocks: Tensor, packed: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    count = max(1, PIECE // max(1, blocks.shape[1]))
+def _split(
+    start: int, blocks: Tensor, packed: Tensor, piece: int
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    count = max(1, piece // max(1, blocks.shape[1]))
     for some, some_packed in zip(
         torch.split(blocks, count), torch.split(packed, count), strict=True
     ):
@@ -168,8 +175,9 @@ class _Fit:
         self.found = dict(zip(encoding.parts, parts, strict=True))
         self.factors = factors(encoding, parts, shape)
         device = parts[0].device
-        native = device.type == "cpu" and choose(encoding, "cpu") == "cpu"
-        self.target = fit_cpu if native else fit_reference
+        chosen = choose(encoding, device.type)
+        self.target = TARGETS.get(chosen, fit_reference)
+        self.piece = PIECE * MORE.get(chosen, 1)
         powers = encoding.quant_type.scale.dtype == "e8m0"
         self.steps = 0 if powers else steps
         self.multiples = (POWERS if powers else MULTIPLES) + ((1.0,) if again else ())
@@ -185,10 +193,10 @@ class _Fit:
 
     def chunk(self, start: int, stop: int, blocks: Tensor, packed: Tensor) -> None:
         """Fit the blocks from `start` to `stop`, and write what is better."""
-        if blocks.shape[1] <= PIECE:
+        if blocks.shape[1] <= self.piece:
             blocks = blocks.float()  # once, and not in each attempt
         center = self.found["center"][start:stop] if "center" in self.found else None
-        largest = _largest(blocks, center)
+        largest = _largest(blocks, center, self.piece)
         norm = 1.0 / largest.clamp(min=SMALLEST)
         kept, factor = self.found["scale"][start:stop], self.factors[start:stop]
         sums = self._sums(blocks, factor, center, norm, packed)
@@ -218,7 +226,7 @@ class _Fit:
     def _pieces(self, blocks: Tensor, packed: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Long blocks in pieces, float32, and their codes."""
         place = 0
-        for x in torch.split(blocks, PIECE, 1):
+        for x in torch.split(blocks, self.piece, 1):
             size = -(-x.shape[1] * self.encoding.bits // 8)
             yield x.float(), packed[:, place : place + size]
             place += size
@@ -241,7 +249,7 @@ class _Fit:
         else:
             found = [
                 self.target.sums(self.encoding, x.float(), factor, inverse, center, norm, None)
-                for x in torch.split(blocks, PIECE, 1)
+                for x in torch.split(blocks, self.piece, 1)
             ]
         return found[0] if len(found) == 1 else torch.stack(found).sum(0)
 
@@ -272,9 +280,9 @@ def _least_squares(best: _Choice, norm: Tensor, size: int) -> tuple[Tensor, Tens
     return factor / norm, (x - factor * q) / size / norm
 
 
-def _largest(blocks: Tensor, center: Tensor | None) -> Tensor:
+def _largest(blocks: Tensor, center: Tensor | None, piece: int) -> Tensor:
     found = torch.zeros(len(blocks), dtype=torch.float32, device=blocks.device)
-    for x in torch.split(blocks, PIECE, 1):
+    for x in torch.split(blocks, piece, 1):
         x = x.float() if center is None else x.float() - center[:, None]
         found = torch.maximum(found, x.abs().amax(1))
     return found

@@ -39,11 +39,11 @@ class Job(ctypes.Structure):
     )
 
 
-def render_fit(encoding: Encoding) -> str:
-    """Source text for an encoding."""
+def render_fit(encoding: Encoding, template: str) -> str:
+    """Source text for an encoding from the template of a target ("fit.cpp.j2")."""
     spec = encoding.quant_type
     return fill(
-        TEMPLATE,
+        template,
         title=comment(f"fit scales: {encoding.describe()}"),
         subtitle=comment(f"{spec.summary} ({spec.source or 'no source given'})."),
         code=code_traits(encoding),
@@ -59,7 +59,7 @@ def library(encoding: Encoding) -> ctypes.CDLL:
     """
     if encoding.second is not None:
         return library(replace(encoding, second=None))
-    return compiled(render_fit(encoding), RUN)
+    return compiled(render_fit(encoding, TEMPLATE), RUN)
 
 
 def sums(
@@ -74,7 +74,7 @@ def sums(
     """Five numbers a block, (5, blocks); see `bnbx.kernels.fit_reference.sums`."""
     found = torch.empty((SUMS, len(x)), dtype=torch.float32, device="cpu")
     job, kept = _job(encoding, x, inverse, center)
-    kept += [_plain(factor), _plain(norm)]
+    kept += [plain(factor), plain(norm)]
     job.factor, job.norm = kept[-2].data_ptr(), kept[-1].data_ptr()
     job.sums, job.given = found.data_ptr(), int(codes is not None)
     if codes is not None:
@@ -104,17 +104,18 @@ def _job(
 ) -> tuple[Job, list[Tensor]]:
     """A job, and the tensors whose memory it names."""
     job = Job()
-    kept = [x.contiguous(), _plain(inverse)]
+    kept = [x.contiguous(), plain(inverse)]
     job.numbers, job.inverse = kept[0].data_ptr(), kept[1].data_ptr()
     if center is not None:
-        kept.append(_plain(center))
+        kept.append(plain(center))
         job.center = kept[-1].data_ptr()
     job.chunk_count, job.columns = x.shape
     job.tables = packed_tables(encoding)[0].ctypes.data
     return job, kept
 
 
-def _plain(x: Tensor) -> Tensor:
+def plain(x: Tensor) -> Tensor:
+    """A number a block, as kernels read them."""
     return x.float().contiguous()
 
 

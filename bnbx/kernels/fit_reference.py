@@ -1,6 +1,7 @@
 """The sums that a fit of scales is made of, with torch operations: any device.
 
-`fit_cpu.py` has the same functions in C++; sums differ in their last bits.
+`fit_cpu.py` and `fit_cuda.py` have the same functions in C++ and CUDA; sums differ in their last
+bits.
 """
 
 from __future__ import annotations
