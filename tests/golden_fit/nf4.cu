@@ -1,0 +1,549 @@
+// fit scales: nf4, blocks of 64
+// quantiles of the normal distribution in 4 bits (arXiv:2305.14314). Rendered from its spec by bnbx; change the spec, not this file.
+
+#define DEVICE __device__ __forceinline__ static
+#define DEVICE_MEMBER __device__ __forceinline__
+DEVICE unsigned int bits_of(float x) { return __float_as_uint(x); }
+DEVICE float float_of(unsigned int bits) { return __uint_as_float(bits); }
+DEVICE float root(float x) { return sqrtf(x); }
+DEVICE double root64(double x) { return sqrt(x); }
+
+// Numbers, as C++ and CUDA kernels share them. The target defines before this: DEVICE (how a function
+// is declared), bits_of and float_of (a float's bits), and root and root64 (correctly rounded square
+// roots).
+
+typedef unsigned char u8;
+typedef signed char i8;
+typedef unsigned short u16;
+typedef int i32;
+typedef unsigned int u32;
+typedef long long i64;
+
+// ---- storage types of parameters and gradients: rounded to nearest even, NaN kept
+
+struct bfloat16 { u16 bits; };
+struct float16 { u16 bits; };
+
+DEVICE float to_float(float x) { return x; }
+
+DEVICE float to_float(bfloat16 x) { return float_of((u32)x.bits << 16); }
+
+DEVICE float to_float(float16 x) {
+  const u32 magnitude = (u32)(x.bits & 0x7fffu) << 13;
+  // 2**112 moves the exponent from bias 15 to bias 127, subnormals included.
+  const float finite = float_of(magnitude) * float_of(0x77800000u);
+  const bool special = (x.bits & 0x7c00u) == 0x7c00u;
+  const u32 bits = special ? (magnitude | 0x7f800000u) : bits_of(finite);
+  return float_of(bits | ((u32)(x.bits & 0x8000u) << 16));
+}
+
+DEVICE void from_float(float x, float& to) { to = x; }
+
+DEVICE void from_float(float x, bfloat16& to) {
+  const u32 bits = bits_of(x);
+  const u32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  to.bits = (u16)((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+DEVICE void from_float(float x, float16& to) {
+  const u32 bits = bits_of(x);
+  const u32 magnitude = bits & 0x7fffffffu;
+  // Below 2**-14, adding 0.5 makes the addition itself round to multiples of 2**-24.
+  const u32 subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
+  const u32 normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+  u32 half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  to.bits = (u16)(half | ((bits >> 16) & 0x8000u));
+}
+
+// ---- functions of the rule language
+
+DEVICE float rule_sqrt(float x) { return root(x); }
+DEVICE float rule_abs(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
+// The sign bit on a one: vectorized, one comparison and not three.
+DEVICE float rule_sign(float x) { return x < 0.0f || x > 0.0f ? float_of((bits_of(x) & 0x80000000u) | 0x3f800000u) : x; }
+DEVICE float rule_min(float a, float b) { return a < b ? a : b; }
+DEVICE float rule_max(float a, float b) { return a > b ? a : b; }
+
+DEVICE double rule_sqrt(double x) { return root64(x); }
+DEVICE double rule_abs(double x) { return x < 0.0 ? -x : x; }
+DEVICE double rule_sign(double x) { return x > 0.0 ? 1.0 : (x < 0.0 ? -1.0 : x); }
+DEVICE double rule_min(double a, double b) { return a < b ? a : b; }
+DEVICE double rule_max(double a, double b) { return a > b ? a : b; }
+
+// Helpers of CUDA kernels: a warp works on PIECE elements, four neighbors of each lane at a time.
+
+#ifndef WARPS_OF_BLOCK
+#define WARPS_OF_BLOCK 8
+#endif
+enum { LANES = 32, WARPS = WARPS_OF_BLOCK, VECTOR = 4, STRIDE = LANES * VECTOR, VECTORS = 2, PIECE = VECTORS * STRIDE };
+enum { PER_LANE = VECTORS * VECTOR };
+
+template <class T>
+struct alignas(VECTOR * sizeof(T)) Four {
+  T item[VECTOR];
+};
+
+// This lane's elements of a piece of which `left` elements exist; `missing` stands for the others.
+template <class T>
+DEVICE void load_piece(const T* from, i64 left, bool aligned, T missing, T (&to)[PER_LANE]) {
+#pragma unroll
+  for (int j = 0; j < VECTORS; ++j) {
+    const int at = j * STRIDE + (threadIdx.x & 31) * VECTOR;
+    if (aligned && at + VECTOR <= left) {
+      *(Four<T>*)(to + j * VECTOR) = *(const Four<T>*)(from + at);
+    } else {
+#pragma unroll
+      for (int e = 0; e < VECTOR; ++e) to[j * VECTOR + e] = at + e < left ? from[at + e] : missing;
+    }
+  }
+}
+
+template <class T>
+DEVICE void store_piece(T* to, i64 left, bool aligned, const T (&from)[PER_LANE]) {
+#pragma unroll
+  for (int j = 0; j < VECTORS; ++j) {
+    const int at = j * STRIDE + (threadIdx.x & 31) * VECTOR;
+    if (aligned && at + VECTOR <= left) {
+      *(Four<T>*)(to + at) = *(const Four<T>*)(from + j * VECTOR);
+    } else {
+#pragma unroll
+      for (int e = 0; e < VECTOR; ++e)
+        if (at + e < left) to[at + e] = from[j * VECTOR + e];
+    }
+  }
+}
+
+// The place in its piece of this lane's element i.
+DEVICE int place_of(int i) { return i / VECTOR * STRIDE + (threadIdx.x & 31) * VECTOR + i % VECTOR; }
+
+// The sum over all lanes of a warp, the same in each.
+DEVICE double sum_of_lanes(double x) {
+#pragma unroll
+  for (int distance = LANES / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
+  return x;
+}
+
+DEVICE bool is_aligned(const void* pointer) { return ((unsigned long long)pointer & 15u) == 0; }
+
+// Quantized states, as C++ and CUDA kernels share them.
+
+// The tables of one codebook; see bnbx/kernels/codebook.py, which packs them.
+struct Tables {
+  float levels[256];      // value by code, over the unit
+  u8 planes[4][256];      // the same, byte by byte
+  u8 order[256];          // code by rank
+  float thresholds[256];  // ascending, padded with infinity
+  u32 turn[16];           // these six: see Segments in codebook.py
+  float slope[16], offset[16], high[16];
+  u8 lower[16];
+  u32 cuts[8];
+  u32 entries[1];  // as many as the codebook needs
+};
+
+// What a block's largest magnitude (as float bits) makes of the block. NaN or infinity: the block
+// reads as NaN from now on. Below the smallest normal number, or without a finite inverse: the block
+// is zero. Otherwise the codes are those of x * inverse, in which absmax becomes the table's unit.
+struct Scale {
+  float absmax, inverse;
+};
+
+template <class Type>
+DEVICE Scale make_scale(u32 largest) {
+  Scale scale = {largest >= 0x7f800000u ? float_of(0x7fc00000u) : 0.0f, 0.0f};
+  if (largest < 0x00800000u || largest >= 0x7f800000u) return scale;
+  const float inverse = Type::UNIT / float_of(largest);
+  if (bits_of(inverse) < 0x7f800000u) scale.absmax = float_of(largest), scale.inverse = inverse;
+  return scale;
+}
+
+// Where the search for x looks, and what it adds to the entry found there: an exact search, since
+// each entry carries over just past the one threshold in its bucket. See `Buckets` in codebook.py.
+struct Place {
+  u32 entry, low;
+};
+
+template <class Type>
+DEVICE Place find_place(float x) {
+  const u32 mask = (1u << Type::SHIFT) - 1u;
+  const u32 bits = bits_of(x);
+  // A codebook without negative thresholds has one answer for all negative x, that of 0.
+  u32 a = Type::SIGNED ? bits & 0x7fffffffu : (i32)bits > 0 ? bits : 0u;
+  a = a < Type::CEILING ? a : Type::CEILING;
+  const u32 small = a < 1u ? a : 1u;
+  const u32 w = a < Type::FLOOR ? small : a - Type::FLOOR + (1u << Type::SHIFT);
+  const u32 negative = Type::SIGNED ? bits >> 31 : 0u;
+  const Place place = {(w >> Type::SHIFT) + negative * Type::HALF, (w & mask) ^ (negative ? mask : 0u)};
+  return place;
+}
+
+// The number of thresholds below x, by halving, for codebooks without such entries.
+DEVICE u32 count_thresholds(float x, const float* thresholds) {
+  u32 rank = 0;
+  for (u32 step = 128; step > 0; step >>= 1) rank += thresholds[rank + step - 1] < x ? step : 0;
+  return rank;
+}
+
+template <class Type>
+DEVICE u32 find_rank(float x, const u32* entries, const float* thresholds) {
+  if (Type::SHIFT == 0) return count_thresholds(x, thresholds);
+  const Place place = find_place<Type>(x);
+  return (entries[place.entry] + place.low) >> Type::SHIFT;
+}
+
+template <class Type>
+DEVICE u8 encode(float x, const u32* entries, const float* thresholds, const u8* order) {
+  const u32 rank = find_rank<Type>(x, entries, thresholds);
+  return (u8)(Type::ORDERED ? rank : order[rank]);
+}
+
+// Blocks of quantized states on CUDA: a warp finds the largest magnitudes, and codes its piece.
+
+// The largest value among `COUNT` neighboring lanes, the same in all of them.
+template <int COUNT>
+DEVICE u32 largest_of_lanes(u32 x) {
+#if __CUDA_ARCH__ >= 800
+  if (COUNT == LANES) return __reduce_max_sync(0xffffffffu, x);
+#endif
+#pragma unroll
+  for (int distance = COUNT / 2; distance > 0; distance /= 2) {
+    const u32 other = __shfl_xor_sync(0xffffffffu, x, distance);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
+// Values by code in shared memory, for a pass that only decodes.
+template <class Type>
+struct Levels {
+  float levels[1 << Type::BITS];
+
+  DEVICE_MEMBER void fill(const Tables* tables) {
+    for (int i = threadIdx.x; i < (1 << Type::BITS); i += LANES * WARPS) levels[i] = tables->levels[i];
+  }
+};
+
+// A codebook in shared memory: values by code, and the table of the search.
+template <class Type>
+struct Shared {
+  float levels[1 << Type::BITS];
+  u32 search[Type::SHIFT ? Type::ENTRIES : 256];
+
+  DEVICE_MEMBER void fill(const Tables* tables) {
+    const u32* from = Type::SHIFT ? tables->entries : (const u32*)tables->thresholds;
+    for (int i = threadIdx.x; i < (1 << Type::BITS); i += LANES * WARPS) levels[i] = tables->levels[i];
+    for (int i = threadIdx.x; i < (int)(sizeof(search) / sizeof(u32)); i += LANES * WARPS) search[i] = from[i];
+  }
+};
+
+// How the lanes and vectors of a piece fall into blocks, and how many pieces a block has.
+template <class Type>
+struct Layout {
+  static constexpr int GROUP = Type::BLOCK < STRIDE ? Type::BLOCK / VECTOR : LANES;  // lanes of a block
+  static constexpr bool WHOLE = Type::BLOCK >= PIECE;                               // both vectors in one block
+  static constexpr int PIECES = Type::BLOCK > PIECE ? Type::BLOCK / PIECE : 1;
+};
+
+// The largest value among `COUNT` neighboring warps, the same in all of them. All warps of the launched
+// block take part.
+template <int COUNT>
+DEVICE u32 largest_of_warps(u32 x, u32* largest) {
+  const int warp = threadIdx.x / LANES;
+  if (threadIdx.x % LANES == 0) largest[warp] = x;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    const u32 other = largest[warp / COUNT * COUNT + i];
+    x = other > x ? other : x;
+  }
+  __syncthreads();
+  return x;
+}
+
+// Codes lie one after the other without gaps, the first in the highest bits. The four neighbors of a
+// lane are the lower bits of a word: those of codes in even widths fill whole bytes, and those of odd
+// widths do so together with the next lane's.
+template <class Type>
+struct Packed {
+  static constexpr int WORD = VECTOR * Type::BITS;  // bits of a lane
+  static constexpr bool ODD = WORD % 8 != 0;
+};
+
+// The bytes of `left` elements' codes.
+template <class Type>
+DEVICE i64 bytes_of(i64 left) {
+  return (left * Type::BITS + 7) / 8;
+}
+
+// Codes of this lane, unpacked; those that do not exist are zero's.
+template <class Type>
+DEVICE void load_codes(const u8* from, i64 left, bool aligned, u8 (&codes)[PER_LANE]) {
+  if (Type::BITS == 8) return load_piece(from, left, aligned, (u8)Type::ZERO_CODE, codes);
+  const i64 bytes = bytes_of<Type>(left);
+#pragma unroll
+  for (int j = 0; j < VECTORS; ++j) {
+    const int at = place_of(j * VECTOR), first = at * Type::BITS / 8;
+    const int skipped = Packed<Type>::ODD ? at * Type::BITS % 8 : 0;
+    u32 word = 0;
+#pragma unroll
+    for (int i = 0; i < (Packed<Type>::WORD + 7) / 8; ++i) word = word << 8 | (first + i < bytes ? from[first + i] : 0u);
+    word >>= (Packed<Type>::ODD ? 4 - skipped : 0);
+#pragma unroll
+    for (int e = 0; e < VECTOR; ++e) {
+      const u32 code = (word >> (Type::BITS * (VECTOR - 1 - e))) & ((1u << Type::BITS) - 1u);
+      codes[j * VECTOR + e] = at + e < left ? (u8)code : (u8)Type::ZERO_CODE;
+    }
+  }
+}
+
+template <class Type>
+DEVICE void store_codes(u8* to, i64 left, bool aligned, const u8 (&codes)[PER_LANE]) {
+  if (Type::BITS == 8) return store_piece(to, left, aligned, codes);
+  const i64 bytes = bytes_of<Type>(left);
+#pragma unroll
+  for (int j = 0; j < VECTORS; ++j) {
+    const int at = place_of(j * VECTOR);
+    u32 word = 0;
+#pragma unroll
+    for (int e = 0; e < VECTOR; ++e) word = word << Type::BITS | (at + e < left ? codes[j * VECTOR + e] : 0u);
+    if (Packed<Type>::ODD) {  // of the bytes of two lanes, the first writes one more
+      const u32 other = __shfl_xor_sync(0xffffffffu, word, 1);
+      const bool second = threadIdx.x & 1;
+      const unsigned long long pair = (unsigned long long)(second ? other : word) << Packed<Type>::WORD | (second ? word : other);
+      const int first = (at - (second ? VECTOR : 0)) * Type::BITS / 8;
+#pragma unroll
+      for (int i = 0; i < Type::BITS; ++i)
+        if ((i > Type::BITS / 2) == second && first + i < bytes) to[first + i] = (u8)(pair >> (8 * (Type::BITS - 1 - i)));
+    } else {
+#pragma unroll
+      for (int i = 0; i < Packed<Type>::WORD / 8; ++i) {
+        const int place = at * Type::BITS / 8 + i;
+        if (place < bytes) to[place] = (u8)(word >> (Packed<Type>::WORD - 8 - 8 * i));
+      }
+    }
+  }
+}
+
+template <class Type>
+DEVICE void decode_piece(const u8 (&codes)[PER_LANE], const float* absmax, i64 left,
+                         const float* levels, float (&x)[PER_LANE]) {
+#pragma unroll
+  for (int j = 0; j < VECTORS; ++j) {
+    const int at = j * STRIDE + (threadIdx.x & 31) * VECTOR;
+    const float scale = at < left ? absmax[Type::WHOLE ? 0 : at / Type::BLOCK] : 0.0f;
+#pragma unroll
+    for (int e = 0; e < VECTOR; ++e)
+      x[j * VECTOR + e] = levels[codes[j * VECTOR + e]] * scale;
+  }
+}
+
+// Where a block has several pieces, `largest_of_warp` has a place for each warp of the launched block,
+// and `start` is the piece's place in its tensor.
+template <class Type>
+DEVICE void encode_piece(const float (&x)[PER_LANE], i64 left, const Shared<Type>& shared,
+                         const Tables* tables, u8 (&codes)[PER_LANE], float* absmax,
+                         u32* largest_of_warp = 0, i64 start = 0) {
+  u32 largest[VECTORS];
+#pragma unroll
+  for (int j = 0; j < VECTORS; ++j) {
+    const int at = j * STRIDE + (threadIdx.x & 31) * VECTOR;
+    largest[j] = 0;
+#pragma unroll
+    for (int e = 0; e < VECTOR; ++e) {
+      const u32 magnitude = bits_of(x[j * VECTOR + e]) & 0x7fffffffu;
+      if (at + e < left && magnitude > largest[j]) largest[j] = magnitude;
+    }
+  }
+  __syncwarp();  // every lane has read the old absmax before one writes the new
+  if (Layout<Type>::WHOLE) largest[0] = largest[1] = largest[0] > largest[1] ? largest[0] : largest[1];
+#pragma unroll
+  for (int j = 0; j < VECTORS; ++j) {
+    const int at = j * STRIDE + (threadIdx.x & 31) * VECTOR;
+    largest[j] = Layout<Type>::WHOLE && j ? largest[0] : largest_of_lanes<Layout<Type>::GROUP>(largest[j]);
+    if (Layout<Type>::PIECES > 1 && !j) largest[0] = largest_of_warps<Layout<Type>::PIECES>(largest[0], largest_of_warp);
+    const Scale scale = make_scale<Type>(largest[j]);
+#pragma unroll
+    for (int e = 0; e < VECTOR; ++e) {
+      const float scaled = x[j * VECTOR + e] * scale.inverse;
+      const u8 code = encode<Type>(scaled, shared.search, (const float*)shared.search, tables->order);
+      codes[j * VECTOR + e] = scale.inverse > 0.0f ? code : (u8)Type::ZERO_CODE;
+    }
+    const bool first = at % Type::BLOCK == 0 && (Layout<Type>::PIECES == 1 || start % Type::BLOCK == 0);
+    if (first && at < left) absmax[at / Type::BLOCK] = scale.absmax;
+  }
+}
+
+// The same where the absmax is that of the whole tensor.
+template <class Type>
+DEVICE void encode_whole_piece(const float (&x)[PER_LANE], u32 largest, const Shared<Type>& shared,
+                               const Tables* tables, u8 (&codes)[PER_LANE]) {
+  const Scale scale = make_scale<Type>(largest);
+#pragma unroll
+  for (int i = 0; i < PER_LANE; ++i) {
+    const u8 code = encode<Type>(x[i] * scale.inverse, shared.search, (const float*)shared.search, tables->order);
+    codes[i] = scale.inverse > 0.0f ? code : (u8)Type::ZERO_CODE;
+  }
+}
+
+struct Codebook {
+  static constexpr int BLOCK = 64, SHIFT = 21, HALF = 21, ENTRIES = 42, ZERO_CODE = 7;
+  static constexpr int BITS = 4;
+  static constexpr float UNIT = 1.0f;
+  static constexpr u32 FLOOR = 0x3d200000u, CEILING = 0x3f800001u;
+  static constexpr bool SIGNED = true, ORDERED = true, SEGMENTS = false, WHOLE = false;
+};
+
+typedef Codebook Code;
+static constexpr bool CENTERED = false;
+
+// A lane takes so many neighbors at a time that their codes are whole bytes in every width.
+enum { TAKEN = 8, SUMS = 5 };
+
+// A group of lanes, a power of two, works on a block, or on a span of a long block. One warp holds
+// as many groups as there is room for; those without work go along, since warps sum together.
+struct Groups {
+  i64 blocks, columns, span;
+  i32 lanes;  // of a group
+  i64 spans;  // of a block
+
+  DEVICE_MEMBER Groups(i64 blocks, i64 columns, i64 span, i32 lanes)
+      : blocks(blocks), columns(columns), span(span), lanes(lanes), spans((columns + span - 1) / span) {}
+
+  DEVICE_MEMBER i32 of_warp() const { return LANES / lanes; }
+  DEVICE_MEMBER i32 lane() const { return threadIdx.x % lanes; }
+  // The first group of this warp, how far it is to that of its next round, and how many there are.
+  DEVICE_MEMBER i64 first() const { return ((i64)blockIdx.x * WARPS + threadIdx.x / LANES) * of_warp(); }
+  DEVICE_MEMBER i64 step() const { return (i64)gridDim.x * WARPS * of_warp(); }
+  DEVICE_MEMBER i64 count() const { return blocks * spans; }
+};
+
+// What a group works on: elements [begin, end) of a block; none of the first one if there is no work.
+struct Work {
+  i64 block, begin, end;
+};
+
+DEVICE Work work_of(const Groups& groups, i64 group) {
+  Work work = {0, 0, 0};
+  if (group >= groups.count()) return work;
+  work.block = groups.spans == 1 ? group : group / groups.spans;  // a division takes long
+  work.begin = (group - work.block * groups.spans) * groups.span;
+  work.end = work.begin + groups.span < groups.columns ? work.begin + groups.span : groups.columns;
+  return work;
+}
+
+// Neighbors of which `left` exist; zeros stand for the others.
+DEVICE void load_taken(const float* from, i32 left, bool aligned, float (&x)[TAKEN]) {
+#pragma unroll
+  for (int i = 0; i < TAKEN; i += VECTOR) {
+    if (aligned && i + VECTOR <= left) {
+      *(Four<float>*)(x + i) = *(const Four<float>*)(from + i);
+    } else {
+#pragma unroll
+      for (int e = 0; e < VECTOR; ++e) x[i + e] = i + e < left ? from[i + e] : 0.0f;
+    }
+  }
+}
+
+DEVICE void unpack_taken(const u8* from, i32 left, u8 (&codes)[TAKEN]) {
+  const i32 bytes = (i32)bytes_of<Code>(left);
+  unsigned long long word = 0;
+#pragma unroll
+  for (int i = 0; i < Code::BITS; ++i) word = word << 8 | (i < bytes ? from[i] : 0u);
+#pragma unroll
+  for (int i = 0; i < TAKEN; ++i) codes[i] = (u8)(word >> (Code::BITS * (TAKEN - 1 - i)) & ((1u << Code::BITS) - 1u));
+}
+
+DEVICE void pack_taken(const u8 (&codes)[TAKEN], i32 left, u8* to) {
+  const i32 bytes = (i32)bytes_of<Code>(left);
+  unsigned long long word = 0;
+#pragma unroll
+  for (int i = 0; i < TAKEN; ++i) word = word << Code::BITS | (i < left ? codes[i] : 0u);
+#pragma unroll
+  for (int i = 0; i < Code::BITS; ++i)
+    if (i < bytes) to[i] = (u8)(word >> (8 * (Code::BITS - 1 - i)));
+}
+
+// The codes that are nearest for a block's scale.
+DEVICE void nearest(const float (&x)[TAKEN], float center, float inverse, const Shared<Code>& shared, const Tables* tables, u8 (&codes)[TAKEN]) {
+#pragma unroll
+  for (int i = 0; i < TAKEN; ++i) {
+    const float scaled = (CENTERED ? x[i] - center : x[i]) * inverse;
+    codes[i] = encode<Code>(scaled, shared.search, (const float*)shared.search, tables->order);
+  }
+}
+
+// The sums of each span with the nearest codes, or with `codes`, `stride` bytes a block, if there are
+// any: SUMS times a number for each block and span. Of a block are factor, inverse, center and norm;
+// norm keeps squares in range.
+extern "C" __global__ void __launch_bounds__(LANES * WARPS, 2)
+bnbx_sums(const float* __restrict__ numbers, const i64 blocks, const i64 columns, const i64 span, const i32 lanes,
+          const float* factors, const float* inverses, const float* centers, const float* norms,
+          const u8* codes, const i64 stride, const Tables* tables, float* sums) {
+  __shared__ Shared<Code> shared;
+  shared.fill(tables);
+  __syncthreads();
+  const Groups groups(blocks, columns, span, lanes);
+  const bool aligned = is_aligned(numbers) && columns % VECTOR == 0;
+  for (i64 first = groups.first(); first < groups.count(); first += groups.step()) {
+    const i64 group = first + threadIdx.x % LANES / lanes;
+    const Work work = work_of(groups, group);
+    const float factor = factors[work.block], inverse = inverses[work.block], norm = norms[work.block];
+    const float center = CENTERED ? centers[work.block] : 0.0f;
+    float sum[SUMS] = {};
+    for (i64 at = work.begin + groups.lane() * TAKEN; at < work.end; at += lanes * TAKEN) {
+      const i32 left = (i32)(work.end - at);  // a span at most
+      float x[TAKEN];
+      u8 found[TAKEN];
+      load_taken(numbers + work.block * columns + at, left, aligned, x);
+      if (codes)
+        unpack_taken(codes + work.block * stride + at / TAKEN * Code::BITS, left, found);
+      else
+        nearest(x, center, inverse, shared, tables, found);
+#pragma unroll
+      for (int i = 0; i < TAKEN; ++i) {
+        if (i >= left) break;
+        const float q = shared.levels[found[i]];
+        const float value = CENTERED ? q * factor + center : q * factor;
+        const float off = (x[i] - value) * norm, normed = x[i] * norm;
+        sum[0] += off * off;
+        sum[1] += q * normed;
+        sum[2] += q * q;
+        if (CENTERED) sum[3] += q;
+        if (CENTERED) sum[4] += normed;
+      }
+    }
+#pragma unroll
+    for (int s = 0; s < (CENTERED ? SUMS : 3); ++s)  // lanes in a fixed order, so that a fit repeats itself
+      for (int distance = lanes / 2; distance > 0; distance /= 2)
+        sum[s] += __shfl_xor_sync(0xffffffffu, sum[s], distance);
+    if (groups.lane() == 0 && group < groups.count())
+#pragma unroll
+      for (int s = 0; s < SUMS; ++s) sums[s * groups.count() + group] = sum[s];
+  }
+}
+
+// The nearest codes of those blocks that have changed.
+extern "C" __global__ void __launch_bounds__(LANES * WARPS, 2)
+bnbx_write(const float* __restrict__ numbers, const i64 blocks, const i64 columns, const i64 span, const i32 lanes,
+           const float* inverses, const float* centers, const u8* changed,
+           u8* codes, const i64 stride, const Tables* tables) {
+  __shared__ Shared<Code> shared;
+  shared.fill(tables);
+  __syncthreads();
+  const Groups groups(blocks, columns, span, lanes);
+  const bool aligned = is_aligned(numbers) && columns % VECTOR == 0;
+  for (i64 first = groups.first(); first < groups.count(); first += groups.step()) {
+    const Work work = work_of(groups, first + threadIdx.x % LANES / lanes);
+    if (!changed[work.block]) continue;
+    const float inverse = inverses[work.block], center = CENTERED ? centers[work.block] : 0.0f;
+    for (i64 at = work.begin + groups.lane() * TAKEN; at < work.end; at += lanes * TAKEN) {
+      const i32 left = (i32)(work.end - at);
+      float x[TAKEN];
+      u8 found[TAKEN];
+      load_taken(numbers + work.block * columns + at, left, aligned, x);
+      nearest(x, center, inverse, shared, tables, found);
+      pack_taken(found, left, codes + work.block * stride + at / TAKEN * Code::BITS);
+    }
+  }
+}
