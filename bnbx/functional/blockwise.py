@@ -62,7 +62,7 @@ def quantize_blockwise(
         rand, out = out, None
     checks.floats("A", A)
     size = checks.block_size(blocksize)
-    table = default_table(A.device) if code is None else checks.dense("code", code).clone()
+    table = default_table(A.device) if code is None else coded.copy_of(checks.dense("code", code))
     coded.check_table(table)
     _check_memory(A, absmax, out, size, nested)
     _check_rand(rand, exact)

@@ -16,7 +16,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from bnbx.errors import InputError, QuantizedDataError
 from bnbx.functional import checks
+from bnbx.functional.maps import numbers_in
 from bnbx.kernels import coding
+from bnbx.kernels.coding_reference import search_on
 from bnbx.kernels.encoding import Encoding, make_encoding
 from bnbx.kernels.packing import pack
 from bnbx.kernels.table_types import type_of_table
@@ -55,9 +57,20 @@ def type_of(code: Tensor) -> QuantType | None:
         return _read(code)
     known: tuple[int, QuantType | None] | None = _types.get(code)  # type: ignore[no-untyped-call]
     if known is None or known[0] != code._version:
-        known = code._version, _read(code)  # waits for all that runs on the device
+        numbers = numbers_in(code)
+        # To read it waits for all that runs on the device.
+        known = code._version, _read(code) if numbers is None else _of_numbers(numbers)
         _types[code] = known
     return known[1]
+
+
+def copy_of(code: Tensor) -> Tensor:
+    """A copy of a table, of which is known what is known of the table."""
+    copy = code.clone()
+    if code.device.type != "cpu" and not (code.is_inference() or copy.is_inference()):
+        found = type_of(code)
+        _types[copy] = copy._version, found
+    return copy
 
 
 def _read(code: Tensor) -> QuantType | None:
@@ -251,11 +264,9 @@ def quantize_halves(
     largest = tail.abs().amax()
     finite = largest.isfinite()
     largest = largest.clamp(min=SMALLEST)
-    found, written = encoding.tables, len(encoding.codebook.codes)
-    thresholds = torch.from_numpy(found.thresholds[: written - 1].copy()).to(x.device)
-    order = torch.from_numpy(found.order[:written].copy()).to(x.device)
+    thresholds, order = search_on(encoding, x.device)
     ranks = torch.bucketize(torch.where(finite, tail / largest, 0.0), thresholds)
-    ends = torch.nn.functional.pad(order[ranks], (0, count % 2), value=found.zero_code)
+    ends = torch.nn.functional.pad(order[ranks], (0, count % 2), value=encoding.tables.zero_code)
     packed = pack(ends, encoding.quant_type)
     codes[codes.numel() - packed.numel() :] = packed
     absmax[-1] = torch.where(finite, largest, torch.nan)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from bnbx.errors import InputError, OptionError
 from bnbx.functional import checks
@@ -20,6 +21,8 @@ from bnbx.functional.statistics import estimate_quantiles
 from bnbx.registry import quant_types
 
 ENTRIES = 256
+_numbers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_CPU = torch.device("cpu")
 PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 
 
@@ -45,12 +48,25 @@ def table(numbers: tuple[float, ...], device: torch.device | str | None = None) 
     """These numbers in a tensor of the caller's own, float32."""
     if torch.compiler.is_compiling():
         return torch.tensor(numbers, dtype=torch.float32, device=device)
-    return _kept(numbers).to(device, copy=True)
+    found = _kept(numbers, torch.empty(0, device=device).device).clone()
+    if found.device.type != "cpu" and not found.is_inference():
+        _numbers[found] = found._version, _kept(numbers, _CPU).numpy().tobytes()
+    return found
+
+
+def numbers_in(table: Tensor) -> bytes | None:
+    """The numbers of a table of `table()` on another device than the CPU, without asking it.
+
+    To ask would be to wait for all that runs there. None where they are not known.
+    """
+    known: tuple[int, bytes] | None = _numbers.get(table)  # type: ignore[no-untyped-call]
+    return known[1] if known is not None and known[0] == table._version else None
 
 
 @lru_cache(maxsize=64)
-def _kept(numbers: tuple[float, ...]) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float32, device="cpu")
+def _kept(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=torch.float32, device="cpu").to(device)
 
 
 def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool = True) -> Tensor:

@@ -222,7 +222,7 @@ def _update_norm(batch: Batch) -> Tensor:
     operations = tensor_operations(torch.float32, p.device)
     values = {"p": p.reshape(-1).float(), "g": g.reshape(-1).float() * scale}
     for name, number in zip(lowered.scalars, batch.scalars.tolist(), strict=True):
-        values[name] = torch.tensor(number, dtype=torch.float32, device=p.device)
+        values[name] = torch.full((), number, dtype=torch.float32, device=p.device)
     for storage in batch.plan.storages:
         held = rest.pop(0).reshape(-1)
         quantized = storage.quant_type is not None

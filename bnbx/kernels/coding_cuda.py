@@ -52,7 +52,7 @@ def encode_launches(
     count = rows * columns
     rand, rand_count, ascending, written, seed = noise
     found = []
-    if encoding.quant_type.scale.tensor_scale or encoding.per == "tensor":
+    if _measures(encoding):
         pieces = -(-count // PIECE)
         found.append(Launch("measure", _blocks(pieces), (numbers, np.int64(count), whole)))
     units = rows if encoding.per == "row" else -(-columns // PIECE)
@@ -79,6 +79,16 @@ def decode_launch(
     held = [parts.get(name) for name in (*PARTS, "tables", "second_tables")]
     sizes = map(np.int64, (columns, start, count))
     return Launch("decode", _blocks(pieces), (numbers, *sizes, *held))
+
+
+def _measures(encoding: Encoding) -> bool:
+    """Whether scales depend on the whole tensor."""
+    return encoding.quant_type.scale.tensor_scale or encoding.per == "tensor"
+
+
+@lru_cache(maxsize=16)
+def _nothing(index: int) -> Tensor:
+    return torch.tensor(NOTHING, dtype=torch.int32, device=torch.device("cuda", index))
 
 
 @lru_cache(maxsize=512)
@@ -128,11 +138,7 @@ def encode(
     x = x.contiguous()
     parts = encoding.empty(x.shape, x.device, out)
     plan = CodingPlan(encoding, NUMBERS[x.dtype], rand is not None or seed is not None)
-    whole = (
-        torch.tensor(NOTHING, dtype=torch.int32, device="cpu")
-        .pin_memory()
-        .to(x.device, non_blocking=True)
-    )
+    whole = _nothing(x.device.index).clone() if _measures(encoding) else None
     rand = None if rand is None else rand.contiguous()
     numbers = _ascending(encoding, x.device.index) if plan.stochastic else None
     counts = [0 if given is None else given.numel() for given in (rand, numbers)]

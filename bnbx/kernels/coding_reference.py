@@ -7,6 +7,7 @@ be held against it bit for bit. `templates/scales.h` says the same of scales in 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ def decode(
     rows, columns = encoding.grid(shape)
     if rows * columns == 0:
         return torch.empty(tuple(shape), dtype=dtype, device=parts[0].device)
-    levels = torch.from_numpy(encoding.tables.levels.copy()).to(parts[0].device)
+    levels = levels_on(encoding, parts[0].device)
     packed = found["codes"].reshape(rows, -1)
     codes = unpack(packed, encoding.quant_type, columns)
     values = _blocks(encoding, levels[codes.long()])
@@ -113,13 +114,37 @@ def mean_of(scales: Tensor) -> Tensor:
     return torch.where(mean < torch.inf, mean, smaller.clamp(max=LARGEST_FLOAT))
 
 
+# ---- tables, which are sent to a device once: to send them would be to wait for it
+
+
+@lru_cache(maxsize=256)
+def levels_on(encoding: Encoding, device: torch.device) -> Tensor:
+    """The numbers that codes are decoded to, before they are scaled (256,); not to be changed."""
+    return torch.from_numpy(encoding.tables.levels.copy()).to(device)
+
+
+@lru_cache(maxsize=256)
+def second_levels_on(encoding: Encoding, device: torch.device) -> Tensor:
+    """The same of the codes of scales."""
+    return levels_on(second_encoding(encoding), device)
+
+
+@lru_cache(maxsize=256)
+def search_on(encoding: Encoding, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Thresholds, and codes in the order of their numbers; not to be changed."""
+    written = len(encoding.codebook.codes)
+    thresholds = torch.from_numpy(encoding.tables.thresholds[: written - 1].copy())
+    order = torch.from_numpy(encoding.tables.order[:written].copy())
+    return thresholds.to(device), order.to(device)
+
+
 # ---- scales
 
 
 def tensor_scale_of(encoding: Encoding, largest: Tensor) -> Tensor:
     """The scale (1,) of a tensor with this largest finite magnitude: e4m3 scales then reach 448."""
     most = E4M3_MOST * encoding.codebook.unit
-    found = largest / torch.tensor(most, dtype=torch.float32, device=largest.device)
+    found = largest / torch.full((), most, dtype=torch.float32, device=largest.device)
     return torch.where(found > 0, found, 1.0)
 
 
@@ -130,12 +155,12 @@ def scales_of(
 
     The last is 0 where a block has no number: NaN or infinity in it, or no scale that it can have.
     """
-    unit = torch.tensor(encoding.codebook.unit, dtype=torch.float32, device=largest.device)
+    unit = torch.full((), encoding.codebook.unit, dtype=torch.float32, device=largest.device)
     finite = largest.isfinite()
     dtype = encoding.quant_type.scale.dtype
     if dtype in ("float32", "bfloat16"):
         most = LARGEST_FLOAT if dtype == "float32" else LARGEST_BFLOAT16
-        raised = torch.maximum(largest, unit * SMALLEST if float(unit) > 1 else largest)
+        raised = torch.maximum(largest, unit * SMALLEST if encoding.codebook.unit > 1 else largest)
         kept = torch.where(largest > 0, raised, largest).clamp(max=most).to(getattr(torch, dtype))
         kept = torch.where(finite, kept, torch.nan)  # the one NaN, whatever the conversion makes
         factor = kept.float()
@@ -210,10 +235,9 @@ def _center(blocks: Tensor, padding: Tensor) -> Tensor:
 def _codes(
     encoding: Encoding, scaled: Tensor, rand: Tensor | None, seed: int | None, columns: int
 ) -> Tensor:
-    found, device = encoding.tables, scaled.device
+    device = scaled.device
     written = len(encoding.codebook.codes)
-    thresholds = torch.from_numpy(found.thresholds[: written - 1].copy()).to(device)
-    order = torch.from_numpy(found.order[:written].copy()).to(device)
+    thresholds, order = search_on(encoding, device)
     ranks = torch.bucketize(scaled, thresholds)
     if rand is None and seed is None:
         return order[ranks]

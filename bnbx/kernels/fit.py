@@ -28,11 +28,12 @@ from bnbx.kernels.coding_reference import (
     LARGEST_FLOAT,
     SMALLEST,
     factors,
+    levels_on,
     scales_of,
+    search_on,
     second_encoding,
 )
 from bnbx.kernels.encoding import Encoding, check_parts
-from bnbx.kernels.fit_reference import levels_of, search_tables
 
 METHODS = ("mse",)
 MULTIPLES = tuple(2.0 * 0.93**i for i in range(24))
@@ -187,8 +188,8 @@ class _Fit:
         self.natural = 1.0 if encoding.keeps_step else encoding.codebook.unit
         if encoding.second is not None:
             inner = second_encoding(encoding)
-            self.second_thresholds, self.second_order = search_tables(inner, device)
-            self.second_levels = levels_of(inner, device)
+            self.second_thresholds, self.second_order = search_on(inner, device)
+            self.second_levels = levels_on(inner, device)
             self.second_inverse = scales_of(inner, self.found["second_scale"], None)[2]
 
     def chunk(self, start: int, stop: int, blocks: Tensor, packed: Tensor) -> None:

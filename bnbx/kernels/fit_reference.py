@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bnbx.kernels.coding_reference import levels_on, search_on
 from bnbx.kernels.encoding import Encoding
 from bnbx.kernels.packing import pack, unpack
 
@@ -37,9 +38,9 @@ def sums(
         (5, blocks): the sum of squared differences, and with q the levels, the sums of q * x,
         q * q, and if there is a center, of q and of x.
     """
-    levels = levels_of(encoding, x.device)
+    levels = levels_on(encoding, x.device)
     if codes is None:
-        _, order = search_tables(encoding, x.device)
+        _, order = search_on(encoding, x.device)
         q = levels[order.int()][_ranks(encoding, x, inverse, center)]
     else:
         q = levels[unpack(codes, encoding.quant_type, x.shape[1]).int()]
@@ -61,25 +62,12 @@ def write(
     codes: Tensor,
 ) -> None:
     """Pack the nearest codes of the blocks that have changed into `codes` (blocks, bytes)."""
-    _, order = search_tables(encoding, x.device)
+    _, order = search_on(encoding, x.device)
     new = pack(order[_ranks(encoding, x, inverse, center)], encoding.quant_type)
     codes.copy_(torch.where(changed[:, None], new, codes))
 
 
 def _ranks(encoding: Encoding, x: Tensor, inverse: Tensor, center: Tensor | None) -> Tensor:
-    thresholds, _ = search_tables(encoding, x.device)
+    thresholds, _ = search_on(encoding, x.device)
     scaled = x * inverse[:, None] if center is None else (x - center[:, None]) * inverse[:, None]
     return torch.bucketize(scaled, thresholds, out_int32=True)
-
-
-def levels_of(encoding: Encoding, device: torch.device) -> Tensor:
-    """The numbers that codes are decoded to, before they are scaled."""
-    return torch.from_numpy(encoding.tables.levels.copy()).to(device)
-
-
-def search_tables(encoding: Encoding, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Thresholds, and codes in the order of their numbers."""
-    written = len(encoding.codebook.codes)
-    thresholds = torch.from_numpy(encoding.tables.thresholds[: written - 1].copy())
-    order = torch.from_numpy(encoding.tables.order[:written].copy())
-    return thresholds.to(device), order.to(device)

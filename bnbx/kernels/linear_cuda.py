@@ -21,7 +21,7 @@ INPUTS = (1, 2, 4)  # rows of x that there are kernels for, as in the template
 ROWS = 2  # of the weight, that a warp takes at once
 NAMES = (*(f"multiply_{count}" for count in INPUTS), "decode_columns")
 WARPS = THREADS // 32
-FEW_ROWS = 9  # fewer are multiplied as codes are read; chosen without a GPU to measure it on
+FEW_ROWS = 5  # fewer are multiplied as codes are read; on an H100, where panels take one launch each
 
 
 def source(plan: LinearPlan) -> str:
@@ -40,11 +40,13 @@ def multiply_launches(
     found = []
     sizes = tuple(map(np.int64, shape))
     parts = [held.get(name) for name in (*PARTS, "tables", "second_tables")]
-    for first in range(0, len(x), max(INPUTS)):
-        some, to = x[first : first + max(INPUTS)], y[first : first + max(INPUTS)]
-        kernel = next(count for count in INPUTS if count >= len(some))
-        blocks = -(-shape[0] // (WARPS * ROWS))
-        arguments = (*sizes, some, np.int64(len(some)), bias, to, *parts)
+    blocks = -(-shape[0] // (WARPS * ROWS))
+    most, count = max(INPUTS), x.shape[0]
+    for first in range(0, count, most):
+        rows = min(count - first, most)
+        some, to = (x, y) if rows == count else (x[first : first + rows], y[first : first + rows])
+        kernel = next(inputs for inputs in INPUTS if inputs >= rows)
+        arguments = (*sizes, some, np.int64(rows), bias, to, *parts)
         found.append(Launch(f"multiply_{kernel}", blocks, arguments))
     return found
 
@@ -95,7 +97,7 @@ def multiply(
     index = x.device.index
     x = x.contiguous()
     bias = bias if bias is None else bias.contiguous()
-    y = x.new_empty((len(x), shape[0]))
+    y = x.new_empty((x.shape[0], shape[0]))
     held = held_parts(encoding, parts, index)
     compiled = _kernel(plan_for(encoding, NUMBERS[x.dtype]), index)
     compiled.launch(multiply_launches(shape, x, bias, y, held))

@@ -16,6 +16,9 @@ from bnbx.kernels.encoding import Encoding
 
 SHARE = 1 / 32  # of the dense weight's bytes, what a panel takes
 LEAST_BYTES, MOST_BYTES = 256 * 1024, 4 * 1024 * 1024  # of a panel: between the caches' sizes
+# On a GPU each panel costs two launches, which take the host longer than a GPU to multiply 16 rows with a
+# whole 4096 x 4096 weight; 32 panels of it took 5 ms on an H100.
+GPU_BYTES = 64 * 1024 * 1024
 MULTIPLE = 16  # of a panel's rows or columns: what matrix products are fast with
 PIECE_BYTES, MOST_ROWS = 384 * 1024, 256  # of x that are converted at a time
 Pieces = tuple[Tensor, Tensor]  # room for a piece of x, and for its products with a panel
@@ -27,7 +30,13 @@ def dtype_of_panels(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "cpu" and processor.lacks_16_bits() else x.dtype
 
 
-def panel_size(shape: tuple[int, int], across: int, itemsize: int, dense_itemsize: int = 0) -> int:
+def panel_size(
+    shape: tuple[int, int],
+    across: int,
+    itemsize: int,
+    dense_itemsize: int = 0,
+    device: str = "cpu",
+) -> int:
     """How many rows or columns of the weight make a panel; it is the dimension `across`.
 
     Args:
@@ -35,10 +44,11 @@ def panel_size(shape: tuple[int, int], across: int, itemsize: int, dense_itemsiz
         across: 0 for rows, 1 for columns.
         itemsize: of the panel's numbers.
         dense_itemsize: of a dense weight's, if it is not the same.
+        device: type of the one that multiplies.
     """
     line = shape[1 - across] * itemsize  # bytes of one row or column
     dense = shape[0] * shape[1] * (dense_itemsize or itemsize)
-    room = min(max(dense * SHARE, LEAST_BYTES), MOST_BYTES)
+    room = min(max(dense * SHARE, LEAST_BYTES), MOST_BYTES) if device == "cpu" else GPU_BYTES
     size = max(int(room / line) // MULTIPLE * MULTIPLE, MULTIPLE)
     return min(size, shape[across])
 
@@ -54,7 +64,7 @@ def multiply(
     """The product x (rows, in) @ weight.T + bias; all sizes above 0."""
     out, inner = shape
     dtype = dtype_of_panels(x)
-    size = panel_size(shape, 0, dtype.itemsize, x.dtype.itemsize)
+    size = panel_size(shape, 0, dtype.itemsize, x.dtype.itemsize, x.device.type)
     room = x.new_empty((size, inner), dtype=dtype)
     y = x.new_empty((len(x), out))
     pieces = _room_for_pieces(x, dtype, inner, size)
@@ -77,7 +87,7 @@ def multiply_columns(decode: Decode, shape: tuple[int, int], grad: Tensor) -> Te
     """
     out, inner = shape
     dtype = dtype_of_panels(grad)
-    size = panel_size(shape, 1, dtype.itemsize, grad.dtype.itemsize)
+    size = panel_size(shape, 1, dtype.itemsize, grad.dtype.itemsize, grad.device.type)
     room = grad.new_empty(out * size, dtype=dtype)
     y = grad.new_empty((len(grad), inner))
     pieces = _room_for_pieces(grad, dtype, out, size)
@@ -137,7 +147,7 @@ def multiply_rows(
 ) -> Tensor:
     """The product grad (rows, out) @ weight, by rows of the weight: sums are kept in float32."""
     out, inner = shape
-    size = panel_size(shape, 0, torch.float32.itemsize)
+    size = panel_size(shape, 0, torch.float32.itemsize, device=grad.device.type)
     room = grad.new_empty((size, inner), dtype=torch.float32)
     y = grad.new_zeros((len(grad), inner), dtype=torch.float32)
     for first in range(0, out, size):

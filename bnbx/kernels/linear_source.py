@@ -7,6 +7,7 @@ all types of one width that keep their scales alike share one kernel, and hand i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from bnbx.kernels.c_code import comment
 from bnbx.kernels.coding_source import code_traits
@@ -48,6 +49,7 @@ class LinearPlan:
 WHOLE = 256  # a plan's block where scales are not per block
 
 
+@lru_cache(maxsize=1024)
 def plan_for(encoding: Encoding, dtype: str) -> LinearPlan:
     """The plan for a weight in an encoding, multiplied with numbers of a dtype."""
     code = code_traits(encoding)

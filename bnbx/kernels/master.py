@@ -35,7 +35,7 @@ def load(master: str, p: Tensor, residual: Tensor | None) -> Tensor:
         return value
     if master == "kahan":
         return value + residual.float()
-    part = torch.tensor(1 / 127, dtype=torch.float32, device=p.device)
+    part = torch.full((), 1 / 127, dtype=torch.float32, device=p.device)
     return value + residual.float() * part * half_step(p)
 
 

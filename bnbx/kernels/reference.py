@@ -47,7 +47,7 @@ def update(batch: Batch, number: int, first_place: int) -> None:
         "g": tensors[1].reshape(-1).float() * gradient_scale,
     }
     for name, scalar in zip(lowered.scalars, batch.scalars.tolist(), strict=True):
-        values[name] = torch.tensor(scalar, dtype=torch.float32, device=p.device)
+        values[name] = torch.full((), scalar, dtype=torch.float32, device=p.device)
     stored = list(_by_storage(plan, rest))
     for storage, parts in stored:
         values[storage.state.name] = _load(storage, parts, p.numel())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bnbx.errors import QuantizedDataError
 from bnbx.kernels import coding
-from bnbx.kernels.coding_reference import factor_of
+from bnbx.kernels.coding_reference import factor_of, levels_on, second_levels_on
 from bnbx.kernels.encoding import Encoding, check_parts, make_encoding
 
 Parts = dict[str, Tensor]
@@ -41,7 +41,8 @@ def decode_rows(
 
     Raises:
         QuantizedDataError: the parts do not fit the encoding and the shape.
-        IndexError: a row that the matrix does not have.
+        IndexError: a row that the matrix does not have. On a GPU, where to look would be to wait,
+            it ends in an assertion on the device, as with `torch.nn.functional.embedding`.
     """
     if len(shape) != 2:
         raise QuantizedDataError(f"rows are of a matrix, not of shape {tuple(shape)}")
@@ -53,6 +54,8 @@ def decode_rows(
         if low < 0 or high >= count:
             wrong = low if low < 0 else high
             raise IndexError(f"row {wrong} of a quantized matrix with {count} rows")
+    elif flat.numel():
+        flat = torch.where(flat < 0, count, flat)  # none is counted from the end
     named = dict(zip(encoding.parts, parts, strict=True))
     size = encoding.block_size
     if not flat.numel() or not columns:
@@ -89,7 +92,7 @@ def _scales(encoding: Encoding, named: Parts, place: Tensor) -> Tensor:
     kept = named["scale"][place]
     if encoding.second_tables is None:
         return kept
-    levels = torch.from_numpy(encoding.second_tables.levels.copy()).to(kept.device)
+    levels = second_levels_on(encoding, kept.device)
     second = named["second_scale"][place // encoding.second_block]
     return levels[kept.long()] * second + named["mean"]
 
@@ -106,7 +109,7 @@ def _decode_each(encoding: Encoding, named: Parts, ids: Tensor, columns: int) ->
     block = place // encoding.block_size if encoding.per == "block" else torch.zeros_like(place)
     kept = _scales(encoding, named, block)
     factor = kept if encoding.second else factor_of(encoding, kept, named.get("tensor_scale"))
-    levels = torch.from_numpy(encoding.tables.levels.copy()).to(packed.device)
+    levels = levels_on(encoding, packed.device)
     values = levels[code] * factor
     return values + named["center"][block] if "center" in named else values
 

@@ -83,9 +83,11 @@ class Embedding8bit(LoadsInt8, MovingModule, nn.Embedding):
         if ids.is_meta or weight.is_meta or absmax.is_meta:
             named = (("ids", ids), ("weight", weight), ("SCB", absmax))
             check_meta(type(self).__name__, named, anywhere=("ids",))
-        step = absmax.reshape(-1, 1) / LARGEST
         codes = F.embedding(ids, weight.detach())
-        return (codes * F.embedding(ids, step)).to(self.dtype)
+        found = F.embedding(ids, absmax.reshape(-1, 1))
+        # By a tensor: CUDA multiplies by the inverse of a number, which rounds twice.
+        step = found / torch.full((), LARGEST, dtype=found.dtype, device=found.device)
+        return (codes * step).to(self.dtype)
 
     def _absmax(self) -> Tensor:
         if self.weight.dtype != torch.int8:

@@ -36,7 +36,14 @@ def register(optimizer: Optimizer8bit) -> int:
     return handle
 
 
-@torch.library.custom_op("bnbx::optimizer_step", mutates_args=("params",))
+# A captured graph would repeat one step's numbers, and read memory that was given back: Inductor is told
+# to leave the step out of those it makes (`mode="reduce-overhead"`), where this torch knows how.
+_TAGS: dict[str, Any] = {}
+if hasattr(torch.Tag, "cudagraph_unsafe"):
+    _TAGS["tags"] = (torch.Tag.cudagraph_unsafe,)
+
+
+@torch.library.custom_op("bnbx::optimizer_step", mutates_args=("params",), **_TAGS)
 def optimizer_step(
     params: list[Tensor], grads: list[Tensor], places: list[int], handle: int
 ) -> None:

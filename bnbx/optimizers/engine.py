@@ -253,6 +253,7 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def _update(self, items: Iterable[Item], grad_scale: Any, first: int = 0) -> None:
         """Update items; `first` tells the noise of one call of a step from that of another."""
+        check_capture()
         self._scaling.settle()
         found_inf = overflow_flag(getattr(self, "found_inf", None))
         if self._scaling.overflowed(found_inf):

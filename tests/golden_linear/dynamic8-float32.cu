@@ -350,16 +350,17 @@ struct alignas(LOAD * 4) Together {
 #define PARTS u8* codes, void* scale, float* center, float* tensor_scale, float* second_scale, float* mean, const Tables* tables, const Tables* second_tables
 #define GATHER_PARTS const Parts parts = {codes, scale, center, tensor_scale, second_scale, mean, tables, second_tables}
 
-// Tables in shared memory.
+// Values by code in shared memory. Those of scales that are codes stay where they are: a lane asks for one
+// of them for each span, long before it needs it.
 struct Levels {
-  float level[1 << Code::BITS], second[Code::SCALE == SECOND ? 256 : 1];
+  float level[1 << Code::BITS];
 };
 
-DEVICE void load_levels(const Tables* tables, const Tables* second_tables, Levels& levels) {
+DEVICE void load_levels(const Tables* tables, Levels& levels) {
   for (int i = threadIdx.x; i < (1 << Code::BITS); i += LANES * WARPS) levels.level[i] = tables->levels[i];
-  if (Code::SCALE == SECOND)
-    for (int i = threadIdx.x; i < 256; i += LANES * WARPS) levels.second[i] = second_tables->levels[i];
 }
+
+DEVICE const float* second_levels(const Parts& parts) { return Code::SCALE == SECOND ? parts.second_tables->levels : 0; }
 
 // A row of the weight from its aligned beginning on: its elements are [phase, end).
 struct Row {
@@ -411,6 +412,25 @@ DEVICE u32 code_at(const u32 (&words)[WORDS], int k) {
   return bits & ((1u << Code::BITS) - 1u);
 }
 
+// What a lane needs of a row for the products with SPAN neighbors.
+enum { FACTORS = PER == BLOCK && Code::BLOCK < SPAN ? 2 : 1 };  // blocks that the neighbors are in
+struct Span {
+  alignas(LOAD * 4) u32 words[WORDS];
+  float factor[FACTORS], middle[FACTORS];
+};
+
+DEVICE void load_span(const Parts& parts, const Row& row, i64 element, Span& span) {
+  if (element >= row.end) return;
+  load_words(row, element, span.words);
+#pragma unroll
+  for (int i = 0; i < FACTORS; ++i) {
+    if (element + i * HALF >= row.end) continue;
+    const i64 block = block_of(row, element + i * HALF);
+    span.factor[i] = factor_at<Code>(parts, block, second_levels(parts));
+    span.middle[i] = center_at<Code>(parts, block);
+  }
+}
+
 // M rows of x, columns [tile - SPAN, tile + TILE) of them, zero where there are none. The place of a column is
 // its remainder first: so that lanes that read, SPAN columns apart, read from different banks.
 template <int M>
@@ -418,36 +438,47 @@ struct Inputs {
   float x[M][SPAN][LANES + 1];
 };
 
+// The same on its way there: what each thread brings.
+enum { BROUGHT = (SPAN + TILE + LANES * WARPS - 1) / (LANES * WARPS) };
+
 template <int M>
-DEVICE void load_inputs(const Number* x, i64 inputs, i64 columns, i64 tile, Inputs<M>& to) {
+DEVICE void fetch_inputs(const Number* x, i64 inputs, i64 columns, i64 tile, Number (&brought)[M][BROUGHT]) {
 #pragma unroll
   for (int m = 0; m < M; ++m)
-    for (int i = threadIdx.x; i < SPAN + TILE; i += LANES * WARPS) {
+#pragma unroll
+    for (int j = 0; j < BROUGHT; ++j) {
+      const int i = threadIdx.x + j * (LANES * WARPS);
       const i64 column = tile - SPAN + i;
-      const bool there = column >= 0 && column < columns && m < inputs;
-      to.x[m][i % SPAN][i / SPAN] = there ? to_float(x[m * columns + column]) : 0.0f;
+      const bool there = i < SPAN + TILE && column >= 0 && column < columns && m < inputs;
+      brought[m][j] = there ? x[m * columns + column] : Number{};
+    }
+}
+
+template <int M>
+DEVICE void put_inputs(const Number (&brought)[M][BROUGHT], Inputs<M>& to) {
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int j = 0; j < BROUGHT; ++j) {
+      const int i = threadIdx.x + j * (LANES * WARPS);
+      if (i < SPAN + TILE) to.x[m][i % SPAN][i / SPAN] = to_float(brought[m][j]);
     }
 }
 
 // Adds the products with a span of each row to sums. WHOLE: all of its elements are the row's.
 template <int M, bool SHIFTED, bool WHOLE>
-DEVICE void add_span(const Parts& parts, const Row (&rows)[ROWS], const u32 (&words)[ROWS][WORDS], i64 element, const Levels& levels,
-                     const Inputs<M>& inputs, float (&sums)[ROWS][M]) {
+DEVICE void add_spans(const Row (&rows)[ROWS], const Span (&spans)[ROWS], i64 element, const Levels& levels,
+                      const Inputs<M>& inputs, float (&sums)[ROWS][M]) {
   const int lane = threadIdx.x % LANES;
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     const int low = (int)(rows[r].phase > element ? rows[r].phase - element : 0);
     const int high = (int)(rows[r].end - element < SPAN ? rows[r].end - element : SPAN);
     if (high <= low) continue;
-    float factor = 0.0f, middle = 0.0f;
 #pragma unroll
     for (int k = 0; k < SPAN; ++k) {
-      if (k == 0 || (PER == BLOCK && Code::BLOCK < SPAN && k == HALF && k < high)) {
-        const i64 block = block_of(rows[r], element + k);
-        factor = factor_at<Code>(parts, block, levels.second);
-        middle = center_at<Code>(parts, block);
-      }
-      const float level = levels.level[code_at(words[r], k)];
+      const float factor = spans[r].factor[k / HALF % FACTORS], middle = spans[r].middle[k / HALF % FACTORS];
+      const float level = levels.level[code_at(spans[r].words, k)];
       float w = Code::CENTERED ? fmaf(level, factor, middle) : level * factor;
       if (!WHOLE) w = k >= low && k < high ? w : 0.0f;
       const int place = SHIFTED ? (k - rows[r].phase) & (SPAN - 1) : k;
@@ -458,30 +489,42 @@ DEVICE void add_span(const Parts& parts, const Row (&rows)[ROWS], const u32 (&wo
   }
 }
 
+// What the next tile needs is on its way while a tile is multiplied: memory takes longer to answer than that.
 template <int M, bool SHIFTED>
 DEVICE void multiply(const Parts& parts, i64 row_count, i64 columns, const Number* x, i64 inputs, const Number* bias, Number* y,
                      const Levels& levels, Inputs<M>& shared) {
   const int lane = threadIdx.x % LANES;
+  const i64 end = columns + (SHIFTED ? SPAN : 0);
+  constexpr bool EARLY = M <= 2 && FACTORS == 1 && !Code::CENTERED;  // there are registers for x too
   for (i64 first = (i64)blockIdx.x * WARPS * ROWS; first < row_count; first += (i64)gridDim.x * WARPS * ROWS) {
     const i64 number = first + threadIdx.x / LANES * ROWS;
     Row rows[ROWS];
+    Span coming[ROWS] = {};
+    Number brought[M][BROUGHT];
     float sums[ROWS][M] = {};
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) rows[r] = find_row(parts, number + r < row_count ? number + r : row_count - 1, columns);
-    for (i64 tile = 0; tile < columns + (SHIFTED ? SPAN : 0); tile += TILE) {
-      __syncthreads();
-      load_inputs<M>(x, inputs, columns, tile, shared);
-      __syncthreads();
+    for (int r = 0; r < ROWS; ++r) {
+      rows[r] = find_row(parts, number + r < row_count ? number + r : row_count - 1, columns);
+      load_span(parts, rows[r], lane * SPAN, coming[r]);
+    }
+    if (EARLY) fetch_inputs<M>(x, inputs, columns, 0, brought);
+    for (i64 tile = 0; tile < end; tile += TILE) {
       const i64 element = tile + lane * SPAN;
-      u32 words[ROWS][WORDS];
+      Span spans[ROWS];
       bool whole = true;
+      if (!EARLY) fetch_inputs<M>(x, inputs, columns, tile, brought);
+      __syncthreads();
+      put_inputs<M>(brought, shared);
+      __syncthreads();
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
-        if (element < rows[r].end) load_words(rows[r], element, words[r]);
+        spans[r] = coming[r];
+        if (tile + TILE < end) load_span(parts, rows[r], element + TILE, coming[r]);
         whole = whole && element >= rows[r].phase && element + SPAN <= rows[r].end;
       }
-      if (whole) add_span<M, SHIFTED, true>(parts, rows, words, element, levels, shared, sums);
-      else add_span<M, SHIFTED, false>(parts, rows, words, element, levels, shared, sums);
+      if (EARLY && tile + TILE < end) fetch_inputs<M>(x, inputs, columns, tile + TILE, brought);
+      if (whole) add_spans<M, SHIFTED, true>(rows, spans, element, levels, shared, sums);
+      else add_spans<M, SHIFTED, false>(rows, spans, element, levels, shared, sums);
     }
 #pragma unroll
     for (int r = 0; r < ROWS; ++r)
@@ -501,7 +544,7 @@ DEVICE void multiply(const Parts& parts, i64 row_count, i64 columns, const Numbe
 extern "C" __global__ void __launch_bounds__(LANES * WARPS, 2)
 bnbx_decode_columns(const i64 row_count, const i64 columns, const i64 first, const i64 width, Number* __restrict__ to, PARTS) {
   __shared__ Levels levels;
-  load_levels(tables, second_tables, levels);
+  load_levels(tables, levels);
   __syncthreads();
   GATHER_PARTS;
   for (i64 i = (i64)blockIdx.x * (LANES * WARPS) + threadIdx.x; i < row_count * width; i += (i64)gridDim.x * (LANES * WARPS)) {
@@ -513,7 +556,7 @@ bnbx_decode_columns(const i64 row_count, const i64 columns, const i64 first, con
     const u32 pair = (u32)from[0] << 8 | (end > 8 ? (u32)from[1] : 0u);
     const float level = levels.level[pair >> (16 - end) & ((1u << Code::BITS) - 1u)];
     const i64 block = block_of(row, element);
-    const float value = level * factor_at<Code>(parts, block, levels.second);
+    const float value = level * factor_at<Code>(parts, block, second_levels(parts));
     from_float(Code::CENTERED ? value + center_at<Code>(parts, block) : value, to[i]);
   }
 }
@@ -525,8 +568,7 @@ bnbx_multiply_1(const i64 row_count, const i64 columns, const Number* __restrict
                 const Number* __restrict__ bias, Number* __restrict__ y, PARTS) {
   __shared__ Levels levels;
   __shared__ Inputs<1> shared;
-  load_levels(tables, second_tables, levels);
-  __syncthreads();
+  load_levels(tables, levels);
   GATHER_PARTS;
   if (PER == ROW || columns % SPAN == 0)
     multiply<1, false>(parts, row_count, columns, x, inputs, bias, y, levels, shared);
@@ -540,8 +582,7 @@ bnbx_multiply_2(const i64 row_count, const i64 columns, const Number* __restrict
                 const Number* __restrict__ bias, Number* __restrict__ y, PARTS) {
   __shared__ Levels levels;
   __shared__ Inputs<2> shared;
-  load_levels(tables, second_tables, levels);
-  __syncthreads();
+  load_levels(tables, levels);
   GATHER_PARTS;
   if (PER == ROW || columns % SPAN == 0)
     multiply<2, false>(parts, row_count, columns, x, inputs, bias, y, levels, shared);
@@ -555,8 +596,7 @@ bnbx_multiply_4(const i64 row_count, const i64 columns, const Number* __restrict
                 const Number* __restrict__ bias, Number* __restrict__ y, PARTS) {
   __shared__ Levels levels;
   __shared__ Inputs<4> shared;
-  load_levels(tables, second_tables, levels);
-  __syncthreads();
+  load_levels(tables, levels);
   GATHER_PARTS;
   if (PER == ROW || columns % SPAN == 0)
     multiply<4, false>(parts, row_count, columns, x, inputs, bias, y, levels, shared);
