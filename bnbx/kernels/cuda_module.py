@@ -77,11 +77,27 @@ class CudaModule:
     def launch(self, launches: Sequence[Launch], threads: int = THREADS) -> None:
         """Queue kernels on torch's current stream: at most as many blocks as the device holds."""
         stream = torch.cuda.current_stream(self.device).cuda_stream
-        with self.cupy.cuda.Device(self.device.index), self.cupy.cuda.ExternalStream(stream):
+        with self.cupy.cuda.Device(self.device.index), _stream(self.cupy, stream):
             for each in launches:
                 grid = max(min(each.blocks, self.most_blocks), 1)
                 arguments = tuple(_plain(argument) for argument in each.arguments)
                 self.functions[each.name]((grid,), (threads,), arguments)
+
+
+@dataclass(frozen=True)
+class _Pointer:
+    """A stream of another library by CUDA's stream protocol, which older torch does not speak."""
+
+    address: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.address
+
+
+def _stream(cupy: Any, address: int) -> Any:
+    """The stream for CuPy: since version 14, which warns of the class before, by the protocol."""
+    made = getattr(getattr(cupy.cuda, "Stream", None), "from_external", None)
+    return cupy.cuda.ExternalStream(address) if made is None else made(_Pointer(address))
 
 
 def _plain(argument: Any) -> Any:
