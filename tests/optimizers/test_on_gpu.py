@@ -270,7 +270,7 @@ def test_sparse_gradients(rule: str, storage: str) -> None:
     weight = torch.randn(200, 33).requires_grad_()
     runs = [create(rule, [each], bits=bits, **more, **DENSE) for each in (weight, there(weight))]
     for _ in range(4):
-        rows = torch.randint(0, 200, (1, 30))
+        rows = torch.randperm(200)[None, :30]
         rows[0, 1] = rows[0, 0]
         values = torch.randn(30, 33)
         for run in runs:
@@ -332,5 +332,5 @@ def test_a_gradient_of_another_device_is_refused() -> None:
         p.grad = values
         optimizer.step()
 
-    with pytest.raises((UnsupportedTensorError, RuntimeError), match="cpu"):
+    with pytest.raises((UnsupportedTensorError, RuntimeError), match=r"cpu|device"):
         step()

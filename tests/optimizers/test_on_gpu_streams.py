@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import on_gpu
-from bnbx.errors import OptionError, UnsupportedTensorError
+from bnbx.errors import OptionError
 from bnbx.optim import create
 from on_gpu import (
     all_there,
@@ -142,31 +142,24 @@ def test_two_runs_are_equal(rule: str) -> None:
     assert_same_optimizers(first, second)
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 def test_a_graph_cannot_freeze_a_step() -> None:
-    """A captured step would repeat its scalars: it either works, or says that it cannot."""
+    """A replay would repeat the scalars, and read a table of rows that is no longer there."""
     if on_gpu.DEVICE.type == "cpu":
         pytest.skip("there are no graphs on a CPU")
     with pytest.raises(OptionError, match="capturable"):
         create("adamw", all_there(parameters(torch.float32)), capturable=True, **DENSE)
-    params = parameters(torch.float32, [(300, 257)])
-    here = create("adamw", params, **DENSE)
-    gpu = create("adamw", all_there(params), **DENSE)
-    train(2, here, gpu)
-    values = grads_of(here)
-    give(values, here, gpu)
+    gpu = create("adamw", all_there(parameters(torch.float32, [(300, 257)])), **DENSE)
+    train(2, gpu)
+    give(grads_of(gpu), gpu)
     cuda: Any = torch.cuda
     graph = cuda.CUDAGraph()
-    refused = ""
-    try:
+
+    def capture() -> None:
         with cuda.graph(graph):
             gpu.step()
-    except (RuntimeError, UnsupportedTensorError, OptionError) as error:
-        refused = str(error)
-    if refused:
-        assert "captur" in refused
-        cuda.synchronize()
-        return
-    for _ in range(3):
-        graph.replay()
-        here.step()
-    assert_same_optimizers(gpu, here)
+
+    with pytest.raises((RuntimeError, OptionError), match="captur"):
+        capture()
+    cuda.synchronize()
+    train(1, gpu)
