@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import bnbx
 import on_gpu
 from bnbx.nn import EmbeddingNF4, Linear8bitLt, LinearNF4, QuantLinear
 from on_gpu import there
@@ -95,3 +96,23 @@ def test_reduce_overhead_uses_graphs(name: str) -> None:
         for _ in range(4):
             x = torch.randn(1, 64, device=on_gpu.DEVICE)
             torch.testing.assert_close(compiled(x).clone(), layer(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["nf4", "nvfp4", "int8"])
+def test_quantizing_in_a_captured_graph(name: str) -> None:
+    """What a replay reads of the host has to be there still."""
+    if on_gpu.DEVICE.type == "cpu":
+        pytest.skip("there are no graphs on a CPU")
+    x = torch.randn(64, 256, device=on_gpu.DEVICE)
+    cuda: Any = torch.cuda
+    bnbx.quantize(x, name).dequantize()
+    graph = cuda.CUDAGraph()
+    with cuda.graph(graph):
+        y = bnbx.quantize(x, name).dequantize()
+    for scale in (1.0, 100.0, 0.01):
+        x.copy_(torch.randn(64, 256) * scale)
+        rubbish = [torch.full((3,), 7, dtype=torch.int32).pin_memory() for _ in range(64)]
+        graph.replay()
+        cuda.synchronize()
+        assert torch.equal(y, bnbx.quantize(x, name).dequantize())
+        del rubbish

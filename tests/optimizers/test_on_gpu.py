@@ -334,3 +334,16 @@ def test_a_gradient_of_another_device_is_refused() -> None:
 
     with pytest.raises((UnsupportedTensorError, RuntimeError), match=r"cpu|device"):
         step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [32, 8])
+def test_parameters_to_evaluate(bits: int, dtype: torch.dtype) -> None:
+    """The code of modes runs in torch operations, which may not differ by a bit either."""
+    here, gpu = pair("schedule_free_adamw", dtype, bits=bits)
+    train(3, here, gpu)
+    for turn in ("eval", "train"):
+        for optimizer in (here, gpu):
+            getattr(optimizer, turn)()
+        assert_same_optimizers(gpu, here)
+    check(2, here, gpu)

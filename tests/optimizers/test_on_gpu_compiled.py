@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -68,3 +70,38 @@ def test_a_compiled_model_trains(backend: str) -> None:
         step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 10
+
+
+IN_CUDA_GRAPHS = """
+import copy, torch
+from bnbx.optim import create
+
+torch.manual_seed(0)
+model = torch.nn.Linear(70, 90).cuda()
+other = copy.deepcopy(model)
+runs = [create("adamw", m.parameters(), lr=1e-2, min_8bit_size=0) for m in (model, other)]
+step = torch.compile(runs[0].step, fullgraph=True, mode="reduce-overhead")
+for _ in range(8):
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        value = torch.randn_like(p)
+        if p.grad is None:
+            p.grad, q.grad = value, value.clone()
+        p.grad.copy_(value)
+        q.grad.copy_(value)
+    step()
+    runs[1].step()
+torch.cuda.synchronize()
+for p, q in zip(model.parameters(), other.parameters(), strict=True):
+    assert torch.equal(p, q)
+    assert runs[0].state[p]["step"] == runs[1].state[q]["step"] == 8
+"""
+
+
+def test_reduce_overhead_leaves_the_step_out_of_cuda_graphs() -> None:
+    """A replay would repeat its scalars, from memory that is gone: in a process of its own."""
+    if on_gpu.DEVICE.type == "cpu":
+        pytest.skip("there are no graphs on a CPU")
+    done = subprocess.run(
+        [sys.executable, "-c", IN_CUDA_GRAPHS], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
