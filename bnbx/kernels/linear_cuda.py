@@ -21,7 +21,9 @@ INPUTS = (1, 2, 4)  # rows of x that there are kernels for, as in the template
 ROWS = 2  # of the weight, that a warp takes at once
 NAMES = (*(f"multiply_{count}" for count in INPUTS), "decode_columns")
 WARPS = THREADS // 32
-FEW_ROWS = 5  # fewer are multiplied as codes are read; on an H100, where panels take one launch each
+FEW_ROWS = (
+    5  # fewer are multiplied as codes are read; on an H100, where panels take one launch each
+)
 
 
 def source(plan: LinearPlan) -> str:

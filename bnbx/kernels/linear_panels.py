@@ -16,8 +16,8 @@ from bnbx.kernels.encoding import Encoding
 
 SHARE = 1 / 32  # of the dense weight's bytes, what a panel takes
 LEAST_BYTES, MOST_BYTES = 256 * 1024, 4 * 1024 * 1024  # of a panel: between the caches' sizes
-# On a GPU each panel costs two launches, which take the host longer than a GPU to multiply 16 rows with a
-# whole 4096 x 4096 weight; 32 panels of it took 5 ms on an H100.
+# On a GPU each panel costs two launches, which take the host longer than it takes a GPU to multiply
+# 16 rows with a whole 4096 x 4096 weight; 32 panels of that took 5 ms on an H100.
 GPU_BYTES = 64 * 1024 * 1024
 MULTIPLE = 16  # of a panel's rows or columns: what matrix products are fast with
 PIECE_BYTES, MOST_ROWS = 384 * 1024, 256  # of x that are converted at a time

@@ -36,8 +36,8 @@ def register(optimizer: Optimizer8bit) -> int:
     return handle
 
 
-# A captured graph would repeat one step's numbers, and read memory that was given back: Inductor is told
-# to leave the step out of those it makes (`mode="reduce-overhead"`), where this torch knows how.
+# A captured graph would repeat one step's numbers, and read memory that was given back: Inductor
+# is told to leave the step out of those it makes (`mode="reduce-overhead"`), where torch knows how.
 _TAGS: dict[str, Any] = {}
 if hasattr(torch.Tag, "cudagraph_unsafe"):
     _TAGS["tags"] = (torch.Tag.cudagraph_unsafe,)

@@ -38,7 +38,7 @@ from bnbx.optimizers.paging import Pages
 from bnbx.optimizers.resolution import Resolution
 from bnbx.optimizers.scaling import Scaling, combined, overflow_flag
 from bnbx.optimizers.staged import Staging
-from bnbx.optimizers.switches import IMPLEMENTATION, check_implementation
+from bnbx.optimizers.switches import IMPLEMENTATION, check_capture, check_implementation
 from bnbx.registry import Optimizer as OptimizerSpec
 from bnbx.registry import optimizers, quant_types
 from bnbx.registry.config import Resolved, check_known, resolve

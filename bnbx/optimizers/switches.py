@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from bnbx.errors import NotYetError, OptionError
 
+_FROZEN = (
+    "a captured graph would freeze the step's scalars (bias corrections, learning rate), which "
+    "come from the host"
+)
+_OUTSIDE = "keep the step outside of the graph, after its replay"
 IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 
 
@@ -35,8 +42,12 @@ def check_implementation(
             "use torch.optim or a functional optimizer to differentiate through a step"
         )
     if capturable:
+        raise NotYetError(f"capturable=True: {_FROZEN}; leave it out, and {_OUTSIDE}")
+
+
+def check_capture() -> None:
+    """Raise NotYetError if torch's current stream is captured in a CUDA graph."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise NotYetError(
-            "capturable=True: a captured CUDA graph would freeze the step's scalars (bias "
-            "corrections, learning rate), which come from the host; leave it out and keep "
-            "optimizer.step() outside of the graph"
+            f"optimizer.step() in a CUDA graph that is captured: {_FROZEN}; {_OUTSIDE}"
         )

@@ -490,12 +490,14 @@ DEVICE void add_spans(const Row (&rows)[ROWS], const Span (&spans)[ROWS], i64 el
 }
 
 // What the next tile needs is on its way while a tile is multiplied: memory takes longer to answer than that.
+// Not where there are no registers for it: where rows are shifted, or a span is large; and not x, if it has more
+// than two rows.
 template <int M, bool SHIFTED>
 DEVICE void multiply(const Parts& parts, i64 row_count, i64 columns, const Number* x, i64 inputs, const Number* bias, Number* y,
                      const Levels& levels, Inputs<M>& shared) {
   const int lane = threadIdx.x % LANES;
   const i64 end = columns + (SHIFTED ? SPAN : 0);
-  constexpr bool EARLY = M <= 2 && FACTORS == 1 && !Code::CENTERED;  // there are registers for x too
+  constexpr bool AHEAD = !SHIFTED && WORDS + FACTORS <= 9, X_AHEAD = AHEAD && M <= 2;
   for (i64 first = (i64)blockIdx.x * WARPS * ROWS; first < row_count; first += (i64)gridDim.x * WARPS * ROWS) {
     const i64 number = first + threadIdx.x / LANES * ROWS;
     Row rows[ROWS];
@@ -505,24 +507,25 @@ DEVICE void multiply(const Parts& parts, i64 row_count, i64 columns, const Numbe
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       rows[r] = find_row(parts, number + r < row_count ? number + r : row_count - 1, columns);
-      load_span(parts, rows[r], lane * SPAN, coming[r]);
+      if (AHEAD) load_span(parts, rows[r], lane * SPAN, coming[r]);
     }
-    if (EARLY) fetch_inputs<M>(x, inputs, columns, 0, brought);
+    if (X_AHEAD) fetch_inputs<M>(x, inputs, columns, 0, brought);
     for (i64 tile = 0; tile < end; tile += TILE) {
       const i64 element = tile + lane * SPAN;
       Span spans[ROWS];
       bool whole = true;
-      if (!EARLY) fetch_inputs<M>(x, inputs, columns, tile, brought);
+      if (!X_AHEAD) fetch_inputs<M>(x, inputs, columns, tile, brought);
       __syncthreads();
       put_inputs<M>(brought, shared);
       __syncthreads();
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
+        if (!AHEAD) load_span(parts, rows[r], element, coming[r]);
         spans[r] = coming[r];
-        if (tile + TILE < end) load_span(parts, rows[r], element + TILE, coming[r]);
+        if (AHEAD && tile + TILE < end) load_span(parts, rows[r], element + TILE, coming[r]);
         whole = whole && element >= rows[r].phase && element + SPAN <= rows[r].end;
       }
-      if (EARLY && tile + TILE < end) fetch_inputs<M>(x, inputs, columns, tile + TILE, brought);
+      if (X_AHEAD && tile + TILE < end) fetch_inputs<M>(x, inputs, columns, tile + TILE, brought);
       if (whole) add_spans<M, SHIFTED, true>(rows, spans, element, levels, shared, sums);
       else add_spans<M, SHIFTED, false>(rows, spans, element, levels, shared, sums);
     }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,22 +28,34 @@ class CompileError(Exception):
 
 
 class Recorder:
-    """A CuPy without a GPU: sources are searched for their kernels, launches are kept."""
+    """A CuPy without a GPU: sources are searched for their kernels, launches are kept.
+
+    Kernels have the numbers 1, 2, ... for addresses. Of a launch is kept: the kernel, blocks,
+    threads, the stream, the device, and the places of its arguments' 8 bytes, which are read before
+    the call returns, as the driver does.
+    """
 
     def __init__(self) -> None:
-        self.launches: list[tuple[str, tuple[int, ...], tuple[int, ...], tuple[Any, ...], int]] = []
-        self.stream = 0
+        self.names: list[str] = []
+        self.launches: list[tuple[str, int, int, tuple[int, ...], int, int]] = []
+        self.device = 0
+        self.arguments = 2
         self.cuda = SimpleNamespace(
-            Device=nullcontext,
-            ExternalStream=self._stream,
             compiler=SimpleNamespace(CompileException=CompileError),
+            driver=SimpleNamespace(launchKernel=self._launch),
+            runtime=SimpleNamespace(getDevice=lambda: self.device, setDevice=self._set),
         )
 
-    @contextmanager
-    def _stream(self, number: int) -> Any:
-        self.stream = number
-        yield
-        self.stream = 0
+    def _set(self, index: int) -> None:
+        self.device = index
+
+    def _launch(self, address: int, *given: int) -> None:
+        grid, threads, shared, stream, places, extra = given[:3], given[3:6], *given[6:]
+        assert (grid[1:], threads[1:], shared, extra) == ((1, 1), (1, 1), 0, 0)
+        pointers = (ctypes.c_uint64 * self.arguments).from_address(places)
+        values = tuple(ctypes.c_uint64.from_address(place).value for place in pointers)
+        name = self.names[address - 1]
+        self.launches.append((name, grid[0], threads[0], values, stream, self.device))
 
     def RawModule(self, code: str, options: tuple[str, ...]) -> Any:  # noqa: N802 - CuPy's name
         assert options == cuda_module.OPTIONS
@@ -51,7 +64,8 @@ class Recorder:
         def get_function(name: str) -> Any:
             if name not in names:
                 raise CompileError(name)
-            return lambda *given: self.launches.append((name, *given, self.stream))
+            self.names.append(name)
+            return SimpleNamespace(kernel=SimpleNamespace(ptr=len(self.names)))
 
         return SimpleNamespace(get_function=get_function)
 
@@ -65,15 +79,19 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: processors)
     stream = SimpleNamespace(cuda_stream=77)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    monkeypatch.setattr(cuda_module, "_raw_stream", None)
     return found
 
 
-def module(source: str, names: tuple[str, ...]) -> CudaModule:
-    return CudaModule(source, names, torch.device("cuda", 0), "a test")
+def module(source: str, names: tuple[str, ...], index: int = 0) -> CudaModule:
+    return CudaModule(source, names, torch.device("cuda", index), "a test")
+
+
+SOURCE = 'extern "C" __global__ void bnbx_run(float* x, const long long n) {}'
 
 
 def test_launches_go_to_the_stream_of_torch_with_plain_arguments(recorder: Recorder) -> None:
-    made = module('extern "C" __global__ void bnbx_run(float* x, const long long n) {}', ("run",))
+    made = module(SOURCE, ("run",))
     x = torch.zeros(3)
     none = Launch("run", 0, (x, np.int64(0)))  # of no blocks at all: CUDA would refuse it
     made.launch(
@@ -81,10 +99,37 @@ def test_launches_go_to_the_stream_of_torch_with_plain_arguments(recorder: Recor
     )
     most = 2 * cuda_module.BLOCKS_PER_MULTIPROCESSOR
     assert recorder.launches == [
-        ("bnbx_run", (5,), (64,), (np.uint64(x.data_ptr()), np.int64(3)), 77),
-        ("bnbx_run", (most,), (64,), (np.uint64(0), np.int64(0)), 77),
-        ("bnbx_run", (1,), (64,), (np.uint64(x.data_ptr()), np.int64(0)), 77),
+        ("bnbx_run", 5, 64, (x.data_ptr(), 3), 77, 0),
+        ("bnbx_run", most, 64, (0, 0), 77, 0),
+        ("bnbx_run", 1, 64, (x.data_ptr(), 0), 77, 0),
     ]
+
+
+def test_arguments_are_their_bytes(recorder: Recorder) -> None:
+    """As many of 8 as a kernel takes of them, the lowest first."""
+    recorder.arguments = 3
+    given = (np.int64(-5), np.float32(1.5), np.int32(-1))
+    module(SOURCE, ("run",)).launch([Launch("run", 1, given)])
+    found = [value.to_bytes(8, "little") for value in recorder.launches[0][3]]
+    assert np.frombuffer(found[0], np.int64)[0] == -5
+    assert np.frombuffer(found[1], np.float32)[0] == 1.5
+    assert np.frombuffer(found[2], np.int32)[0] == -1
+
+
+def test_a_launch_is_on_the_device_of_its_module_and_leaves_the_current_one(
+    recorder: Recorder,
+) -> None:
+    module(SOURCE, ("run",), 1).launch([Launch("run", 1, (None, np.int64(0)))])
+    assert [launch[-1] for launch in recorder.launches] == [1]
+    assert recorder.device == 0
+
+
+def test_the_stream_is_asked_for_by_number_where_torch_can_say_it(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_module, "_raw_stream", lambda index: 100 + index)
+    module(SOURCE, ("run",), 3).launch([Launch("run", 1, (None, np.int64(0)))])
+    assert [launch[-2] for launch in recorder.launches] == [103]
 
 
 def test_a_source_that_is_refused_is_named(recorder: Recorder) -> None:
