@@ -8,6 +8,7 @@ import torch
 
 from bnbx.errors import NotYetError, OptionError
 
+_cuda: Any = torch.cuda  # whose functions are untyped
 _FROZEN = (
     "a captured graph would freeze the step's scalars (bias corrections, learning rate), which "
     "come from the host"
@@ -47,7 +48,5 @@ def check_implementation(
 
 def check_capture() -> None:
     """Raise NotYetError if torch's current stream is captured in a CUDA graph."""
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-        raise NotYetError(
-            f"optimizer.step() in a CUDA graph that is captured: {_FROZEN}; {_OUTSIDE}"
-        )
+    if _cuda.is_initialized() and _cuda.is_current_stream_capturing():
+        raise NotYetError(f"optimizer.step() while a CUDA graph is captured: {_FROZEN}; {_OUTSIDE}")
