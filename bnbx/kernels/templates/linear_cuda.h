@@ -130,28 +130,39 @@ DEVICE void put_inputs(const Number (&brought)[M][BROUGHT], Inputs<M>& to) {
     }
 }
 
-// Adds the products with a span of each row to sums. WHOLE: all of its elements are the row's.
+// The level of code k. Its place is in bytes, so that finding it takes a shift and a mask.
+DEVICE float level_at(const Levels& levels, const u32 (&words)[WORDS], int k) {
+  const int down = 32 - Code::BITS - k * Code::BITS % 32;  // bits below the code in its word; of two words, negative
+  const u32 word = words[k * Code::BITS / 32], mask = ((1u << Code::BITS) - 1u) * 4u;
+  const u32 place = down < 0 ? code_at(words, k) * 4u : (down >= 2 ? word >> (down >= 2 ? down - 2 : 0) : word << (2 - down & 3)) & mask;
+  return *(const float*)((const char*)levels.level + place);
+}
+
+// Adds the products with a span of each row to sums. WHOLE: all of its elements are the rows'. x is zero where a
+// row has no elements.
 template <int M, bool SHIFTED, bool WHOLE>
 DEVICE void add_spans(const Row (&rows)[ROWS], const Span (&spans)[ROWS], i64 element, const Levels& levels,
                       const Inputs<M>& inputs, float (&sums)[ROWS][M]) {
   const int lane = threadIdx.x % LANES;
+  int low[ROWS], high[ROWS];
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
-    const int low = (int)(rows[r].phase > element ? rows[r].phase - element : 0);
-    const int high = (int)(rows[r].end - element < SPAN ? rows[r].end - element : SPAN);
-    if (high <= low) continue;
+    low[r] = (int)(rows[r].phase > element ? rows[r].phase - element : 0);
+    high[r] = (int)(rows[r].end - element < SPAN ? rows[r].end - element : SPAN);
+  }
 #pragma unroll
-    for (int k = 0; k < SPAN; ++k) {
+  for (int k = 0; k < SPAN; ++k)
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
       const float factor = spans[r].factor[k / HALF % FACTORS], middle = spans[r].middle[k / HALF % FACTORS];
-      const float level = levels.level[code_at(spans[r].words, k)];
+      const float level = level_at(levels, spans[r].words, k);
       float w = Code::CENTERED ? fmaf(level, factor, middle) : level * factor;
-      if (!WHOLE) w = k >= low && k < high ? w : 0.0f;
+      if (!WHOLE) w = k >= low[r] && k < high[r] ? w : 0.0f;
       const int place = SHIFTED ? (k - rows[r].phase) & (SPAN - 1) : k;
       const int at = lane + (SHIFTED && k < rows[r].phase ? 0 : 1);
 #pragma unroll
       for (int m = 0; m < M; ++m) sums[r][m] = fmaf(w, inputs.x[m][place][at], sums[r][m]);
     }
-  }
 }
 
 // What the next tile needs is on its way while a tile is multiplied: memory takes longer to answer than that.
@@ -162,7 +173,7 @@ DEVICE void multiply(const Parts& parts, i64 row_count, i64 columns, const Numbe
                      const Levels& levels, Inputs<M>& shared) {
   const int lane = threadIdx.x % LANES;
   const i64 end = columns + (SHIFTED ? SPAN : 0);
-  constexpr bool AHEAD = !SHIFTED && WORDS + FACTORS <= 9, X_AHEAD = AHEAD && M <= 2;
+  constexpr bool AHEAD = !SHIFTED && WORDS + FACTORS <= 7, X_AHEAD = AHEAD && M <= 2;
   for (i64 first = (i64)blockIdx.x * WARPS * ROWS; first < row_count; first += (i64)gridDim.x * WARPS * ROWS) {
     const i64 number = first + threadIdx.x / LANES * ROWS;
     Row rows[ROWS];
