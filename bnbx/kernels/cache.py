@@ -110,7 +110,7 @@ def _build(
         text.write_text(source)
         build(text, binary)
         if not binary.exists():
-            raise CompileError("the compiler succeeded, but wrote no library")
+            raise CompileError("the compiler succeeded, but wrote no kernel")
         note.write_text(json.dumps({"sha256": _checksum(binary), "source": text.name}))
         try:
             kernel = load(binary)  # what does not load is never kept

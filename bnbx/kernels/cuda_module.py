@@ -1,5 +1,9 @@
 """CUDA kernels of one source on one device: compiled through CuPy, run on torch's stream.
 
+What comes out of NVRTC is kept where compiled C++ is. CuPy has a cache too, but what goes through
+it is compiled with `-ftz=true`, whatever is asked for: numbers below 1.2e-38 become zero, a block
+of them loses its scale, and bits differ from those of other targets (seen on an H100).
+
 They are launched by the driver's own function, with arguments that are packed here. A product of
 one row takes a GPU 10 microseconds, and CuPy's way to say on which device and stream a kernel runs
 took Python longer than that.
@@ -12,6 +16,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +24,11 @@ import torch
 from torch import Tensor
 
 from bnbx.errors import TargetError
+from bnbx.kernels.cache import key_of, load_or_build
 
-# No multiply-add contraction: element-wise kernels have the same bits on every target.
-OPTIONS = ("--std=c++17", "--fmad=false")
+# No multiply-add contraction, no flushing to zero, quotients and roots as IEEE 754 has them:
+# element-wise kernels have the same bits on every target.
+OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
 THREADS = 256
 BLOCKS_PER_MULTIPROCESSOR = 8
 # What torch.cuda.current_stream wraps in an object, where this torch shows it.
@@ -76,13 +83,15 @@ class CudaModule:
     ) -> None:
         self.cupy, self.device = import_cupy(), device
         with torch.cuda.device(device):
-            module = self.cupy.RawModule(code=source, options=OPTIONS)
             try:
-                # Kept whole: the addresses are good for as long as the objects live.
-                self.functions = {name: module.get_function(f"bnbx_{name}") for name in names}
-                self._addresses = {name: each.kernel.ptr for name, each in self.functions.items()}
+                code = _compiled(self.cupy, source, device)
             except self.cupy.cuda.compiler.CompileException as error:
                 raise TargetError(f"NVRTC refused the kernel of {what}: {error}") from error
+            module = self.cupy.cuda.function.Module()
+            module.load(code)
+            # Kept whole: the addresses are good for as long as the objects live.
+            self.functions = {name: module.get_function(f"bnbx_{name}") for name in names}
+        self._addresses = {name: each.ptr for name, each in self.functions.items()}
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         self.most_blocks = processors * BLOCKS_PER_MULTIPROCESSOR
 
@@ -103,6 +112,19 @@ class CudaModule:
         finally:
             if before != index:
                 runtime.setDevice(before)
+
+
+def _compiled(cupy: Any, source: str, device: torch.device) -> bytes:
+    """Machine code for a device, which is the current one; from the cache, or of NVRTC."""
+
+    def build(_: Path, binary: Path) -> None:
+        code, _names = cupy.cuda.compiler.compile_using_nvrtc(source, OPTIONS)
+        binary.write_bytes(code if isinstance(code, bytes) else code.encode())
+
+    capability = torch.cuda.get_device_capability(device)
+    version = (*capability, *cupy.cuda.nvrtc.getVersion(), cupy.__version__)
+    key = key_of(source, *OPTIONS, *map(str, version))
+    return load_or_build(key, source, ".cu", build, Path.read_bytes)
 
 
 def _stream(index: int) -> int:

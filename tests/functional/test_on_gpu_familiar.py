@@ -197,6 +197,13 @@ def assert_almost_the_same(found: Tensor, expected: Tensor, share: float = 5e-3)
     assert float((found != expected).float().mean()) <= share
 
 
+def _codes(packed: Tensor, quant_type: str) -> Tensor:
+    """A code each. FP4 has two zeros: which one a number becomes its own two backends, CPU and
+    CUDA, have the other way round; ours are those of its CPU, everywhere."""
+    codes = torch.stack([packed >> 4, packed & 15])
+    return torch.where(codes == 8, 0, codes) if quant_type == "fp4" else codes
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_bytes_of_bitsandbytes_4bit(theirs: Any, quant_type: str, dtype: torch.dtype) -> None:
@@ -204,7 +211,7 @@ def test_bytes_of_bitsandbytes_4bit(theirs: Any, quant_type: str, dtype: torch.d
     expected, state = theirs.functional.quantize_4bit(x, quant_type=quant_type)
     found, ours = functional.quantize_4bit(x, quant_type=quant_type)
     assert same(ours.absmax, state.absmax)
-    assert_almost_the_same(found, expected)
+    assert_almost_the_same(_codes(found, quant_type), _codes(expected, quant_type))
     numbers_of = functional.dequantize_4bit(
         expected, functional.QuantState.from_dict(state.as_dict(packed=True), x.device)
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +28,22 @@ class CompileError(Exception):
     """What CuPy raises for a source that NVRTC refuses."""
 
 
+class Loaded:
+    """A module whose machine code is its source: `names` are those of all functions so far."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self.code = ""
+
+    def load(self, code: bytes) -> None:
+        self.code = code.decode()
+
+    def get_function(self, name: str) -> Any:
+        assert name in {kernel.name for kernel in find_kernels(self.code)}, name
+        self.names.append(name)
+        return SimpleNamespace(ptr=len(self.names))
+
+
 class Recorder:
     """A CuPy without a GPU: sources are searched for their kernels, launches are kept.
 
@@ -35,13 +52,20 @@ class Recorder:
     the call returns, as the driver does.
     """
 
+    __version__ = "0"
+
     def __init__(self) -> None:
         self.names: list[str] = []
+        self.compiled = 0
         self.launches: list[tuple[str, int, int, tuple[int, ...], int, int]] = []
         self.device = 0
         self.arguments = 2
         self.cuda = SimpleNamespace(
-            compiler=SimpleNamespace(CompileException=CompileError),
+            compiler=SimpleNamespace(
+                CompileException=CompileError, compile_using_nvrtc=self._compile
+            ),
+            function=SimpleNamespace(Module=lambda: Loaded(self.names)),
+            nvrtc=SimpleNamespace(getVersion=lambda: (13, 0)),
             driver=SimpleNamespace(launchKernel=self._launch),
             runtime=SimpleNamespace(getDevice=lambda: self.device, setDevice=self._set),
         )
@@ -57,21 +81,18 @@ class Recorder:
         name = self.names[address - 1]
         self.launches.append((name, grid[0], threads[0], values, stream, self.device))
 
-    def RawModule(self, code: str, options: tuple[str, ...]) -> Any:  # noqa: N802 - CuPy's name
+    def _compile(self, source: str, options: tuple[str, ...]) -> tuple[bytes, None]:
         assert options == cuda_module.OPTIONS
-        names = {kernel.name for kernel in find_kernels(code)}
-
-        def get_function(name: str) -> Any:
-            if name not in names:
-                raise CompileError(name)
-            self.names.append(name)
-            return SimpleNamespace(kernel=SimpleNamespace(ptr=len(self.names)))
-
-        return SimpleNamespace(get_function=get_function)
+        self.compiled += 1
+        if "refused" in source:
+            raise CompileError("refused")
+        return source.encode(), None
 
 
 @pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+def recorder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Recorder:
+    monkeypatch.setenv("BNBX_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     found = Recorder()
     monkeypatch.setattr(cuda_module, "import_cupy", lambda: found)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
@@ -134,8 +155,26 @@ def test_the_stream_is_asked_for_by_number_where_torch_can_say_it(
 
 def test_a_source_that_is_refused_is_named(recorder: Recorder) -> None:
     del recorder
-    with pytest.raises(TargetError, match="kernel of a test: bnbx_gone"):
-        module('extern "C" __global__ void bnbx_run() {}', ("gone",))
+    with pytest.raises(TargetError, match="kernel of a test: refused"):
+        module('extern "C" __global__ void bnbx_run() { refused }', ("run",))
+
+
+def test_a_source_is_compiled_once_for_a_kind_of_device(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):
+        module(SOURCE, ("run",))
+    assert recorder.compiled == 1
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    module(SOURCE, ("run",))
+    assert recorder.compiled == 2
+
+
+def test_nothing_is_flushed_to_zero_or_contracted() -> None:
+    """CuPy's own way of compiling asks for the former: its H100 gave other bits than a CPU."""
+    assert {"--ftz=false", "--fmad=false", "--prec-div=true", "--prec-sqrt=true"} <= set(
+        cuda_module.OPTIONS
+    )
 
 
 def test_without_cupy_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,9 @@ def test_layers_are_quantized_to_the_same_codes_and_compute_the_same(
     if name == "bfloat16 memory" and size[0] * size[1] % 4:
         pytest.skip("codes that do not fill elements of the storage are refused")
     here, gpu = pair(LINEAR[name], *size, dtype=dtype)
-    assert_there(gpu.weight, *gpu.state_dict().values())
+    # The type and shape of codes are described in text, which is host memory, as in bitsandbytes.
+    saved = {k: v for k, v in gpu.state_dict().items() if "quant_state.bitsandbytes" not in k}
+    assert_there(gpu.weight, *saved.values())
     if name != "fitted":  # errors are summed in another order: a near tie may fall otherwise
         assert_same_dicts(gpu, here)
     for rows in ROWS:
