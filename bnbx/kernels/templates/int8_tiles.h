@@ -7,20 +7,41 @@
 // turned: for 512 rows twice the work, for 16 rows 64 times.
 
 #if INT8_TILES
-// Fewest rows of x; outputs and rows of x at a time, for which each tile that is loaded is used twice.
-enum { TILES_LEAST = MOST_ROWS + 1, BLOCK = 2 * TILE_ROWS };
-// Bytes of x that pass by all outputs at a time: they stay in the second cache (2 MiB) beside a block
-// of the weight. All 512 rows at once take 11 ms, 128 at a time 8.
-enum { CHUNK_BYTES = 1 << 20, NEXT = 4 };
+// Outputs and rows at a time: each tile that is loaded is used twice. The fewest rows: up to MOST_ROWS,
+// which vectors multiply as fast as the weight comes from memory, both take the same time.
+enum { BLOCK = 2 * TILE_ROWS, TILES_LEAST = MOST_ROWS + 1 };
+// DEPTH codes of so many rows of x (1 MiB) stay in the second cache (2 MiB) while the weight passes by:
+// all 512 rows at once take 11 ms instead of 7, 128 at a time 8.
+enum { CHUNK = 256 };
+// Where rows are longer, the sums of so many outputs are kept, for parts of x to meet as many.
+enum { KEPT = 256 };
+enum { NEXT = 4 };  // rows of the weight that come into the second cache while a block of rows passes by
 
-// Sums are in tiles 0 to 3, the weight in 4 and 5, x in 6 and 7. Tiles of the last outputs have fewer rows.
-static void set_up(int last) {
-  const u8 rows[TILE_COUNT] = {TILE_ROWS, TILE_ROWS, (u8)last, (u8)last, TILE_ROWS, (u8)last, TILE_ROWS, TILE_ROWS};
-  set_up_tiles(rows);
+struct Kept {
+  alignas(64) i32 sums[CHUNK / BLOCK][BLOCK][BLOCK];  // by row block, output, row
+};
+
+// Codes [at, at + count) of up to BLOCK outputs, those that fill no tile copied and filled up with zeros.
+struct Part {
+  i64 at, whole;
+  const i8* codes;
+  bool rest;
+  alignas(64) i8 filled[BLOCK][TILE_BYTES];
+};
+
+static inline i64 at_most(i64 most, i64 count) { return count < most ? count : most; }
+
+static void find_part(const Product& job, i64 out, i64 outs, i64 at, Part& part) {
+  const i64 count = at_most(DEPTH, job.depth - at), rest = count % TILE_BYTES;
+  part.at = at, part.whole = count - rest, part.rest = rest > 0;
+  part.codes = job.weight + out * job.depth + at;
+  if (!part.rest) return;
+  __builtin_memset(part.filled, 0, sizeof part.filled);
+  for (i64 c = 0; c < outs; ++c) __builtin_memcpy(part.filled[c], part.codes + c * job.depth + part.whole, rest);
 }
 
 // Adds what codes [0, count) give to a block, or to its last outputs (OUTS 1), its first rows (ROWS 1).
-// `next` is what comes into the second cache meanwhile, from NEXT rows of the weight: 5 % less time.
+// Sums are in tiles 0 to 3, the weight in 4 and 5, x in 6 and 7.
 template <int OUTS, int ROWS>
 static inline void add_block(const i8* w, i64 w_stride, const i8* x, i64 x_stride, i64 count, const i8* next) {
   for (const i8* end = w + count; w < end; w += TILE_BYTES, x += TILE_BYTES, next += TILE_BYTES) {
@@ -38,25 +59,43 @@ static inline void add_block(const i8* w, i64 w_stride, const i8* x, i64 x_strid
   }
 }
 
-// Codes that fill no tile, filled up with zeros.
-struct Rest {
-  i8 codes[BLOCK][TILE_BYTES];
-};
-
-// All sums of a block; those that nobody asked for are left as they were.
+// A part's sums of a block, added to those of the parts before; those that nobody asked for are left as
+// they were.
 template <int OUTS, int ROWS>
-static __attribute__((noinline)) void sum_block(const Product& job, const i8* w, const Rest& rest, const i8* x, const i8* next, i32 (*sums)[BLOCK]) {
+static __attribute__((noinline)) void sum_block(const Product& job, const Part& part, i64 row, i64 next, i32 (*sums)[BLOCK]) {
   enum { ACROSS = BLOCK * 4 };
-  const i64 whole = job.depth / TILE_BYTES * TILE_BYTES;
-  tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-  add_block<OUTS, ROWS>(w, job.depth, x, job.stride, whole, next);
-  if (whole < job.depth) add_block<OUTS, ROWS>(rest.codes[0], TILE_BYTES, x + whole, job.stride, TILE_BYTES, next + whole);
-  if (OUTS == 2) {
-    tile_store<0>(sums, ACROSS);
-    if (ROWS == 2) tile_store<1>(sums[0] + TILE_ROWS, ACROSS);
+  const i8* x = job.x + row * job.stride + part.at;
+  i32 *upper = sums[0], *lower = sums[(OUTS - 1) * TILE_ROWS];
+  if (part.at == 0) {
+    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+  } else {
+    if (OUTS == 2) tile_load<0>(upper, ACROSS);
+    if (OUTS == 2 && ROWS == 2) tile_load<1>(upper + TILE_ROWS, ACROSS);
+    tile_load<2>(lower, ACROSS);
+    if (ROWS == 2) tile_load<3>(lower + TILE_ROWS, ACROSS);
   }
-  tile_store<2>(sums[(OUTS - 1) * TILE_ROWS], ACROSS);
-  if (ROWS == 2) tile_store<3>(sums[(OUTS - 1) * TILE_ROWS] + TILE_ROWS, ACROSS);
+  add_block<OUTS, ROWS>(part.codes, job.depth, x, job.stride, part.whole, part.codes + next * job.depth);
+  if (part.rest) add_block<OUTS, ROWS>(part.filled[0], TILE_BYTES, x + part.whole, job.stride, TILE_BYTES, part.codes);
+  if (OUTS == 2) tile_store<0>(upper, ACROSS);
+  if (OUTS == 2 && ROWS == 2) tile_store<1>(upper + TILE_ROWS, ACROSS);
+  tile_store<2>(lower, ACROSS);
+  if (ROWS == 2) tile_store<3>(lower + TILE_ROWS, ACROSS);
+}
+
+// What codes from `at` on add to `outs` outputs from `out` on, of `rows` rows from `row` on.
+static void sum_outputs(const Product& job, i64 row, i64 rows, i64 out, i64 outs, i64 at, Kept& kept) {
+  Part part;
+  find_part(job, out, outs, at, part);
+  const u8 last = (u8)((outs - 1) % TILE_ROWS + 1);  // of the last outputs there may be fewer
+  const u8 filled[TILE_COUNT] = {TILE_ROWS, TILE_ROWS, last, last, TILE_ROWS, last, TILE_ROWS, TILE_ROWS};
+  set_up_tiles(filled);
+  for (i64 r = 0; r < rows; r += BLOCK) {
+    i32(*to)[BLOCK] = kept.sums[r / BLOCK];
+    const i64 next = BLOCK + r / BLOCK * NEXT;
+    const bool wide = rows - r > TILE_ROWS;
+    if (outs > TILE_ROWS) wide ? sum_block<2, 2>(job, part, row + r, next, to) : sum_block<2, 1>(job, part, row + r, next, to);
+    else wide ? sum_block<1, 2>(job, part, row + r, next, to) : sum_block<1, 1>(job, part, row + r, next, to);
+  }
 }
 
 // Results of up to 16 rows, FEW at a time.
@@ -68,65 +107,49 @@ static void finish_rows(const Product& job, i64 row, i64 count, const Outputs& o
   for (; r < count; ++r) finish_tile<1, Number>(job, row + r, outputs, at, sums + r);
 }
 
-static void finish_block(const Product& job, i64 row, i64 rows, const Outputs& outputs, i64 at, i64 outs, const i32 (*sums)[BLOCK]) {
+static void finish_outputs(const Product& job, i64 row, i64 rows, i64 out, i64 outs, const Kept& kept, Outputs& outputs) {
+  const i64 at = out % GROUP;
+  if (at == 0) find_outputs(job, out / GROUP, outputs);
+  for (i64 c = 0; c < outs; c += TILE)
+    gather_weights(job, outputs.weights + at + c, outputs.outliers + (at + c) * job.outliers);
   alignas(64) i32 turned[TILE_ROWS][TILE];
   for (i64 r = 0; r < rows; r += TILE_ROWS)
     for (i64 c = 0; c < outs; c += TILE) {
-      turn(sums[c] + r, sizeof sums[0], turned, sizeof turned[0]);
-      const i64 count = rows - r < TILE_ROWS ? rows - r : TILE_ROWS;
+      turn(kept.sums[r / BLOCK][c] + r % BLOCK, BLOCK * 4, turned, sizeof turned[0]);
+      const i64 count = at_most(TILE_ROWS, rows - r);
       FOR_NUMBER(job.number, (finish_rows<Number>(job, row + r, count, outputs, at + c, turned)));
     }
 }
 
-// Outputs [at, at + outs) of a group, of rows [row, last).
-static void multiply_block(const Product& job, i64 row, i64 last, const Outputs& outputs, i64 at, i64 outs) {
-  const i8 *w = outputs.weights[at], *x = job.x + row * job.stride, *next = w + BLOCK * job.depth;
-  const i64 rest = job.depth % TILE_BYTES;
-  alignas(64) i32 sums[BLOCK][BLOCK] = {};
-  alignas(64) Rest filled = {};
-  for (i64 c = 0; rest && c < outs; ++c) __builtin_memcpy(filled.codes[c], w + (c + 1) * job.depth - rest, rest);
-  for (i64 r = row; r < last; r += BLOCK, x += BLOCK * job.stride, next += NEXT * job.depth) {
-    const i64 rows = last - r < BLOCK ? last - r : BLOCK;
-    if (outs > TILE_ROWS && rows > TILE_ROWS) sum_block<2, 2>(job, w, filled, x, next, sums);
-    else if (outs > TILE_ROWS) sum_block<2, 1>(job, w, filled, x, next, sums);
-    else if (rows > TILE_ROWS) sum_block<1, 2>(job, w, filled, x, next, sums);
-    else sum_block<1, 1>(job, w, filled, x, next, sums);
-    for (i64 c = 0; r == row && c < outs; c += TILE)  // not before: now they are in the cache
-      gather_weights(job, outputs.weights + at + c, outputs.outliers + (at + c) * job.outliers);
-    finish_block(job, r, rows, outputs, at, outs, sums);
-  }
-}
-
 static void multiply_tiles(const void* data, i64 first, i64 last, i64 slice) {
   const Product& job = *(const Product*)data;
-  const i64 blocks = CHUNK_BYTES / (BLOCK * job.stride), chunk = blocks > 1 ? blocks * BLOCK : BLOCK;
+  const i64 end = at_most(job.outs, last * GROUP), together = job.depth > DEPTH ? KEPT : BLOCK;
+  Kept kept[KEPT / BLOCK];  // 256 KiB
   Outputs outputs;
   outputs.outliers = job.weight_outliers + slice * GROUP * job.outliers;
-  for (i64 row = 0; row < job.rows; row += chunk)
-    for (i64 group = first; group < last; ++group) {
-      find_outputs(job, group, outputs);
-      for (i64 at = 0; at < outputs.width; at += BLOCK) {
-        const i64 outs = outputs.width - at < BLOCK ? outputs.width - at : BLOCK;
-        const bool change = outs % TILE_ROWS || (group == first && at == 0);
-        if (change) set_up((int)((outs - 1) % TILE_ROWS) + 1);
-        multiply_block(job, row, row + chunk < job.rows ? row + chunk : job.rows, outputs, at, outs);
-      }
+  for (i64 row = 0; row < job.rows; row += CHUNK) {
+    const i64 rows = at_most(CHUNK, job.rows - row);
+    for (i64 out = first * GROUP; out < end; out += together) {
+      const i64 outs = at_most(together, end - out);
+      i64 at = 0;
+      do  // where rows are empty too: the sums are zeros
+        for (i64 c = 0; c < outs; c += BLOCK) sum_outputs(job, row, rows, out + c, at_most(BLOCK, outs - c), at, kept[c / BLOCK]);
+      while ((at += DEPTH) < job.depth);
+      for (i64 c = 0; c < outs; c += BLOCK) finish_outputs(job, row, rows, out + c, at_most(BLOCK, outs - c), kept[c / BLOCK], outputs);
     }
+  }
   give_up_tiles();
 }
 
-// Rows [16 first, 16 last) to what tiles of the weight meet; those past the last are zeros.
+// Rows [16 first, 16 last) to what tiles of the weight meet. What rows past the last and codes past
+// `depth` hold does not matter: sums of those are not asked for, and these meet zeros.
 static void prepare_tiles(const void* data, i64 first, i64 last, i64) {
   const Product& job = *(const Product*)data;
-  const i64 filled = (job.depth + TILE_BYTES - 1) / TILE_BYTES * TILE_BYTES;
   for (i64 row = first * TILE_ROWS; row < last * TILE_ROWS; row += TILE_ROWS) {
+    for (i64 r = row; r < at_most(job.rows, row + TILE_ROWS); ++r)
+      FOR_NUMBER(job.number, keep_outliers<Number>(job, r));
     i8* x = job.x + row * job.stride;
-    for (i64 r = 0; r < TILE_ROWS; ++r) {
-      const i64 known = row + r < job.rows ? job.depth : 0;
-      if (known) FOR_NUMBER(job.number, keep_outliers<Number>(job, row + r));
-      __builtin_memset(x + r * job.stride + known, 0, filled - known);
-    }
-    for (i64 at = 0; at < filled; at += TILE_BYTES) turn(x + at, job.stride, x + at, job.stride);
+    for (i64 at = 0; at < job.depth; at += TILE_BYTES) turn(x + at, job.stride, x + at, job.stride);
   }
 }
 
