@@ -18,6 +18,7 @@ from int8_libraries import PROCESSORS, library_for
 from int8_numbers import SHAPES, numbers, weight
 from same_bits import FLOATS, same_bits
 
+
 @pytest.fixture(scope="module", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with shared_cache(tmp_path_factory):
@@ -52,12 +53,13 @@ def test_any_processor_has_the_same_bits(library: ctypes.CDLL) -> None:
             assert same_bits(got, expected)
 
 
-# From 7 rows on a processor may go by its matrix unit, from 16 on by copies of the weight: rows that
-# do not fill a panel, a block or a chunk of them, depths that do not fill a vector or are cut, outputs
-# that do not fill a tile or a block.
+# From 7 rows on a processor may go by its matrix unit, from 16 on by copies of the weight: rows
+# that do not fill a panel, a block or a chunk, depths that do not fill a vector or are cut,
+# outputs that do not fill a tile or a block.
 MANY_ROWS = (
     *((15, 64, 16), (16, 32, 2), (17, 31, 9), (18, 33, 21), (19, 1, 15), (20, 95, 64)),
     *((65, 700, 81), (131, 4097, 3), (67, 8229, 18), (7, 130, 70), (33, 128, 112), (115, 8200, 50)),
+    *((259, 70, 20), (9, 4200, 300)),
 )
 
 

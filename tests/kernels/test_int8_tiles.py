@@ -1,7 +1,7 @@
 """LLM.int8() by a processor's matrix unit: who may use it, what is read, and who else uses it.
 
-That its products have the bits of all others, test_int8_processors.py says. The unit is emulated; on
-a processor that has one it is tested as well.
+That its products have the bits of all others, test_int8_processors.py says. The unit is emulated;
+on a processor that has one it is tested as well.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bnbx.kernels import int8_cpu, int8_reference
+from bnbx.kernels.library import INTEGER, compiled
 from compiled import shared_cache
 from int8_libraries import EMULATED, REFUSED, library_for
 from int8_numbers import numbers, weight
@@ -98,6 +99,30 @@ def test_threads_have_tiles_of_their_own(flags: str, threads: int) -> None:
             assert same_bits(product(library, x, *made), expected)
     finally:
         torch.set_num_threads(before)
+
+
+IN_USE = """
+extern "C" long long bnbx_in_use() {
+  unsigned int low, high;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(1));
+  return low >> 17 & 3;  // what a thread has set up, and what its tiles hold
+}
+"""
+
+
+def test_a_thread_holds_no_tiles_when_its_work_is_done() -> None:
+    library = library_for("")
+    if not library.bnbx_int8_tiles():
+        pytest.skip("this processor has no matrix unit, or the system keeps it")
+    in_use = compiled(IN_USE, {"bnbx_in_use": ((), INTEGER)}).bnbx_in_use
+    assert is_right(library)
+    assert in_use() == 0
+
+
+@pytest.mark.parametrize("flags", UNITS.values(), ids=UNITS.keys())
+def test_rows_without_columns_give_zeros(flags: str) -> None:
+    x, codes = torch.empty(9, 0), torch.empty(5, 0, dtype=torch.int8)
+    assert torch.equal(product(library_for(flags), x, codes, torch.zeros(5)), torch.zeros(9, 5))
 
 
 def test_torch_s_products_by_the_same_unit_stay_as_they_are() -> None:
