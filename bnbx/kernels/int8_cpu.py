@@ -23,12 +23,14 @@ GROUP = 64  # outputs that a thread takes at a time, as in the source
 BLOCK_SHARE = 0.04
 LEAST_ROWS = 64
 SLICES_PER_THREAD = 4
+ROWS_TOGETHER = 16  # rows of codes are made up to what the processor's matrix unit takes at a time
 
 FUNCTIONS: Functions = {
     "bnbx_int8_rows": ((POINTER, INTEGER, POINTER), None),
     "bnbx_int8_decode": ((POINTER, INTEGER, POINTER), None),
     "bnbx_int8_columns": ((POINTER, INTEGER, POINTER), INTEGER),
     "bnbx_int8_product": ((POINTER, INTEGER, INTEGER, POINTER), None),
+    "bnbx_int8_tiles": ((), INTEGER),
 }
 
 
@@ -113,12 +115,14 @@ def linear(
     bias = None if bias is None else bias.float()
     columns = torch.empty(0, dtype=torch.int32, device="cpu")
     outlier = torch.zeros(x.shape[1] if threshold > 0 else 0, dtype=torch.bool, device="cpu")
-    together = max(LEAST_ROWS, int(BLOCK_SHARE * weight.shape[0] * x.element_size()))
+    share = int(BLOCK_SHARE * weight.shape[0] * x.element_size())
+    together = max(LEAST_ROWS, share // ROWS_TOGETHER * ROWS_TOGETHER)
     if threshold > 0 and x.shape[0] > together:  # a column is one of outliers for all rows
         _quantize(x, threshold, None, None, outlier)
     together = min(together, len(x))
     width = -(-x.shape[1] // VECTOR) * VECTOR + VECTOR
-    codes = torch.empty((together, width), dtype=torch.int8, device="cpu")
+    room = -(-together // ROWS_TOGETHER) * ROWS_TOGETHER
+    codes = torch.empty((room, width), dtype=torch.int8, device="cpu")
     absmax = torch.empty(together, dtype=torch.float32, device="cpu")
     for first in range(0, len(x), max(1, together)):
         block = x[first : first + together]

@@ -13,20 +13,10 @@ import torch
 from torch import Tensor
 
 from bnbx.kernels import int8_cpu, int8_reference
-from bnbx.kernels.compiler import find_compiler
-from bnbx.kernels.library import compiled
-from bnbx.kernels.source import fill
 from compiled import shared_cache
+from int8_libraries import PROCESSORS, library_for
 from int8_numbers import SHAPES, numbers, weight
 from same_bits import FLOATS, same_bits
-
-# Instruction sets that this machine may be told it lacks.
-LACKING = {
-    "all it has": "",
-    "AVX-VNNI": "-mno-avx512vnni -mno-avx512f",
-    "AVX2": "-mno-avx512vnni -mno-avx512f -mno-avxvnni",
-    "SSE": "-mno-avx -mno-avx2 -mno-avx512f -mno-avxvnni",
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,10 +28,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> ctypes.CDLL:
     """The kernels, compiled for a processor that lacks some instructions."""
-    command = f"{find_compiler().command[0]} {request.param}".strip()
-    with monkeypatch.context() as patch:
-        patch.setenv("BNBX_CXX", command)
-        found = compiled(fill(int8_cpu.TEMPLATE), int8_cpu.FUNCTIONS)
+    found = library_for(request.param)
     monkeypatch.setattr(int8_cpu, "library", lambda: found)
     return found
 
@@ -55,7 +42,7 @@ def of_the_reference(shape: tuple[int, int, int], dtype: torch.dtype) -> list[Te
     return [*products, *int8_reference.quantize_rows(x, 6.0)]
 
 
-@pytest.mark.parametrize("library", LACKING.values(), ids=LACKING.keys(), indirect=True)
+@pytest.mark.parametrize("library", PROCESSORS.values(), ids=PROCESSORS.keys(), indirect=True)
 def test_any_processor_has_the_same_bits(library: ctypes.CDLL) -> None:
     for shape, dtype in [*itertools.product(SHAPES[:7], FLOATS), (SHAPES[7], FLOATS[0])]:
         x, made = numbers(shape[0], shape[1], dtype), weight(shape[2], shape[1])
@@ -66,11 +53,13 @@ def test_any_processor_has_the_same_bits(library: ctypes.CDLL) -> None:
             assert same_bits(got, expected)
 
 
-# From 16 rows on a processor may go by copies of the weight: rows that do not fill a panel or a
-# chunk of them, depths that do not fill a vector or are cut, outputs that do not fill a tile.
+# From 7 rows on a processor may go by its matrix unit, from 16 on by copies of the weight: rows
+# that do not fill a panel, a block or a chunk, depths that do not fill a vector or are cut,
+# outputs that do not fill a tile or a block.
 MANY_ROWS = (
     *((15, 64, 16), (16, 32, 2), (17, 31, 9), (18, 33, 21), (19, 1, 15), (20, 95, 64)),
-    *((65, 700, 81), (131, 4097, 3), (67, 8229, 18)),
+    *((65, 700, 81), (131, 4097, 3), (67, 8229, 18), (7, 130, 70), (33, 128, 112), (115, 8200, 50)),
+    *((259, 70, 20), (9, 4200, 300)),
 )
 
 
@@ -92,7 +81,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("guarded")
-@pytest.mark.parametrize("library", LACKING.values(), ids=LACKING.keys(), indirect=True)
+@pytest.mark.parametrize("library", PROCESSORS.values(), ids=PROCESSORS.keys(), indirect=True)
 def test_any_processor_has_the_same_bits_for_many_rows(library: ctypes.CDLL) -> None:
     for (rows, columns, outs), dtype in itertools.product(MANY_ROWS, FLOATS):
         x, (codes, absmax) = numbers(rows, columns, dtype), weight(outs, columns)
@@ -104,8 +93,8 @@ def test_any_processor_has_the_same_bits_for_many_rows(library: ctypes.CDLL) -> 
         torch.testing.assert_close(y, int8_reference.linear(x, codes, absmax, bias, 6.0)[0])
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 9, 16, 23])
-@pytest.mark.parametrize("library", LACKING.values(), ids=LACKING.keys(), indirect=True)
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 9, 16, 23, 40])
+@pytest.mark.parametrize("library", PROCESSORS.values(), ids=PROCESSORS.keys(), indirect=True)
 def test_extreme_codes_are_added_exactly(library: ctypes.CDLL, rows: int) -> None:
     """Neighbors that are all as large as they get, in any signs: no 16 bits are too few."""
     columns, outs = 77, 35
