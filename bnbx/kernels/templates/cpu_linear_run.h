@@ -38,17 +38,17 @@ static void multiply_inputs(const Job* job, i64 input, i64 threads, Parallel par
 // Multiplies some rows of x, from `input` on; how many.
 static i64 multiply_some(const Job* job, i64 input, i64 threads, Parallel parallel) {
   const i64 left = job->inputs - input;
+#ifdef FIXED_POINT
+  if (const i64 rows = lay_out_fixed(job, input)) {
+    run({job, multiply_fixed, input, 1, 0}, threads, parallel);
+    return rows;
+  }
+#endif
 #ifdef PAIRS
   if (left == 1 && in_pairs(job, input)) {
     lay_out_pairs(job, input, (bfloat16*)job->room);
     run({job, multiply_in_pairs, input, 1, 0}, threads, parallel);
     return left;
-  }
-#endif
-#ifdef FIXED_POINT
-  if (const i64 rows = lay_out_fixed(job, input)) {
-    run({job, multiply_fixed, input, 1, 0}, threads, parallel);
-    return rows;
   }
 #endif
   if (left == 1) multiply_inputs<1>(job, input, threads, parallel);
