@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bnbx.errors import UnsupportedTensorError
-from bnbx.kernels import linear_cpu, linear_cuda, linear_panels, targets
+from bnbx.kernels import linear_cpu, linear_cuda, linear_panels, linear_tiles, targets
 from bnbx.kernels.coding import FLOATS, check_factor, check_numbers
 from bnbx.kernels.encoding import Encoding, check_parts
 from bnbx.kernels.memory import check_memory
@@ -32,6 +32,8 @@ class Native:
 
     ready: Callable[[Encoding], object]
     multiply: Multiply
+    multiply_many: Multiply
+    """The same, faster for many rows."""
     decode_columns: DecodeColumns
     few_rows: Callable[[Encoding, torch.dtype, int], float]
     """Fewer rows than these, each of so many numbers, are multiplied as codes are read."""
@@ -43,6 +45,7 @@ NATIVE = {
     "cpu": Native(
         linear_cpu.ready,
         linear_cpu.multiply,
+        linear_tiles.multiply,
         linear_cpu.decode_columns,
         linear_cpu.few_rows,
         linear_cpu.fast_panels,
@@ -50,6 +53,7 @@ NATIVE = {
     "cuda": Native(
         linear_cuda.ready,
         linear_cuda.multiply,
+        linear_panels.multiply,
         linear_cuda.decode_columns,
         linear_cuda.few_rows,
         linear_cuda.fast_panels,
@@ -123,8 +127,10 @@ def _multiply(
         y = x.new_zeros((x.shape[0], shape[0]))
         return y if bias is None else y + bias
     native = NATIVE.get(choose(encoding, x.device.type))
-    if native is not None and x.shape[0] < native.few_rows(encoding, x.dtype, shape[1]):
-        return native.multiply(encoding, parts, shape, x, bias)
+    if native is not None:
+        few = x.shape[0] < native.few_rows(encoding, x.dtype, shape[1])
+        multiply = native.multiply if few else native.multiply_many
+        return multiply(encoding, parts, shape, x, bias)
     return linear_panels.multiply(encoding, parts, shape, x, bias)
 
 

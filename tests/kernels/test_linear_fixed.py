@@ -52,7 +52,8 @@ def flags(
 
     def forget() -> None:
         linear_cpu.kernel.cache_clear()
-        linear_cpu._compiled.cache_clear()
+        linear_cpu.compiled_for.cache_clear()
+        linear_cpu.has_tiles.cache_clear()
         linear_cpu._in_integers.cache_clear()
 
     with shared_cache(tmp_path_factory), pytest.MonkeyPatch.context() as patch:
