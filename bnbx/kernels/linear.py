@@ -23,6 +23,7 @@ from bnbx.kernels.memory import check_memory
 
 Shape = tuple[int, int]
 Multiply = Callable[[Encoding, Sequence[Tensor], Shape, Tensor, Tensor | None], Tensor]
+MultiplyAcross = Callable[[Encoding, Sequence[Tensor], Shape, Tensor], Tensor | None]
 DecodeColumns = Callable[[Encoding, Sequence[Tensor], Shape, int, Tensor], None]
 
 
@@ -34,6 +35,8 @@ class Native:
     multiply: Multiply
     multiply_many: Multiply
     """The same, faster for many rows."""
+    multiply_across: MultiplyAcross
+    """The product of a gradient with the weight, if there is a kernel for it."""
     decode_columns: DecodeColumns
     few_rows: Callable[[Encoding, torch.dtype, int], float]
     """Fewer rows than these, each of so many numbers, are multiplied as codes are read."""
@@ -46,6 +49,7 @@ NATIVE = {
         linear_cpu.ready,
         linear_cpu.multiply,
         linear_tiles.multiply,
+        linear_tiles.multiply_across,
         linear_cpu.decode_columns,
         linear_cpu.few_rows,
         linear_cpu.fast_panels,
@@ -54,6 +58,7 @@ NATIVE = {
         linear_cuda.ready,
         linear_cuda.multiply,
         linear_panels.multiply,
+        lambda *_: None,
         linear_cuda.decode_columns,
         linear_cuda.few_rows,
         linear_cuda.fast_panels,
@@ -140,6 +145,9 @@ def _grad_input(encoding: Encoding, parts: Sequence[Tensor], shape: Shape, grad:
     native = NATIVE.get(choose(encoding, grad.device.type))
     if native is None or not native.fast_panels(grad.dtype):
         return linear_panels.multiply_rows(encoding, parts, shape, grad)
+    found = native.multiply_across(encoding, parts, shape, grad)
+    if found is not None:
+        return found
     decode = partial(native.decode_columns, encoding, parts, shape)
     return linear_panels.multiply_columns(decode, shape, grad)
 

@@ -29,7 +29,7 @@ FUNCTIONS: Functions = {
     "bnbx_decode_columns": ((POINTER, INTEGER, POINTER), None),
     "bnbx_has_tiles": ((), INTEGER),
     "bnbx_room_for_tiles": ((INTEGER, INTEGER), INTEGER),
-    "bnbx_multiply_tiles": ((POINTER, *(INTEGER,) * 4, POINTER), None),
+    "bnbx_multiply_tiles": ((POINTER, *(INTEGER,) * 5, POINTER), None),
 }
 WHOLE = 8  # width of codes that may be whole numbers
 NARROW = 4  # widths up to this have tables that fit into registers
@@ -84,6 +84,12 @@ FEW_ROWS_OF_INTEGERS: dict[torch.dtype, float] = {
     torch.bfloat16: inf,
     torch.float16: 32,
 }
+# Rows of bfloat16 where many go by a matrix unit (linear_tiles.py): by codes and by tiles, least
+# wall-clock times on an Emerald Rapids that others used too:
+#
+#     rows      1          4          6          8          10         12         16
+#     nf4       0.66 3.4   1.4 3.5    2.2 3.6    2.6 3.6    3.5 3.7    4.0 3.8    5.2 4.3
+#     dynamic8  3.6  6.8   4.7 7.7    8.3 7.4    9.6 7.8    12  7.4    11  5.5    14  5.3
 FEW_ROWS_BY_TILES = (11, 6)
 WORK = 16  # a product takes about so much less time than an element of what threads count by
 

@@ -76,6 +76,12 @@ def multiply(weight: Weight, x: Tensor, bias: Tensor | None = None) -> Tensor:
     return linear_tiles.multiply(weight.encoding, weight.parts, weight.shape, x, bias)
 
 
+def across(weight: Weight, grad: Tensor) -> Tensor:
+    found = linear_tiles.multiply_across(weight.encoding, weight.parts, weight.shape, grad)
+    assert found is not None
+    return found
+
+
 def quantized(name: str, shape: tuple[int, int]) -> Weight:
     encoding = make_encoding(name)
     numbers = torch.randn(shape, generator=torch.Generator().manual_seed(3))
@@ -100,13 +106,18 @@ def test_exact_products_are_exact(name: str, flags: str) -> None:
             assert torch.equal(multiply(weight, x), exact.to(BFLOAT16)), (shape, count)
             with_bias = (exact + bias.double()).to(BFLOAT16)
             assert torch.equal(multiply(weight, x, bias), with_bias), (shape, count)
+            grad = small_numbers(count, shape[0], BFLOAT16, seed=count)
+            exact = grad.double() @ weight.dense
+            assert torch.equal(across(weight, grad), exact.to(BFLOAT16)), (shape, count)
 
 
 def test_pieces_of_all_sizes(flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of rows and of outputs; whatever is cut up, by so many threads, results are the same."""
     weight = quantized("nf4", (333, 1111))
     x = torch.randn(100, 1111, generator=torch.Generator().manual_seed(4)).to(BFLOAT16)
+    grad = torch.randn(100, 333, generator=torch.Generator().manual_seed(5)).to(BFLOAT16)
     expected, threads = multiply(weight, x), torch.get_num_threads()
+    expected_across = across(weight, grad)
     for rows in (100, 64, 37, 16):
         monkeypatch.setattr(linear_tiles, "MOST_ROWS", rows)
         for least in (16, 400_000):
@@ -115,6 +126,7 @@ def test_pieces_of_all_sizes(flags: str, monkeypatch: pytest.MonkeyPatch) -> Non
                 torch.set_num_threads(number)
                 try:
                     assert torch.equal(multiply(weight, x), expected), (rows, least, number)
+                    assert torch.equal(across(weight, grad), expected_across), (rows, least, number)
                 finally:
                     torch.set_num_threads(threads)
 
@@ -127,6 +139,7 @@ def test_every_type_is_rounded_as_panels_are(name: str, monkeypatch: pytest.Monk
     weight = quantized(name, (20, 160))
     found = multiply(weight, torch.eye(160, dtype=BFLOAT16))
     assert torch.equal(found.double(), rounded(weight).T)
+    assert torch.equal(across(weight, torch.eye(20, dtype=BFLOAT16)).double(), rounded(weight))
     forget()
 
 
@@ -136,6 +149,10 @@ def test_sums_are_those_of_floats(flags: str) -> None:
     exact, size = x.double() @ rounded(weight).T, x.double().abs() @ rounded(weight).abs().T
     near = 2.0**-8 * exact.abs() + 1100 * 2.0**-24 * size
     assert ((multiply(weight, x).double() - exact).abs() <= near).all()
+    grad = torch.randn(40, 70, generator=torch.Generator().manual_seed(6)).to(BFLOAT16)
+    exact, size = grad.double() @ rounded(weight), grad.double().abs() @ rounded(weight).abs()
+    near = 2.0**-8 * exact.abs() + 70 * 2.0**-24 * size
+    assert ((across(weight, grad).double() - exact).abs() <= near).all()
 
 
 @pytest.mark.parametrize("number", [float("inf"), float("-inf"), float("nan")])
@@ -188,10 +205,11 @@ def test_nothing_is_written_beside(flags: str, monkeypatch: pytest.MonkeyPatch) 
     x = torch.randn(50, 1000, generator=torch.Generator().manual_seed(6)).to(BFLOAT16)
     expected = multiply(weight, x)
     monkeypatch.setattr(Tensor, "new_empty", guarded)
-    got = multiply(weight, x)
+    got, got_across = multiply(weight, x), across(weight, x[:, :45])
     monkeypatch.setattr(Tensor, "new_empty", empty)
     assert torch.equal(got, expected)
-    assert len(around) == 2
+    assert torch.equal(got_across, across(weight, x[:, :45]))
+    assert len(around) == 4
     for each in around:
         assert torch.cat((each[:32], each[-32:])).eq(7).all()
 
@@ -202,6 +220,9 @@ def test_many_rows_of_a_layer_go_this_way(flags: str, monkeypatch: pytest.Monkey
     exact = (x.double() @ weight.dense.T).to(BFLOAT16)
     monkeypatch.setattr(linear_panels, "multiply", None)
     assert torch.equal(linear.linear(weight.encoding, weight.parts, weight.shape, x), exact)
+    monkeypatch.setattr(linear_panels, "multiply_columns", None)
+    found = linear.grad_input(weight.encoding, weight.parts, weight.shape, exact)
+    assert torch.equal(found, (exact.double() @ weight.dense).to(BFLOAT16))
 
 
 def test_a_system_that_says_no(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,6 +242,7 @@ def test_room_is_shared_by_threads(flags: str) -> None:
     most = 4096 * 4096 * BFLOAT16.itemsize * linear_panels.SHARE
     for count in (1, 2, 4, 8):
         for rows in (1, 40, 512, 5000):
-            pieces = linear_tiles.cut(library, (4096, 4096), rows, count)
-            assert pieces.room * count * 4 <= most
-            assert pieces.outputs % linear_tiles.SIDE == 0 < pieces.outputs
+            for side in (linear_tiles.SIDE, linear_tiles.SIDE_ACROSS):
+                pieces = linear_tiles.cut(library, (4096, 4096), rows, count, 4096, side)
+                assert pieces.room * count * 4 <= most
+                assert pieces.outputs % side == 0 < pieces.outputs <= linear_tiles.MOST_OUTPUTS
