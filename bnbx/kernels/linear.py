@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from bnbx.errors import UnsupportedTensorError
-from bnbx.kernels import linear_cpu, linear_cuda, linear_panels, targets
+from bnbx.kernels import linear_cpu, linear_cuda, linear_panels, linear_tiles, targets
 from bnbx.kernels.coding import FLOATS, check_factor, check_numbers
 from bnbx.kernels.encoding import Encoding, check_parts
 from bnbx.kernels.memory import check_memory
 
 Shape = tuple[int, int]
 Multiply = Callable[[Encoding, Sequence[Tensor], Shape, Tensor, Tensor | None], Tensor]
+MultiplyAcross = Callable[[Encoding, Sequence[Tensor], Shape, Tensor], Tensor | None]
 DecodeColumns = Callable[[Encoding, Sequence[Tensor], Shape, int, Tensor], None]
 
 
@@ -32,6 +33,10 @@ class Native:
 
     ready: Callable[[Encoding], object]
     multiply: Multiply
+    multiply_many: Multiply
+    """The same, faster for many rows."""
+    multiply_across: MultiplyAcross
+    """The product of a gradient with the weight, if there is a kernel for it."""
     decode_columns: DecodeColumns
     few_rows: Callable[[Encoding, torch.dtype, int], float]
     """Fewer rows than these, each of so many numbers, are multiplied as codes are read."""
@@ -43,6 +48,8 @@ NATIVE = {
     "cpu": Native(
         linear_cpu.ready,
         linear_cpu.multiply,
+        linear_tiles.multiply,
+        linear_tiles.multiply_across,
         linear_cpu.decode_columns,
         linear_cpu.few_rows,
         linear_cpu.fast_panels,
@@ -50,6 +57,8 @@ NATIVE = {
     "cuda": Native(
         linear_cuda.ready,
         linear_cuda.multiply,
+        linear_panels.multiply,
+        lambda *_: None,
         linear_cuda.decode_columns,
         linear_cuda.few_rows,
         linear_cuda.fast_panels,
@@ -123,8 +132,10 @@ def _multiply(
         y = x.new_zeros((x.shape[0], shape[0]))
         return y if bias is None else y + bias
     native = NATIVE.get(choose(encoding, x.device.type))
-    if native is not None and x.shape[0] < native.few_rows(encoding, x.dtype, shape[1]):
-        return native.multiply(encoding, parts, shape, x, bias)
+    if native is not None:
+        few = x.shape[0] < native.few_rows(encoding, x.dtype, shape[1])
+        multiply = native.multiply if few else native.multiply_many
+        return multiply(encoding, parts, shape, x, bias)
     return linear_panels.multiply(encoding, parts, shape, x, bias)
 
 
@@ -134,6 +145,9 @@ def _grad_input(encoding: Encoding, parts: Sequence[Tensor], shape: Shape, grad:
     native = NATIVE.get(choose(encoding, grad.device.type))
     if native is None or not native.fast_panels(grad.dtype):
         return linear_panels.multiply_rows(encoding, parts, shape, grad)
+    found = native.multiply_across(encoding, parts, shape, grad)
+    if found is not None:
+        return found
     decode = partial(native.decode_columns, encoding, parts, shape)
     return linear_panels.multiply_columns(decode, shape, grad)
 

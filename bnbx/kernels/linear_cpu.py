@@ -27,6 +27,9 @@ FUNCTIONS: Functions = {
     "bnbx_in_integers": ((POINTER, INTEGER), INTEGER),
     "bnbx_multiply": ((POINTER, INTEGER, POINTER), None),
     "bnbx_decode_columns": ((POINTER, INTEGER, POINTER), None),
+    "bnbx_has_tiles": ((), INTEGER),
+    "bnbx_room_for_tiles": ((INTEGER, INTEGER), INTEGER),
+    "bnbx_multiply_tiles": ((POINTER, *(INTEGER,) * 5, POINTER), None),
 }
 WHOLE = 8  # width of codes that may be whole numbers
 NARROW = 4  # widths up to this have tables that fit into registers
@@ -81,6 +84,13 @@ FEW_ROWS_OF_INTEGERS: dict[torch.dtype, float] = {
     torch.bfloat16: inf,
     torch.float16: 32,
 }
+# Rows of bfloat16 where many go by a matrix unit (linear_tiles.py): by codes and by tiles, least
+# wall-clock times on an Emerald Rapids that others used too:
+#
+#     rows      1          4          6          8          10         12         16
+#     nf4       0.66 3.4   1.4 3.5    2.2 3.6    2.6 3.6    3.5 3.7    4.0 3.8    5.2 4.3
+#     dynamic8  3.6  6.8   4.7 7.7    8.3 7.4    9.6 7.8    12  7.4    11  5.5    14  5.3
+FEW_ROWS_BY_TILES = (11, 6)
 WORK = 16  # a product takes about so much less time than an element of what threads count by
 
 
@@ -115,11 +125,22 @@ def ready(encoding: Encoding) -> None:
     kernel(plan_for(encoding, "float32"))
 
 
+@lru_cache(maxsize=1024)
+def has_tiles(encoding: Encoding, dtype: torch.dtype) -> bool:
+    """Whether there are products by the processor's matrix unit; see `linear_tiles`."""
+    if dtype != torch.bfloat16:
+        return False
+    try:
+        return bool(compiled_for(encoding, dtype).library.bnbx_has_tiles())
+    except CompileError:
+        return False
+
+
 def few_rows(encoding: Encoding, dtype: torch.dtype, inner: int) -> float:
     """Fewer rows than these are multiplied faster as codes are read than by panels."""
     if _in_integers(encoding, dtype, inner):
         return FEW_ROWS_OF_INTEGERS[dtype]
-    narrow, wide = _limits()[dtype]
+    narrow, wide = FEW_ROWS_BY_TILES if has_tiles(encoding, dtype) else _limits()[dtype]
     return narrow if encoding.bits <= NARROW else wide
 
 
@@ -130,7 +151,7 @@ def _in_integers(encoding: Encoding, dtype: torch.dtype, inner: int) -> bool:
     if not processor.lacks_16_bits() or not (narrow or encoding.bits == WHOLE):
         return False
     try:
-        found = _compiled(encoding, dtype)
+        found = compiled_for(encoding, dtype)
     except CompileError:
         return False
     return bool(found.library.bnbx_in_integers(found.tables, inner))
@@ -157,7 +178,8 @@ class _Compiled(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _compiled(encoding: Encoding, dtype: torch.dtype) -> _Compiled:
+def compiled_for(encoding: Encoding, dtype: torch.dtype) -> _Compiled:
+    """The kernels for products of an encoding with numbers of a dtype."""
     codes, scales = packed_tables(encoding)
     second = scales.ctypes.data if scales is not None else None
     number = {name: i for i, name in enumerate(encoding.parts)}
@@ -166,10 +188,11 @@ def _compiled(encoding: Encoding, dtype: torch.dtype) -> _Compiled:
     return _Compiled(found, codes.ctypes.data, second, order, (codes, scales))
 
 
-def _job(
+def job_for(
     encoding: Encoding, parts: Sequence[Tensor], shape: tuple[int, int], y: Tensor
 ) -> tuple[ctypes.CDLL, Job]:
-    found = _compiled(encoding, y.dtype)
+    """The kernels, and a job with the weight and the result y."""
+    found = compiled_for(encoding, y.dtype)
     addresses = [None if i is None else parts[i].data_ptr() for i in found.order]
     job = Job(*addresses, found.tables, found.second, *shape, y=y.data_ptr())
     return found.library, job
@@ -186,7 +209,7 @@ def multiply(
     x = x.contiguous()
     bias = bias if bias is None else bias.contiguous()
     y = x.new_empty((x.shape[0], shape[0]))
-    compiled, job = _job(encoding, parts, shape, y)
+    compiled, job = job_for(encoding, parts, shape, y)
     room = x.new_empty(compiled.bnbx_room_for(shape[1], x.shape[0]), dtype=torch.float32)
     job.inputs, job.x, job.room = x.shape[0], x.data_ptr(), room.data_ptr()
     job.bias = None if bias is None else bias.data_ptr()
@@ -200,7 +223,7 @@ def decode_columns(
     encoding: Encoding, parts: Sequence[Tensor], shape: tuple[int, int], first: int, out: Tensor
 ) -> None:
     """Fill `out` (rows of the weight, some columns) with the columns from number `first` on."""
-    compiled, job = _job(encoding, parts, shape, out)
+    compiled, job = job_for(encoding, parts, shape, out)
     job.first, job.last = first, first + out.shape[1]
     count, parallel = threads.threads_for(out.numel())
     compiled.bnbx_decode_columns(ctypes.byref(job), count, parallel)

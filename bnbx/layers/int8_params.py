@@ -147,8 +147,8 @@ class Int8Params(Moving, Coded, torch.nn.Parameter):
             return mine()
         if kind_of(func) == SETS_DATA and isinstance(args[0], Int8Params):
             args = args[0], args[0]._in_place_of_codes(args[1])
-        base: Any = super()
-        return base.__torch_function__(func, types, args, kwargs or {})
+        # In one expression: a `super()` by itself is more than torch 2.11 compiles on Python 3.12.
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
     def _in_place_of_codes(self, data: Tensor) -> Tensor:
         """What becomes the memory when somebody sets `data`.

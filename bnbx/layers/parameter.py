@@ -360,8 +360,8 @@ class QuantParameter(StateNames, Moving, Coded, torch.nn.Parameter):
             return mine()
         if kind_of(func) == SETS_DATA and isinstance(args[0], QuantParameter):
             args = args[0], args[0]._taken_over(args[1])
-        base: Any = super()
-        found = base.__torch_function__(func, types, args, kwargs or {})
+        # In one expression: a `super()` by itself is more than torch 2.11 compiles on Python 3.12.
+        found = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         if func in _CHUNKS and isinstance(args[0], QuantParameter):
             return tuple(args[0]._like(part) for part in found)
         return found

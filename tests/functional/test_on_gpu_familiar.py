@@ -199,7 +199,8 @@ def assert_almost_the_same(found: Tensor, expected: Tensor, share: float = 5e-3)
 
 def _codes(packed: Tensor, quant_type: str) -> Tensor:
     """A code each. FP4 has two zeros: which one a number becomes its own two backends, CPU and
-    CUDA, have the other way round; ours are those of its CPU, everywhere."""
+    CUDA, have the other way round; ours are those of its CPU, everywhere.
+    """
     codes = torch.stack([packed >> 4, packed & 15])
     return torch.where(codes == 8, 0, codes) if quant_type == "fp4" else codes
 

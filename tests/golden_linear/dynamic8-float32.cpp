@@ -965,6 +965,12 @@ enum { LANES = 8 };
 enum { LANES = 4 };
 #endif
 
+// Processors that multiply pairs of bfloat16 at half of the speed of pairs of integers (0.81 and 0.39 ns for a vector on an
+// Emerald Rapids): those of Intel, known by instructions that AMD's lack.
+#if defined(__AVX512FP16__) || defined(BNBX_SLOW_PAIRS)
+#define SLOW_PAIRS
+#endif
+
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef i32 Ints __attribute__((vector_size(4 * LANES)));
 
@@ -993,6 +999,11 @@ static inline Floats permute(Floats x, Ints index) {
   return (Floats)_mm512_permutexvar_ps((__m512i)index, (__m512)x);
 }
 
+static inline Floats broadcast(const float* x) { return (Floats)_mm512_set1_ps(*x); }
+
+// To the nearest integers.
+static inline Floats round_all(Floats x) { return (Floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
 // The sum of all lanes; here and below, always in the same order.
 static inline float sum_of(Floats x) { return _mm512_reduce_add_ps((__m512)x); }
 
@@ -1011,6 +1022,10 @@ static inline Floats multiply_add(Floats a, Floats b, Floats c) {
 static inline Floats permute(Floats x, Ints index) {
   return (Floats)_mm256_permutevar8x32_ps((__m256)x, (__m256i)index);
 }
+
+static inline Floats broadcast(const float* x) { return (Floats)_mm256_broadcast_ss(x); }
+
+static inline Floats round_all(Floats x) { return (Floats)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
 static inline float sum_of(Floats x) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
@@ -1294,7 +1309,12 @@ enum { SPAN = PER == BLOCK && (int)Code::BLOCK < (int)GROUP ? (int)Code::BLOCK :
 enum { MOST_FACTORS = TILE / SPAN + SPANS + LANES };
 // Where a weight comes from memory, it is asked for so early: bytes of codes, and rows of scales. A fifth
 // of the time of one row of x, measured between products that leave nothing of it in the caches.
-enum { CODES_AHEAD = 2048, ROWS_AHEAD = 2 };
+#ifdef SLOW_PAIRS
+enum { CODES_AHEAD = 4096 };  // 4 to 10 % less than with 2048 on an Emerald Rapids
+#else
+enum { CODES_AHEAD = 2048 };
+#endif
+enum { ROWS_AHEAD = 2 };
 enum { SCALE_BYTES = Code::SCALE == FLOAT32 ? 4 : Code::SCALE == BFLOAT16 ? 2 : 1 };
 
 struct Job {
@@ -1571,7 +1591,7 @@ static void decode_columns(const Job* job, i64, i64 first, i64 last) {
   }
 }
 
-// Levels as 16-bit integers, with AVX2: of codes of up to 4 bits by two tables of bytes, 10 shuffles for 64 of them where
+// Levels as 16-bit integers, with AVX-512 where pairs of bfloat16 are slow: of 4-bit codes, by permutes of words. With AVX2: of codes of up to 4 bits by two tables of bytes, 10 shuffles for 64 of them where
 // floats take 26; of 8-bit codes that are whole numbers, with a sign, as they are.
 //
 // A level is off by less than bfloat16 would have it: nf4's by 2**-12.5 of themselves. Of a result in bfloat16 that is 1 / 60
@@ -1580,8 +1600,15 @@ static void decode_columns(const Job* job, i64, i64 first, i64 last) {
 
 #if defined(EIGHT_LANES) && (CODE_BITS <= 4 || CODE_BITS == 8)
 #define FIXED_POINT
+typedef __m256i Words;
+#elif CODE_BITS == 4 && defined(TABLE_IN_REGISTERS) && defined(__AVX512VNNI__) && defined(SLOW_PAIRS)
+#define FIXED_POINT
+typedef __m512i Words;
+#endif
+
+#ifdef FIXED_POINT
 typedef short i16;
-enum { LEVEL_MOST = 32767 };
+enum { LEVEL_MOST = 32767, WORDS = 2 * LANES };
 
 static inline bool in_range(float x) { return x < 0x1p60f && x >= 0x1p-60f; }
 
@@ -1621,11 +1648,6 @@ static inline void decode_fixed(const u8* codes, const FixedLevels&, __m256i (&w
 
 #else
 
-struct FixedLevels {
-  __m256i low, high;  // the bytes of their integers
-  float unit;         // the level of 1
-};
-
 // How far integers of levels are off. Where x is of one sign, that of all of them adds up: so the mean counts more.
 static inline float loss_of(const float* levels, float inverse) {
   enum { COUNT = 1 << CODE_BITS, MEAN_COUNTS = 4 };
@@ -1650,6 +1672,25 @@ static inline float fixed_scale(const float* levels) {
   }
   return best;
 }
+
+// Whether each level is kept better than bfloat16 would.
+static inline bool are_fixed(const float* levels) {
+  if (!in_range(largest_of(levels))) return false;
+  const float inverse = fixed_scale(levels);
+  bool are = true;
+  for (int i = 0; i < 1 << CODE_BITS; ++i) {
+    const float scaled = levels[i] * inverse;
+    are &= __builtin_fabsf(scaled - __builtin_rintf(scaled)) <= 0x1p-10f * __builtin_fabsf(scaled);
+  }
+  return are;
+}
+
+#ifdef EIGHT_LANES
+
+struct FixedLevels {
+  __m256i low, high;  // the bytes of their integers
+  float unit;         // the level of 1
+};
 
 static inline FixedLevels load_fixed_levels(const float* levels) {
   const float inverse = fixed_scale(levels);
@@ -1685,24 +1726,43 @@ static inline void decode_fixed(const u8* codes, const FixedLevels& levels, __m2
   }
 }
 
-// Whether each level is kept better than bfloat16 would.
-static inline bool are_fixed(const float* levels) {
-  if (!in_range(largest_of(levels))) return false;
+#else
+
+// By permutes of words, where a word of the codes has four of them. Each index ends with a bit of the next code: the table
+// is there twice.
+struct FixedLevels {
+  __m512i words;
+  float unit;  // the level of 1
+};
+
+static inline FixedLevels load_fixed_levels(const float* levels) {
   const float inverse = fixed_scale(levels);
-  bool are = true;
-  for (int i = 0; i < 1 << CODE_BITS; ++i) {
-    const float scaled = levels[i] * inverse;
-    are &= __builtin_fabsf(scaled - __builtin_rintf(scaled)) <= 0x1p-10f * __builtin_fabsf(scaled);
-  }
-  return are;
+  alignas(64) i16 words[WORDS];
+  for (int i = 0; i < WORDS; ++i) words[i] = (i16)(int)__builtin_rintf(levels[i % (1 << CODE_BITS)] * inverse);
+  return {_mm512_load_si512(words), 1.0f / inverse};
+}
+
+// The element of a group whose integer is number w of vector v.
+static constexpr int fixed_element(int v, int w) { return w * 4 + (v ^ 1); }
+
+// A sum of products is made of 8 elements from here on.
+static inline int first_of_sum(int lane) { return lane * 8; }
+
+// The integers of a group's levels, in the order of `fixed_element`.
+static inline void decode_fixed(const u8* codes, const FixedLevels& levels, __m512i (&w)[4]) {
+  const __m512i words = _mm512_loadu_si512(codes);
+#pragma GCC unroll 4
+  for (int v = 0; v < 4; ++v) w[v] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * v), levels.words);
 }
 
 #endif
 #endif
+#endif
 
-// Products of rows of x with levels that are integers (cpu_linear_integers.h), by AVX2's products of 16 bits: one
-// instruction multiplies 16 pairs. A row of bfloat16 and a 4096 x 4096 weight of nf4 take 0.75 ms on a thread of a
-// Zen 3, and 1.5 as floats; four rows 1.9 and 2.9.
+// Products of rows of x with levels that are integers (cpu_linear_integers.h), by products of 16 bits: an instruction of
+// AVX2 multiplies 16 pairs. A row of bfloat16 and a 4096 x 4096 weight of nf4 take 0.75 ms on a thread of a
+// Zen 3, and 1.5 as floats; four rows 1.9 and 2.9. With AVX-512 on an Intel processor, where an instruction for pairs of
+// bfloat16 takes as long as two others, they take 0.9 ms on an Emerald Rapids, and 1.8 in such pairs (cpu_linear_pairs.h).
 //
 // x is made of integers too, with a power of 2 of its own for each group. What it would lose by that goes into second
 // integers, which are multiplied only where they matter: in bfloat16, next to outliers. A group that loses more than
@@ -1718,7 +1778,7 @@ enum { X_BITS = 14 };                         // of x: its products with four pa
 // kept are larger, so that these count little, whichever of them weights leave out.
 static constexpr float bearable_loss(const bfloat16*) { return 0x1p-12f; }
 static constexpr float bearable_loss(const void*) { return 0x1p-20f; }
-enum { MOST_LOST = 4 };
+enum { MOST_LOST = GROUP / 16 };
 
 // Where they lie in the job's room: for each FIXED_AT_ONCE rows, group by group.
 struct Fixed {
@@ -1756,14 +1816,13 @@ static inline u32 largest_bits(const float* x) {
   return largest;
 }
 
-static inline Floats round_all(Floats x) { return (Floats)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline Floats size_of(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
 
 static inline void put_fixed(const float* integers, i16* to) {
   i16 in_order[GROUP];
   for (int i = 0; i < GROUP; ++i) in_order[i] = (i16)(i32)integers[i];
-#pragma GCC unroll 64
-  for (int i = 0; i < GROUP; ++i) to[i] = in_order[fixed_element(i / 16, i % 16)];
+#pragma GCC unroll 128
+  for (int i = 0; i < GROUP; ++i) to[i] = in_order[fixed_element(i / WORDS, i % WORDS)];
 }
 
 // Which lanes are lost, as -1.
@@ -1839,28 +1898,43 @@ static i64 lay_out_fixed(const Job* job, i64 input) {
   return rows = most;
 }
 
-static inline Ints sum_products(const __m256i* levels, const i16* x) {
-  const __m256i* numbers = (const __m256i*)x;
-  return (Ints)_mm256_madd_epi16(levels[0], numbers[0]) + (Ints)_mm256_madd_epi16(levels[1], numbers[1]);
+// Of two vectors of levels: four products in each sum.
+static inline Ints sum_products(const Words* levels, const i16* x) {
+  const Words* numbers = (const Words*)x;
+#ifdef EIGHT_LANES
+  return (Ints)_mm256_madd_epi16(levels[0], _mm256_loadu_si256(numbers)) + (Ints)_mm256_madd_epi16(levels[1], _mm256_loadu_si256(numbers + 1));
+#else
+  const __m512i one = _mm512_dpwssd_epi32(_mm512_setzero_si512(), levels[0], _mm512_loadu_si512(numbers));
+  return (Ints)_mm512_dpwssd_epi32(one, levels[1], _mm512_loadu_si512(numbers + 1));
+#endif
 }
 
 // Adds the products of a group with M rows of x, of which the first integers begin at `high`.
 template <int M>
-static inline __attribute__((always_inline)) void add_fixed(const __m256i (&w)[4], const i16* high, const i16* second, bool both,
+static inline __attribute__((always_inline)) void add_fixed(const Words (&w)[4], const i16* high, const i16* second, bool both,
                                                             const float* units, Floats factor, Floats (&sums)[M]) {
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m, high += GROUP, second += GROUP) {
-    Floats part = __builtin_convertvector(sum_products(w, high), Floats) + __builtin_convertvector(sum_products(w + 2, high + 32), Floats);
+    Floats part = __builtin_convertvector(sum_products(w, high), Floats) + __builtin_convertvector(sum_products(w + 2, high + 2 * WORDS), Floats);
     if (both) {
-      const Ints rest = sum_products(w, second) + sum_products(w + 2, second + 32);
+      const Ints rest = sum_products(w, second) + sum_products(w + 2, second + 2 * WORDS);
       part = multiply_add(__builtin_convertvector(rest, Floats), fill(1.0f / (1 << X_BITS)), part);
     }
-    sums[m] = multiply_add(part * (Floats)_mm256_broadcast_ss(units + m), factor, sums[m]);
+    sums[m] = multiply_add(part * broadcast(units + m), factor, sums[m]);
   }
 }
 
 // Then they are read where they are: 1 / 30 of the time of one row of x.
-enum { SCALES_ARE_FACTORS = PER == BLOCK && Code::SCALE == FLOAT32 && SPANS == 1 && (int)Code::BLOCK == (int)SPAN };
+enum { SCALES_ARE_FACTORS = PER == BLOCK && Code::SCALE == FLOAT32 && (int)Code::BLOCK == (int)SPAN && (SPANS == 1 || (int)LANES == 16) };
+
+// The factors of a group by the lanes of its sums; nothing else is read.
+static inline Floats for_sums(const float* of_spans, const Lanes& lanes) {
+#ifdef EIGHT_LANES
+  return for_lanes(of_spans, lanes, 0);
+#else
+  return permute((Floats)_mm512_maskz_loadu_ps((1 << SPANS) - 1, of_spans), lanes.span);
+#endif
+}
 
 // Row `number` of the weight times M of the rows that are laid out, those from `at` on.
 template <int M>
@@ -1878,10 +1952,10 @@ static void multiply_row_fixed(const Job* job, const Fixed& fixed, const FixedLe
     if (SCALES_ARE_FACTORS) of_spans = (const float*)job->parts.scale + (row.start + tile) / SPAN;
     else find_factors(job->parts, row, tile, end, factors);
     for (i64 group = tile; group < end; group += GROUP, of_spans += SPANS) {
-      __m256i w[4];
+      Words w[4];
       __builtin_prefetch(codes + CODES_AHEAD);
       decode_fixed(codes, levels, w);
-      if (PER == BLOCK) factor = for_lanes(of_spans, lanes, 0);
+      if (PER == BLOCK) factor = for_sums(of_spans, lanes);
       add_fixed<M>(w, high, second, *both, units, factor, sums);
       codes += GROUP_BYTES, high += M * GROUP, second += M * GROUP, units += M, ++both;
     }
@@ -1947,17 +2021,17 @@ static void multiply_inputs(const Job* job, i64 input, i64 threads, Parallel par
 // Multiplies some rows of x, from `input` on; how many.
 static i64 multiply_some(const Job* job, i64 input, i64 threads, Parallel parallel) {
   const i64 left = job->inputs - input;
+#ifdef FIXED_POINT
+  if (const i64 rows = lay_out_fixed(job, input)) {
+    run({job, multiply_fixed, input, 1, 0}, threads, parallel);
+    return rows;
+  }
+#endif
 #ifdef PAIRS
   if (left == 1 && in_pairs(job, input)) {
     lay_out_pairs(job, input, (bfloat16*)job->room);
     run({job, multiply_in_pairs, input, 1, 0}, threads, parallel);
     return left;
-  }
-#endif
-#ifdef FIXED_POINT
-  if (const i64 rows = lay_out_fixed(job, input)) {
-    run({job, multiply_fixed, input, 1, 0}, threads, parallel);
-    return rows;
   }
 #endif
   if (left == 1) multiply_inputs<1>(job, input, threads, parallel);
@@ -1992,5 +2066,37 @@ extern "C" i64 bnbx_room_for(i64 columns, i64 inputs) {
 // y = columns [first, last) of the weight.
 extern "C" void bnbx_decode_columns(const Job* job, i64 threads, Parallel parallel) {
   run({job, decode_columns, 0, 1, 0}, threads, parallel);
+}
+
+// Whether the processor and the system let tiles be used.
+extern "C" i64 bnbx_has_tiles() {
+#if BFLOAT16_TILES
+  return tiles_granted();
+#else
+  return 0;
+#endif
+}
+
+// The room that each worker needs, in floats, for so many rows of x and outputs at a time.
+extern "C" i64 bnbx_room_for_tiles(i64 rows, i64 panel) {
+#if BFLOAT16_TILES
+  return tile_room(rows, panel);
+#else
+  return 0;
+#endif
+}
+
+// y = x times the weight, transposed, plus bias, or where `across`, x times the weight; only where there are tiles.
+extern "C" void bnbx_multiply_tiles(const Job* job, i64 stride, i64 rows, i64 panel, i64 across, i64 threads, Parallel parallel) {
+#if BFLOAT16_TILES
+  TileWork work = {job, stride, rows, panel, across != 0, 1, 0, 0};
+  if (threads > 1 && parallel) {
+    work.slices = threads * 4;
+    parallel(work_on_tiles, &work, (unsigned)threads, 0);
+  } else {
+    work.slices = 1;
+    work_on_tiles(&work);
+  }
+#endif
 }
 

@@ -71,7 +71,8 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def forget() -> None:
     """Let the next kernel be looked for with the compiler that there is then."""
     linear_cpu.kernel.cache_clear()
-    linear_cpu._compiled.cache_clear()
+    linear_cpu.compiled_for.cache_clear()
+    linear_cpu.has_tiles.cache_clear()
 
 
 def assert_exact(weight: Weight, dtype: torch.dtype = torch.float32) -> None:

@@ -1,7 +1,8 @@
-"""Products as those of integers, with AVX2.
+"""Products as those of integers, with AVX2, and with AVX-512 where it is told to have slow pairs.
 
-They are those of bfloat16 with codes of up to 4 bits, and of any dtype with 8-bit whole numbers.
-Where a processor has AVX-512, its compiler is told that it has not.
+With AVX2 they are those of bfloat16 with codes of up to 4 bits, and of any dtype with 8-bit whole
+numbers; where a processor has AVX-512, its compiler is told that it has not. With AVX-512 they are
+those of bfloat16 with 4-bit codes.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,18 +39,35 @@ pytestmark = pytest.mark.skipif(
 COUNTS = (1, 2, 3, 4, 5, 7, 31, 33, 70)  # of rows: those that fill up what is laid out, and do not
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _kernels_for_avx2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+AVX2, AVX512 = "-mno-avx512f", "-DBNBX_SLOW_PAIRS"
+
+
+@pytest.fixture(scope="module", autouse=True, params=[AVX2, AVX512])
+def flags(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """What the compiler is told."""
+    if request.param == AVX512 and "avx512_vnni" not in processor_flags():
+        pytest.skip("needs AVX-512 VNNI")
+
     def forget() -> None:
         linear_cpu.kernel.cache_clear()
-        linear_cpu._compiled.cache_clear()
+        linear_cpu.compiled_for.cache_clear()
+        linear_cpu.has_tiles.cache_clear()
         linear_cpu._in_integers.cache_clear()
 
     with shared_cache(tmp_path_factory), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BNBX_CXX", "g++ -mno-avx512f")
+        patch.setenv("BNBX_CXX", f"g++ {request.param}")
         forget()
-        yield
+        yield request.param
         forget()
+
+
+def processor_flags() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    except OSError:
+        return []
 
 
 def whole_encoding(bits: int, kind: str, block: int | None, second: int = 0) -> Encoding:
@@ -127,7 +146,7 @@ def test_this_is_what_these_tests_are_about() -> None:
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_exact_products_are_exact(name: str, dtype: torch.dtype) -> None:
     """Also rows that are cut into tiles, and that are no whole groups."""
-    for turn, shape in enumerate(((7, 128), (40, 192), (35, 64), (3, 8192 + 64), (5, 100))):
+    for turn, shape in enumerate(((7, 128), (40, 384), (35, 64), (3, 8192 + 128), (5, 100))):
         weight = weight_of(WHOLE[name], shape, turn)
         bias = small_numbers(1, shape[0], dtype, seed=2)[0]
         for count in COUNTS:
@@ -235,8 +254,8 @@ def test_large_results_are_finite(name: str, dtype: torch.dtype) -> None:
 
 
 def test_a_row_is_the_same_among_others_that_are_integers() -> None:
-    weight = quantized("nf4", (70, 320))
-    x = torch.randn(75, 320, generator=torch.Generator().manual_seed(6))
+    weight = quantized("nf4", (70, 384))
+    x = torch.randn(75, 384, generator=torch.Generator().manual_seed(6))
     x[3, 7], x[8, 250], x[40] = 1e4, -3e3, 0
     x = x.bfloat16()
     together = multiply(weight, x)
@@ -296,10 +315,10 @@ def test_nothing_is_read_or_written_beside(monkeypatch: pytest.MonkeyPatch) -> N
         room.append(around)
         return around[16:-16]
 
-    weight = quantized("nf4", (33, 192))
+    weight = quantized("nf4", (33, 384))
     monkeypatch.setattr(Tensor, "new_empty", guarded)
     for count in COUNTS:
-        multiply(weight, torch.randn(count, 192).bfloat16())
+        multiply(weight, torch.randn(count, 384).bfloat16())
     assert len(room) == len(COUNTS)
     for each in room:
         assert torch.cat((each[:16], each[-16:])).eq(7).all()

@@ -1,6 +1,7 @@
-// Products of rows of x with levels that are integers (cpu_linear_integers.h), by AVX2's products of 16 bits: one
-// instruction multiplies 16 pairs. A row of bfloat16 and a 4096 x 4096 weight of nf4 take 0.75 ms on a thread of a
-// Zen 3, and 1.5 as floats; four rows 1.9 and 2.9.
+// Products of rows of x with levels that are integers (cpu_linear_integers.h), by products of 16 bits: an instruction of
+// AVX2 multiplies 16 pairs. A row of bfloat16 and a 4096 x 4096 weight of nf4 take 0.75 ms on a thread of a
+// Zen 3, and 1.5 as floats; four rows 1.9 and 2.9. With AVX-512 on an Intel processor, where an instruction for pairs of
+// bfloat16 takes as long as two others, they take 0.9 ms on an Emerald Rapids, and 1.8 in such pairs (cpu_linear_pairs.h).
 //
 // x is made of integers too, with a power of 2 of its own for each group. What it would lose by that goes into second
 // integers, which are multiplied only where they matter: in bfloat16, next to outliers. A group that loses more than
@@ -16,7 +17,7 @@ enum { X_BITS = 14 };                         // of x: its products with four pa
 // kept are larger, so that these count little, whichever of them weights leave out.
 static constexpr float bearable_loss(const bfloat16*) { return 0x1p-12f; }
 static constexpr float bearable_loss(const void*) { return 0x1p-20f; }
-enum { MOST_LOST = 4 };
+enum { MOST_LOST = GROUP / 16 };
 
 // Where they lie in the job's room: for each FIXED_AT_ONCE rows, group by group.
 struct Fixed {
@@ -54,14 +55,13 @@ static inline u32 largest_bits(const float* x) {
   return largest;
 }
 
-static inline Floats round_all(Floats x) { return (Floats)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline Floats size_of(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
 
 static inline void put_fixed(const float* integers, i16* to) {
   i16 in_order[GROUP];
   for (int i = 0; i < GROUP; ++i) in_order[i] = (i16)(i32)integers[i];
-#pragma GCC unroll 64
-  for (int i = 0; i < GROUP; ++i) to[i] = in_order[fixed_element(i / 16, i % 16)];
+#pragma GCC unroll 128
+  for (int i = 0; i < GROUP; ++i) to[i] = in_order[fixed_element(i / WORDS, i % WORDS)];
 }
 
 // Which lanes are lost, as -1.
@@ -137,28 +137,43 @@ static i64 lay_out_fixed(const Job* job, i64 input) {
   return rows = most;
 }
 
-static inline Ints sum_products(const __m256i* levels, const i16* x) {
-  const __m256i* numbers = (const __m256i*)x;
-  return (Ints)_mm256_madd_epi16(levels[0], numbers[0]) + (Ints)_mm256_madd_epi16(levels[1], numbers[1]);
+// Of two vectors of levels: four products in each sum.
+static inline Ints sum_products(const Words* levels, const i16* x) {
+  const Words* numbers = (const Words*)x;
+#ifdef EIGHT_LANES
+  return (Ints)_mm256_madd_epi16(levels[0], _mm256_loadu_si256(numbers)) + (Ints)_mm256_madd_epi16(levels[1], _mm256_loadu_si256(numbers + 1));
+#else
+  const __m512i one = _mm512_dpwssd_epi32(_mm512_setzero_si512(), levels[0], _mm512_loadu_si512(numbers));
+  return (Ints)_mm512_dpwssd_epi32(one, levels[1], _mm512_loadu_si512(numbers + 1));
+#endif
 }
 
 // Adds the products of a group with M rows of x, of which the first integers begin at `high`.
 template <int M>
-static inline __attribute__((always_inline)) void add_fixed(const __m256i (&w)[4], const i16* high, const i16* second, bool both,
+static inline __attribute__((always_inline)) void add_fixed(const Words (&w)[4], const i16* high, const i16* second, bool both,
                                                             const float* units, Floats factor, Floats (&sums)[M]) {
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m, high += GROUP, second += GROUP) {
-    Floats part = __builtin_convertvector(sum_products(w, high), Floats) + __builtin_convertvector(sum_products(w + 2, high + 32), Floats);
+    Floats part = __builtin_convertvector(sum_products(w, high), Floats) + __builtin_convertvector(sum_products(w + 2, high + 2 * WORDS), Floats);
     if (both) {
-      const Ints rest = sum_products(w, second) + sum_products(w + 2, second + 32);
+      const Ints rest = sum_products(w, second) + sum_products(w + 2, second + 2 * WORDS);
       part = multiply_add(__builtin_convertvector(rest, Floats), fill(1.0f / (1 << X_BITS)), part);
     }
-    sums[m] = multiply_add(part * (Floats)_mm256_broadcast_ss(units + m), factor, sums[m]);
+    sums[m] = multiply_add(part * broadcast(units + m), factor, sums[m]);
   }
 }
 
 // Then they are read where they are: 1 / 30 of the time of one row of x.
-enum { SCALES_ARE_FACTORS = PER == BLOCK && Code::SCALE == FLOAT32 && SPANS == 1 && (int)Code::BLOCK == (int)SPAN };
+enum { SCALES_ARE_FACTORS = PER == BLOCK && Code::SCALE == FLOAT32 && (int)Code::BLOCK == (int)SPAN && (SPANS == 1 || (int)LANES == 16) };
+
+// The factors of a group by the lanes of its sums; nothing else is read.
+static inline Floats for_sums(const float* of_spans, const Lanes& lanes) {
+#ifdef EIGHT_LANES
+  return for_lanes(of_spans, lanes, 0);
+#else
+  return permute((Floats)_mm512_maskz_loadu_ps((1 << SPANS) - 1, of_spans), lanes.span);
+#endif
+}
 
 // Row `number` of the weight times M of the rows that are laid out, those from `at` on.
 template <int M>
@@ -176,10 +191,10 @@ static void multiply_row_fixed(const Job* job, const Fixed& fixed, const FixedLe
     if (SCALES_ARE_FACTORS) of_spans = (const float*)job->parts.scale + (row.start + tile) / SPAN;
     else find_factors(job->parts, row, tile, end, factors);
     for (i64 group = tile; group < end; group += GROUP, of_spans += SPANS) {
-      __m256i w[4];
+      Words w[4];
       __builtin_prefetch(codes + CODES_AHEAD);
       decode_fixed(codes, levels, w);
-      if (PER == BLOCK) factor = for_lanes(of_spans, lanes, 0);
+      if (PER == BLOCK) factor = for_sums(of_spans, lanes);
       add_fixed<M>(w, high, second, *both, units, factor, sums);
       codes += GROUP_BYTES, high += M * GROUP, second += M * GROUP, units += M, ++both;
     }

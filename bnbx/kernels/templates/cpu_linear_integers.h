@@ -1,4 +1,4 @@
-// Levels as 16-bit integers, with AVX2: of codes of up to 4 bits by two tables of bytes, 10 shuffles for 64 of them where
+// Levels as 16-bit integers, with AVX-512 where pairs of bfloat16 are slow: of 4-bit codes, by permutes of words. With AVX2: of codes of up to 4 bits by two tables of bytes, 10 shuffles for 64 of them where
 // floats take 26; of 8-bit codes that are whole numbers, with a sign, as they are.
 //
 // A level is off by less than bfloat16 would have it: nf4's by 2**-12.5 of themselves. Of a result in bfloat16 that is 1 / 60
@@ -7,8 +7,15 @@
 
 #if defined(EIGHT_LANES) && (CODE_BITS <= 4 || CODE_BITS == 8)
 #define FIXED_POINT
+typedef __m256i Words;
+#elif CODE_BITS == 4 && defined(TABLE_IN_REGISTERS) && defined(__AVX512VNNI__) && defined(SLOW_PAIRS)
+#define FIXED_POINT
+typedef __m512i Words;
+#endif
+
+#ifdef FIXED_POINT
 typedef short i16;
-enum { LEVEL_MOST = 32767 };
+enum { LEVEL_MOST = 32767, WORDS = 2 * LANES };
 
 static inline bool in_range(float x) { return x < 0x1p60f && x >= 0x1p-60f; }
 
@@ -48,11 +55,6 @@ static inline void decode_fixed(const u8* codes, const FixedLevels&, __m256i (&w
 
 #else
 
-struct FixedLevels {
-  __m256i low, high;  // the bytes of their integers
-  float unit;         // the level of 1
-};
-
 // How far integers of levels are off. Where x is of one sign, that of all of them adds up: so the mean counts more.
 static inline float loss_of(const float* levels, float inverse) {
   enum { COUNT = 1 << CODE_BITS, MEAN_COUNTS = 4 };
@@ -77,6 +79,25 @@ static inline float fixed_scale(const float* levels) {
   }
   return best;
 }
+
+// Whether each level is kept better than bfloat16 would.
+static inline bool are_fixed(const float* levels) {
+  if (!in_range(largest_of(levels))) return false;
+  const float inverse = fixed_scale(levels);
+  bool are = true;
+  for (int i = 0; i < 1 << CODE_BITS; ++i) {
+    const float scaled = levels[i] * inverse;
+    are &= __builtin_fabsf(scaled - __builtin_rintf(scaled)) <= 0x1p-10f * __builtin_fabsf(scaled);
+  }
+  return are;
+}
+
+#ifdef EIGHT_LANES
+
+struct FixedLevels {
+  __m256i low, high;  // the bytes of their integers
+  float unit;         // the level of 1
+};
 
 static inline FixedLevels load_fixed_levels(const float* levels) {
   const float inverse = fixed_scale(levels);
@@ -112,17 +133,35 @@ static inline void decode_fixed(const u8* codes, const FixedLevels& levels, __m2
   }
 }
 
-// Whether each level is kept better than bfloat16 would.
-static inline bool are_fixed(const float* levels) {
-  if (!in_range(largest_of(levels))) return false;
+#else
+
+// By permutes of words, where a word of the codes has four of them. Each index ends with a bit of the next code: the table
+// is there twice.
+struct FixedLevels {
+  __m512i words;
+  float unit;  // the level of 1
+};
+
+static inline FixedLevels load_fixed_levels(const float* levels) {
   const float inverse = fixed_scale(levels);
-  bool are = true;
-  for (int i = 0; i < 1 << CODE_BITS; ++i) {
-    const float scaled = levels[i] * inverse;
-    are &= __builtin_fabsf(scaled - __builtin_rintf(scaled)) <= 0x1p-10f * __builtin_fabsf(scaled);
-  }
-  return are;
+  alignas(64) i16 words[WORDS];
+  for (int i = 0; i < WORDS; ++i) words[i] = (i16)(int)__builtin_rintf(levels[i % (1 << CODE_BITS)] * inverse);
+  return {_mm512_load_si512(words), 1.0f / inverse};
 }
 
+// The element of a group whose integer is number w of vector v.
+static constexpr int fixed_element(int v, int w) { return w * 4 + (v ^ 1); }
+
+// A sum of products is made of 8 elements from here on.
+static inline int first_of_sum(int lane) { return lane * 8; }
+
+// The integers of a group's levels, in the order of `fixed_element`.
+static inline void decode_fixed(const u8* codes, const FixedLevels& levels, __m512i (&w)[4]) {
+  const __m512i words = _mm512_loadu_si512(codes);
+#pragma GCC unroll 4
+  for (int v = 0; v < 4; ++v) w[v] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * v), levels.words);
+}
+
+#endif
 #endif
 #endif

@@ -12,6 +12,12 @@ enum { LANES = 8 };
 enum { LANES = 4 };
 #endif
 
+// Processors that multiply pairs of bfloat16 at half of the speed of pairs of integers (0.81 and 0.39 ns for a vector on an
+// Emerald Rapids): those of Intel, known by instructions that AMD's lack.
+#if defined(__AVX512FP16__) || defined(BNBX_SLOW_PAIRS)
+#define SLOW_PAIRS
+#endif
+
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef i32 Ints __attribute__((vector_size(4 * LANES)));
 
@@ -40,6 +46,11 @@ static inline Floats permute(Floats x, Ints index) {
   return (Floats)_mm512_permutexvar_ps((__m512i)index, (__m512)x);
 }
 
+static inline Floats broadcast(const float* x) { return (Floats)_mm512_set1_ps(*x); }
+
+// To the nearest integers.
+static inline Floats round_all(Floats x) { return (Floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
 // The sum of all lanes; here and below, always in the same order.
 static inline float sum_of(Floats x) { return _mm512_reduce_add_ps((__m512)x); }
 
@@ -58,6 +69,10 @@ static inline Floats multiply_add(Floats a, Floats b, Floats c) {
 static inline Floats permute(Floats x, Ints index) {
   return (Floats)_mm256_permutevar8x32_ps((__m256)x, (__m256i)index);
 }
+
+static inline Floats broadcast(const float* x) { return (Floats)_mm256_broadcast_ss(x); }
+
+static inline Floats round_all(Floats x) { return (Floats)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
 static inline float sum_of(Floats x) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));

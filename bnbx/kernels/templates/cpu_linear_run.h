@@ -38,17 +38,17 @@ static void multiply_inputs(const Job* job, i64 input, i64 threads, Parallel par
 // Multiplies some rows of x, from `input` on; how many.
 static i64 multiply_some(const Job* job, i64 input, i64 threads, Parallel parallel) {
   const i64 left = job->inputs - input;
+#ifdef FIXED_POINT
+  if (const i64 rows = lay_out_fixed(job, input)) {
+    run({job, multiply_fixed, input, 1, 0}, threads, parallel);
+    return rows;
+  }
+#endif
 #ifdef PAIRS
   if (left == 1 && in_pairs(job, input)) {
     lay_out_pairs(job, input, (bfloat16*)job->room);
     run({job, multiply_in_pairs, input, 1, 0}, threads, parallel);
     return left;
-  }
-#endif
-#ifdef FIXED_POINT
-  if (const i64 rows = lay_out_fixed(job, input)) {
-    run({job, multiply_fixed, input, 1, 0}, threads, parallel);
-    return rows;
   }
 #endif
   if (left == 1) multiply_inputs<1>(job, input, threads, parallel);
@@ -83,4 +83,36 @@ extern "C" i64 bnbx_room_for(i64 columns, i64 inputs) {
 // y = columns [first, last) of the weight.
 extern "C" void bnbx_decode_columns(const Job* job, i64 threads, Parallel parallel) {
   run({job, decode_columns, 0, 1, 0}, threads, parallel);
+}
+
+// Whether the processor and the system let tiles be used.
+extern "C" i64 bnbx_has_tiles() {
+#if BFLOAT16_TILES
+  return tiles_granted();
+#else
+  return 0;
+#endif
+}
+
+// The room that each worker needs, in floats, for so many rows of x and outputs at a time.
+extern "C" i64 bnbx_room_for_tiles(i64 rows, i64 panel) {
+#if BFLOAT16_TILES
+  return tile_room(rows, panel);
+#else
+  return 0;
+#endif
+}
+
+// y = x times the weight, transposed, plus bias, or where `across`, x times the weight; only where there are tiles.
+extern "C" void bnbx_multiply_tiles(const Job* job, i64 stride, i64 rows, i64 panel, i64 across, i64 threads, Parallel parallel) {
+#if BFLOAT16_TILES
+  TileWork work = {job, stride, rows, panel, across != 0, 1, 0, 0};
+  if (threads > 1 && parallel) {
+    work.slices = threads * 4;
+    parallel(work_on_tiles, &work, (unsigned)threads, 0);
+  } else {
+    work.slices = 1;
+    work_on_tiles(&work);
+  }
+#endif
 }

@@ -1,19 +1,22 @@
 // The matrix unit of Intel's processors from Sapphire Rapids on (AMX): eight tiles of 16 rows of 64
 // bytes, and one instruction that adds 16 x 16 sums of 64 products of bytes in 16 cycles, eight times
-// what vectors of 64 bytes do. Its operations are here, and with -DBNBX_EMULATE_TILES the same in plain
-// C++, so that what is built on them can be tested on any processor.
+// what vectors of 64 bytes do; or of 32 products of bfloat16, whose subnormal numbers count as zero. Its
+// operations are here, and with -DBNBX_EMULATE_TILES the same in plain C++, so that what is built on
+// them can be tested on any processor.
 //
 // The system keeps no room for tiles until a process asks for it: without its leave the first
 // instruction would end the process (tiles_granted). A thread's tiles are set up when a piece of work
 // begins and given up when it ends: other libraries (oneDNN) set up their own in the same threads, and
 // a thread that holds none has 8 KiB less to save when it is interrupted.
 
-// Where each of eight tiles has its bytes. C holds sums, A rows of codes as they lie in memory, B for
-// each 4 neighbors of a row of A the 4 neighbors that they meet, for 16 columns beside one another.
+// C holds sums, A rows as they lie in memory, B for each 4 bytes of a row of A the 4 bytes that they meet,
+// for 16 columns beside one another.
 enum { TILE_ROWS = 16, TILE_BYTES = 64, TILE_COUNT = 8 };
 
 #if defined(BNBX_EMULATE_TILES)
+#define TILES 1
 #define INT8_TILES 1
+#define BFLOAT16_TILES 1
 static bool emulated_leave;
 static thread_local struct { int rows[TILE_COUNT]; i8 bytes[TILE_COUNT][TILE_ROWS * TILE_BYTES]; } emulated;
 
@@ -49,9 +52,32 @@ static inline void tile_add() {
       for (int k = 0; k < TILE_BYTES; ++k) sums[m * TILE_ROWS + n] += a[m * TILE_BYTES + k] * b[k / 4 * TILE_BYTES + 4 * n + k % 4];
   __builtin_memcpy(emulated.bytes[C], sums, sizeof sums);
 }
+static inline float emulated_number(const i8* from) {
+  bfloat16 x;
+  __builtin_memcpy(&x, from, sizeof x);
+  return (x.bits & 0x7f80u) ? to_float(x) : 0.0f;
+}
+template <int C, int A, int B>
+static inline void tile_add_pairs() {
+  const i8 *a = emulated.bytes[A], *b = emulated.bytes[B];
+  float sums[TILE_ROWS * TILE_ROWS];
+  __builtin_memcpy(sums, emulated.bytes[C], sizeof sums);
+  if (emulated_rows(C) != emulated_rows(A) || emulated_rows(B) != TILE_ROWS) __builtin_trap();
+  for (int m = 0; m < emulated_rows(A); ++m)
+    for (int n = 0; n < TILE_ROWS; ++n)
+      for (int k = 0; k < TILE_BYTES; k += 2)
+        sums[m * TILE_ROWS + n] += emulated_number(a + m * TILE_BYTES + k) * emulated_number(b + k / 4 * TILE_BYTES + 4 * n + k % 4);
+  __builtin_memcpy(emulated.bytes[C], sums, sizeof sums);
+}
 
-#elif defined(__AMX_INT8__) && defined(__AMX_TILE__) && defined(__AVX512VNNI__) && defined(__x86_64__) && defined(__linux__)
+#elif defined(__AMX_TILE__) && defined(__AVX512F__) && defined(__x86_64__) && defined(__linux__)
+#define TILES 1
+#if defined(__AMX_INT8__) && defined(__AVX512VNNI__)
 #define INT8_TILES 1
+#endif
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#define BFLOAT16_TILES 1
+#endif
 // arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), for all threads of the process and its children.
 static inline i64 ask_for_tiles() {
   i64 result = 158;
@@ -76,9 +102,11 @@ static inline void tile_store(void* to, i64 stride) {
 }
 template <int C, int A, int B>
 static inline void tile_add() { asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B)); }
+template <int C, int A, int B>
+static inline void tile_add_pairs() { asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B)); }
 #endif
 
-#if INT8_TILES
+#if TILES
 // Whether tiles may be used: the system is asked once. -DBNBX_REFUSE_TILES is a system that says no.
 static bool tiles_granted() {
 #if defined(BNBX_REFUSE_TILES)
