@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from benchmarks import quantize
+from benchmarks import gpu, quantize
 from benchmarks.coding_worker import OPERATIONS
 from benchmarks.coding_worker import Job as CodingJob
 from benchmarks.linear import app, table
@@ -96,3 +98,32 @@ def test_a_table_of_quantizing_says_how_many_times_faster() -> None:
         console.print(quantize.table(job, [Row("dequantize_4bit", "bnbx", times)]))
     line = next(line for line in captured.get().splitlines() if "dequantize_4bit" in line)
     assert line.split() == ["dequantize_4bit", "1.00", "20.00", "4.00", "20.0", "0.25"]
+
+
+# ---- on a GPU
+
+
+def test_what_is_timed_on_a_gpu_runs() -> None:
+    """Each call of each library, on the CPU: all but the clock."""
+    every = [*gpu.cases("cpu", 4096, 64, (1, 3))]
+    assert len({case.name for case in every}) == len(every)
+    for case in every:
+        assert "bnbx" in case.make
+        for ready in case.make.values():
+            ready()()
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(gpu.app, [])
+    assert result.exit_code == 1
+    assert "no CUDA device" in result.output
+
+
+def test_figures_of_a_gpu_are_a_table() -> None:
+    case = gpu.Case("a step", {"bnbx": lambda: lambda: None, "torch": lambda: lambda: None})
+    file = io.StringIO()
+    Console(width=100, file=file).print(gpu._table([case], {("a step", "bnbx"): (2e-6, 3.25e-5)}))
+    printed = file.getvalue()
+    assert "2.0 / 32.5" in printed
+    assert "torch" in printed

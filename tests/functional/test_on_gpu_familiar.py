@@ -198,8 +198,10 @@ def assert_almost_the_same(found: Tensor, expected: Tensor, share: float = 5e-3)
 
 
 def _codes(packed: Tensor, quant_type: str) -> Tensor:
-    """A code each. FP4 has two zeros: which one a number becomes its own two backends, CPU and
-    CUDA, have the other way round; ours are those of its CPU, everywhere.
+    """A code each, with one zero.
+
+    FP4 has two. Which of them a number becomes, the backends of bitsandbytes for the CPU and for
+    CUDA have the other way round; ours are those of its CPU, everywhere.
     """
     codes = torch.stack([packed >> 4, packed & 15])
     return torch.where(codes == 8, 0, codes) if quant_type == "fp4" else codes
