@@ -62,12 +62,12 @@ def quantize_blockwise(
         rand, out = out, None
     checks.floats("A", A)
     size = checks.block_size(blocksize)
-    table = default_table(A.device) if code is None else coded.copy_of(checks.dense("code", code))
+    table = default_table(A.device) if code is None else checks.dense("code", code)
     coded.check_table(table)
     _check_memory(A, absmax, out, size, nested)
     _check_rand(rand, exact)
     checks.together([("A", A), ("absmax", absmax), ("out", out), ("rand", rand)])
-    table = table.to(A.device)
+    table = (table if code is None else coded.copy_of(table)).to(A.device)
     memory = (out, None if nested else absmax)
     codes, scales = _quantized(A.detach(), table, size, rand, exact, *memory)
     offset = second = None

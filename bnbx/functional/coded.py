@@ -65,11 +65,12 @@ def type_of(code: Tensor) -> QuantType | None:
 
 
 def copy_of(code: Tensor) -> Tensor:
-    """A copy of a table, of which is known what is known of the table."""
+    """A copy of a table that has been checked; which type it is, is found out once for both."""
     copy = code.clone()
-    if code.device.type != "cpu" and not (code.is_inference() or copy.is_inference()):
-        found = type_of(code)
-        _types[copy] = copy._version, found
+    if torch.compiler.is_compiling() or code.device.type in ("cpu", "meta"):
+        return copy
+    if not (code.is_inference() or copy.is_inference()):
+        _types[copy] = copy._version, type_of(code)
     return copy
 
 

@@ -11,6 +11,7 @@ from itertools import product
 from statistics import NormalDist
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -18,11 +19,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from bnbx.errors import InputError, OptionError
 from bnbx.functional import checks
 from bnbx.functional.statistics import estimate_quantiles
+from bnbx.kernels.sent_once import sent_once
 from bnbx.registry import quant_types
 
 ENTRIES = 256
 _numbers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_CPU = torch.device("cpu")
 PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 
 
@@ -50,7 +51,7 @@ def table(numbers: tuple[float, ...], device: torch.device | str | None = None) 
         return torch.tensor(numbers, dtype=torch.float32, device=device)
     found = _kept(numbers, torch.empty(0, device=device).device).clone()
     if found.device.type != "cpu" and not found.is_inference():
-        _numbers[found] = found._version, _kept(numbers, _CPU).numpy().tobytes()
+        _numbers[found] = found._version, numbers
     return found
 
 
@@ -59,14 +60,15 @@ def numbers_in(table: Tensor) -> bytes | None:
 
     To ask would be to wait for all that runs there. None where they are not known.
     """
-    known: tuple[int, bytes] | None = _numbers.get(table)  # type: ignore[no-untyped-call]
-    return known[1] if known is not None and known[0] == table._version else None
+    known: tuple[int, tuple[float, ...]] | None = _numbers.get(table)  # type: ignore[no-untyped-call]
+    if known is None or known[0] != table._version:
+        return None
+    return np.asarray(known[1], np.float32).tobytes()
 
 
-@lru_cache(maxsize=64)
+@sent_once
 def _kept(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(numbers, dtype=torch.float32, device="cpu").to(device)
+    return torch.tensor(numbers, dtype=torch.float32, device="cpu").to(device)
 
 
 def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool = True) -> Tensor:

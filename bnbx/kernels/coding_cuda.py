@@ -18,6 +18,7 @@ from bnbx.kernels.coding_cpu import NUMBERS, PARTS, ascending_numbers
 from bnbx.kernels.coding_source import CodingPlan, render_coding
 from bnbx.kernels.cuda_module import THREADS, CudaModule, Launch
 from bnbx.kernels.encoding import Encoding
+from bnbx.kernels.sent_once import sent_once
 
 TEMPLATE = "coding.cu.j2"
 NOTHING = (0, -(2**31), -(2**31))  # the struct Whole of a tensor before it is measured
@@ -86,7 +87,7 @@ def _measures(encoding: Encoding) -> bool:
     return encoding.quant_type.scale.tensor_scale or encoding.per == "tensor"
 
 
-@lru_cache(maxsize=16)
+@sent_once
 def _nothing(index: int) -> Tensor:
     return torch.tensor(NOTHING, dtype=torch.int32, device=torch.device("cuda", index))
 
@@ -96,7 +97,7 @@ def _kernel(plan: CodingPlan, index: int) -> CudaModule:
     return CudaModule(source(plan), NAMES, torch.device("cuda", index), plan.describe())
 
 
-@lru_cache(maxsize=512)
+@sent_once
 def packed_tables(encoding: Encoding, index: int) -> dict[str, Tensor]:
     """The tables of an encoding as kernels read them, by name, on the device of this index."""
     device = torch.device("cuda", index)
@@ -107,7 +108,7 @@ def packed_tables(encoding: Encoding, index: int) -> dict[str, Tensor]:
     return found
 
 
-@lru_cache(maxsize=512)
+@sent_once
 def _ascending(encoding: Encoding, index: int) -> Tensor:
     return torch.from_numpy(ascending_numbers(encoding)).to(torch.device("cuda", index))
 

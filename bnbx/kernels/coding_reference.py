@@ -7,7 +7,6 @@ be held against it bit for bit. `templates/scales.h` says the same of scales in 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from bnbx.kernels.encoding import Encoding
 from bnbx.kernels.master import noise
 from bnbx.kernels.packing import pack, unpack
+from bnbx.kernels.sent_once import sent_once
 
 SMALLEST = 1e-38  # a block's absmax below this is scaled as if it were this; 1 / SMALLEST is finite
 LARGEST_FLOAT = 3.4028234663852886e38
@@ -114,22 +114,21 @@ def mean_of(scales: Tensor) -> Tensor:
     return torch.where(mean < torch.inf, mean, smaller.clamp(max=LARGEST_FLOAT))
 
 
-# ---- tables, which are sent to a device once: to send them would be to wait for it
+# ---- tables
 
 
-@lru_cache(maxsize=256)
+@sent_once
 def levels_on(encoding: Encoding, device: torch.device) -> Tensor:
     """The numbers that codes are decoded to, before they are scaled (256,); not to be changed."""
     return torch.from_numpy(encoding.tables.levels.copy()).to(device)
 
 
-@lru_cache(maxsize=256)
 def second_levels_on(encoding: Encoding, device: torch.device) -> Tensor:
     """The same of the codes of scales."""
     return levels_on(second_encoding(encoding), device)
 
 
-@lru_cache(maxsize=256)
+@sent_once
 def search_on(encoding: Encoding, device: torch.device) -> tuple[Tensor, Tensor]:
     """Thresholds, and codes in the order of their numbers; not to be changed."""
     written = len(encoding.codebook.codes)

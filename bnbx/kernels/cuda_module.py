@@ -16,6 +16,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +99,10 @@ class CudaModule:
     def launch(self, launches: Sequence[Launch], threads: int = THREADS) -> None:
         """Queue kernels on torch's current stream: at most as many blocks as the device holds."""
         runtime, run = self.cupy.cuda.runtime, self.cupy.cuda.driver.launchKernel
-        index = self.device.index
-        stream = _stream(index)
+        device = self.device.index
+        stream = _stream(device)
         before = runtime.getDevice()
-        runtime.setDevice(index)  # also makes its context this thread's, if it has none yet
+        runtime.setDevice(device)  # also makes its context this thread's, if it has none yet
         try:
             for each in launches:
                 grid = max(min(each.blocks, self.most_blocks), 1)
@@ -110,7 +111,7 @@ class CudaModule:
                 run(address, grid, 1, 1, threads, 1, 1, 0, stream, ctypes.addressof(places), 0)
                 del held  # the driver has copied what it needs
         finally:
-            if before != index:
+            if before != device:
                 runtime.setDevice(before)
 
 
@@ -127,11 +128,11 @@ def _compiled(cupy: Any, source: str, device: torch.device) -> bytes:
     return load_or_build(key, source, ".cu", build, Path.read_bytes)
 
 
-def _stream(index: int) -> int:
+def _stream(device: int) -> int:
     """The handle of torch's current stream on a device."""
     if _raw_stream is not None:
-        return int(_raw_stream(index))
-    return int(torch.cuda.current_stream(index).cuda_stream)
+        return int(_raw_stream(device))
+    return int(torch.cuda.current_stream(device).cuda_stream)
 
 
 @lru_cache(maxsize=64)
@@ -153,7 +154,6 @@ def _value(argument: Any) -> int:
         return 0
     if isinstance(argument, Tensor):
         return argument.data_ptr()
-    if isinstance(argument, np.floating):
-        assert argument.dtype == np.float32, argument.dtype
+    if isinstance(argument, np.float32):
         return int.from_bytes(struct.pack("<f", argument), "little")
-    return int(argument)
+    return index(argument)  # TypeError for other floats, whose width is not said

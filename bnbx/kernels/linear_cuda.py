@@ -21,9 +21,8 @@ INPUTS = (1, 2, 4)  # rows of x that there are kernels for, as in the template
 ROWS = 2  # of the weight, that a warp takes at once
 NAMES = (*(f"multiply_{count}" for count in INPUTS), "decode_columns")
 WARPS = THREADS // 32
-FEW_ROWS = (
-    5  # fewer are multiplied as codes are read; on an H100, where panels take one launch each
-)
+# Fewer are multiplied as codes are read; more take two launches, and a panel as many (H100).
+FEW_ROWS = 5
 
 
 def source(plan: LinearPlan) -> str:

@@ -331,3 +331,10 @@ def test_gradient_of_a_graph_with_fake_quantization() -> None:
     )
     (found,) = torch.autograd.grad(graph(x).sum(), x)
     assert torch.allclose(found, x.detach().cos())
+
+
+def test_a_table_of_ones_own_may_be_on_the_meta_device() -> None:
+    x, code = torch.empty(300, device="meta"), torch.empty(256, device="meta")
+    codes, state = functional.quantize_blockwise(x, code, blocksize=64)
+    assert codes.is_meta
+    assert state.absmax.shape == (5,)

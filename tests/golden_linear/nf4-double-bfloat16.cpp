@@ -1868,7 +1868,7 @@ static void decode_tiles(const Job* job, const Levels& levels, i64 at, i64 outs,
 static void decode_across(const Job* job, const Levels& levels, i64 at, i64 outs, i64 from, i64 to, bfloat16* tiles) {
   const bool in_groups = WHOLE_GROUPS && (PER == ROW || job->columns % ALIGNMENT == 0) && at % GROUP == 0;
   const i64 groups = in_groups ? outs / GROUP : 0, rest = groups * GROUP;
-  alignas(64) bfloat16 numbers[2][MOST_ACROSS + TILE_ROWS];
+  alignas(64) bfloat16 numbers[2][MOST_ACROSS + TILE_ROWS] = {};
   for (i64 k = from; (k - from) % TILE_SIDE || k < to; k += 2) {
     for (int i = 0; i < 2; ++i) {
       if (k + i >= to) {
@@ -2136,8 +2136,9 @@ static bool in_pairs(const Job* job, i64 input) {
 
 #endif
 
-// Levels as 16-bit integers, with AVX-512 where pairs of bfloat16 are slow: of 4-bit codes, by permutes of words. With AVX2: of codes of up to 4 bits by two tables of bytes, 10 shuffles for 64 of them where
-// floats take 26; of 8-bit codes that are whole numbers, with a sign, as they are.
+// Levels as 16-bit integers. With AVX-512, where pairs of bfloat16 are slow: of 4-bit codes, by permutes of words. With
+// AVX2: of codes of up to 4 bits by two tables of bytes, 10 shuffles for 64 of them where floats take 26; of 8-bit codes
+// that are whole numbers, with a sign, as they are.
 //
 // A level is off by less than bfloat16 would have it: nf4's by 2**-12.5 of themselves. Of a result in bfloat16 that is 1 / 60
 // of a rounding with normal weights and x, 1 / 8 in rows of 16384 x of one sign; a whole one in the worst case that was
@@ -2319,11 +2320,12 @@ static inline void decode_fixed(const u8* codes, const FixedLevels& levels, __m5
 enum { FIXED_ROWS = 32, FIXED_AT_ONCE = 4 };  // rows of x that are laid out at a time, and multiplied
 enum { X_BITS = 14 };                         // of x: its products with four pairs of levels fit into 31 bits
 // A number is lost that is off by more than this part of itself: one of bfloat16 is as good as exact, of others as good as
-// in a sum of floats. So many of a group may be: what a normal distribution has, near zero. Those that are
-// kept are larger, so that these count little, whichever of them weights leave out.
+// in a sum of floats. One of so many may be, among those that are not zero and share a scale: a normal distribution
+// has fewer, near zero. The others are larger, so that these count little: but not if the largest alone were kept,
+// which a weight may leave out, or in a block whose scale makes little of what is kept in another.
 static constexpr float bearable_loss(const bfloat16*) { return 0x1p-12f; }
 static constexpr float bearable_loss(const void*) { return 0x1p-20f; }
-enum { MOST_LOST = GROUP / 16 };
+enum { KEPT_FOR_LOST = 16 };
 
 // Where they lie in the job's room: for each FIXED_AT_ONCE rows, group by group.
 struct Fixed {
@@ -2391,18 +2393,24 @@ static bool fix_group(const Number* from, float level, i16* high, i16* second, f
   const float step = float_of((exponent + 1 - X_BITS) << 23);  // x is smaller than 2**X_BITS of them
   const float inverse = float_of((254 + X_BITS - 1 - exponent) << 23), finer = 1 << X_BITS;
   unit = step * level;
-  Ints lost = {}, lost_then = {};
-  for (int i = 0; i < GROUP; i += LANES) {  // not in units, which may be too large for a number to be seen
-    const Floats number = load(x + i), integers = round_all(number * inverse), left = number - integers * step;
-    const Floats more = round_all(left * inverse * finer);
-    store(integers, first + i), store(more, then + i);
-    lost += are_lost(left, number), lost_then += are_lost(left - more * (step / finer), number);
+  bool good = true, good_then = true;
+  for (int start = 0; start < GROUP; start += SPAN) {
+    Ints there = {}, lost = {}, lost_then = {};
+    for (int i = start; i < start + SPAN; i += LANES) {  // not in units, which may be too large for a number to be seen
+      const Floats number = load(x + i), integers = round_all(number * inverse), left = number - integers * step;
+      const Floats more = round_all(left * inverse * finer);
+      store(integers, first + i), store(more, then + i);
+      there += (Ints)(size_of(number) > 0.0f);
+      lost += are_lost(left, number), lost_then += are_lost(left - more * (step / finer), number);
+    }
+    const int most = count_of(there) / KEPT_FOR_LOST;
+    good &= count_of(lost) <= most, good_then &= count_of(lost_then) <= most;
   }
   put_fixed(first, high);
-  if (count_of(lost) <= MOST_LOST) return true;
+  if (good) return true;
   put_fixed(then, second);
   both = 1;
-  return count_of(lost_then) <= MOST_LOST;
+  return good_then;
 }
 
 // Rows [first, first + M) of those that are laid out; zeros for the rows that there are not. False where one must not be.
@@ -2634,6 +2642,7 @@ extern "C" i64 bnbx_room_for_tiles(i64 rows, i64 panel) {
 // y = x times the weight, transposed, plus bias, or where `across`, x times the weight; only where there are tiles.
 extern "C" void bnbx_multiply_tiles(const Job* job, i64 stride, i64 rows, i64 panel, i64 across, i64 threads, Parallel parallel) {
 #if BFLOAT16_TILES
+  if (across && panel > MOST_ACROSS) panel = MOST_ACROSS;  // what a line of the weight has room for
   TileWork work = {job, stride, rows, panel, across != 0, 1, 0, 0};
   if (threads > 1 && parallel) {
     work.slices = threads * 4;

@@ -135,3 +135,24 @@ def test_torch_s_products_by_the_same_unit_stay_as_they_are() -> None:
         assert same_bits(x @ other.t(), floats)
         assert is_right(library)
         assert torch.equal(torch._int_mm(codes, more.t()), sums)
+
+
+SMALL_STACK = """
+import threading, torch
+from bnbx.kernels import int8, int8_cpu
+codes, absmax = torch.randint(-127, 128, (96, 512), dtype=torch.int8), torch.ones(96)
+def run():
+    torch.set_num_threads(1)
+    int8.linear(torch.randn(20, 512), codes, absmax, None, 0.0)
+run()  # compiles
+threading.stack_size(128 * 1024)
+thread = threading.Thread(target=run)
+thread.start()
+thread.join()
+"""
+
+
+def test_a_thread_with_a_small_stack_is_enough() -> None:
+    """Sums of long rows take 256 KiB of it; those of others, which are most, do not."""
+    done = subprocess.run([sys.executable, "-c", SMALL_STACK], capture_output=True, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr[-500:])

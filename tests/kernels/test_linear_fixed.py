@@ -216,6 +216,33 @@ def test_numbers_next_to_outliers_that_count_nothing_are_kept(outliers: int) -> 
             assert error_in_roundings(multiply(weight, x), exact) < (1 + 1 / 20**2) ** 0.5, size
 
 
+@pytest.mark.parametrize("where", ["weight of zero", "block of small scale", "small weights"])
+def test_few_numbers_next_to_an_outlier_are_all_that_counts(where: str) -> None:
+    """Where x is mostly zero, those that integers of the outlier's unit lose may be the result."""
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.randn(48, 4096, generator=generator)
+    x = torch.zeros(3, 4096)
+    x[:, ::64] = 1e4
+    if where == "weight of zero":  # of nf4, which has one
+        weight[:, ::64] = 0
+        for place in range(1, 5):
+            x[:, place::64] = 0.3
+    elif where == "block of small scale":
+        weight.view(48, -1, 32)[:, ::4] *= 1e-5
+        x.view(3, -1, 128)[:, :, 64] = 0
+        x.view(3, -1, 128)[:, :, 100:108] = 0.3
+    else:
+        x += (torch.randn(x.shape, generator=generator) - 1.6).relu()
+        weight[:, ::64] *= 1e-4
+    encoding = make_encoding("nf4", 32 if where == "block of small scale" else None)
+    parts = coding.encode(encoding, weight)
+    x = x.bfloat16()
+    dense = coding.decode(encoding, parts, weight.shape).double()
+    exact = x.double() @ dense.T
+    got = multiply(Weight(encoding, (48, 4096), list(parts)), x).double()
+    assert (got - exact).norm() / exact.norm() < 2**-8
+
+
 @pytest.mark.parametrize("outliers", [1, 2, 7])
 def test_float32_beside_outliers_is_as_good_as_in_a_sum_of_floats(outliers: int) -> None:
     generator = torch.Generator().manual_seed(5)

@@ -1,5 +1,6 @@
-// Levels as 16-bit integers, with AVX-512 where pairs of bfloat16 are slow: of 4-bit codes, by permutes of words. With AVX2: of codes of up to 4 bits by two tables of bytes, 10 shuffles for 64 of them where
-// floats take 26; of 8-bit codes that are whole numbers, with a sign, as they are.
+// Levels as 16-bit integers. With AVX-512, where pairs of bfloat16 are slow: of 4-bit codes, by permutes of words. With
+// AVX2: of codes of up to 4 bits by two tables of bytes, 10 shuffles for 64 of them where floats take 26; of 8-bit codes
+// that are whole numbers, with a sign, as they are.
 //
 // A level is off by less than bfloat16 would have it: nf4's by 2**-12.5 of themselves. Of a result in bfloat16 that is 1 / 60
 // of a rounding with normal weights and x, 1 / 8 in rows of 16384 x of one sign; a whole one in the worst case that was

@@ -106,6 +106,7 @@ extern "C" i64 bnbx_room_for_tiles(i64 rows, i64 panel) {
 // y = x times the weight, transposed, plus bias, or where `across`, x times the weight; only where there are tiles.
 extern "C" void bnbx_multiply_tiles(const Job* job, i64 stride, i64 rows, i64 panel, i64 across, i64 threads, Parallel parallel) {
 #if BFLOAT16_TILES
+  if (across && panel > MOST_ACROSS) panel = MOST_ACROSS;  // what a line of the weight has room for
   TileWork work = {job, stride, rows, panel, across != 0, 1, 0, 0};
   if (threads > 1 && parallel) {
     work.slices = threads * 4;

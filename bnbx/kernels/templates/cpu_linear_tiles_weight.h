@@ -127,7 +127,7 @@ static void decode_tiles(const Job* job, const Levels& levels, i64 at, i64 outs,
 static void decode_across(const Job* job, const Levels& levels, i64 at, i64 outs, i64 from, i64 to, bfloat16* tiles) {
   const bool in_groups = WHOLE_GROUPS && (PER == ROW || job->columns % ALIGNMENT == 0) && at % GROUP == 0;
   const i64 groups = in_groups ? outs / GROUP : 0, rest = groups * GROUP;
-  alignas(64) bfloat16 numbers[2][MOST_ACROSS + TILE_ROWS];
+  alignas(64) bfloat16 numbers[2][MOST_ACROSS + TILE_ROWS] = {};
   for (i64 k = from; (k - from) % TILE_SIDE || k < to; k += 2) {
     for (int i = 0; i < 2; ++i) {
       if (k + i >= to) {

@@ -122,16 +122,17 @@ static void finish_outputs(const Product& job, i64 row, i64 rows, i64 out, i64 o
     }
 }
 
-static void multiply_tiles(const void* data, i64 first, i64 last, i64 slice) {
-  const Product& job = *(const Product*)data;
-  const i64 end = at_most(job.outs, last * GROUP), together = job.depth > DEPTH ? KEPT : BLOCK;
-  Kept kept[KEPT / BLOCK];  // 256 KiB
+// Not inline: its stack is its own, 256 KiB where TOGETHER is KEPT, 32 KiB where it is BLOCK.
+template <int TOGETHER>
+static __attribute__((noinline)) void multiply_outputs(const Product& job, i64 first, i64 last, i64 slice) {
+  const i64 end = at_most(job.outs, last * GROUP);
+  Kept kept[TOGETHER / BLOCK];
   Outputs outputs;
   outputs.outliers = job.weight_outliers + slice * GROUP * job.outliers;
   for (i64 row = 0; row < job.rows; row += CHUNK) {
     const i64 rows = at_most(CHUNK, job.rows - row);
-    for (i64 out = first * GROUP; out < end; out += together) {
-      const i64 outs = at_most(together, end - out);
+    for (i64 out = first * GROUP; out < end; out += TOGETHER) {
+      const i64 outs = at_most(TOGETHER, end - out);
       i64 at = 0;
       do  // where rows are empty too: the sums are zeros
         for (i64 c = 0; c < outs; c += BLOCK) sum_outputs(job, row, rows, out + c, at_most(BLOCK, outs - c), at, kept[c / BLOCK]);
@@ -140,6 +141,11 @@ static void multiply_tiles(const void* data, i64 first, i64 last, i64 slice) {
     }
   }
   give_up_tiles();
+}
+
+static void multiply_tiles(const void* data, i64 first, i64 last, i64 slice) {
+  const Product& job = *(const Product*)data;
+  job.depth > DEPTH ? multiply_outputs<KEPT>(job, first, last, slice) : multiply_outputs<BLOCK>(job, first, last, slice);
 }
 
 // Rows [16 first, 16 last) to what tiles of the weight meet. What rows past the last and codes past
