@@ -49,7 +49,7 @@ def table(numbers: tuple[float, ...], device: torch.device | str | None = None) 
     """These numbers in a tensor of the caller's own, float32."""
     if torch.compiler.is_compiling():
         return torch.tensor(numbers, dtype=torch.float32, device=device)
-    found = _kept(numbers, torch.empty(0, device=device).device).clone()
+    found = _kept(numbers, torch.empty(0, dtype=torch.uint8, device=device).device).clone()
     if found.device.type != "cpu" and not found.is_inference():
         _numbers[found] = found._version, numbers
     return found

@@ -17,7 +17,7 @@ from torch import Tensor
 from bnbx.errors import InputError, OptionError
 from bnbx.functional import checks, coded
 from bnbx.kernels.batch import Batch, step_scalars
-from bnbx.kernels.evaluate import evaluate, tensor_operations
+from bnbx.kernels.evaluate import evaluate, square_root, tensor_operations
 from bnbx.kernels.launch import launch
 from bnbx.kernels.plan import make_plan
 from bnbx.kernels.reference import decode
@@ -231,4 +231,4 @@ def _update_norm(batch: Batch) -> Tensor:
         )
     for statement in lowered.element:
         values[statement.target] = evaluate(statement.value, values, operations)
-    return values[UPDATE].double().square().sum().sqrt()
+    return square_root(values[UPDATE].double().square().sum())

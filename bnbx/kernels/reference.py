@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bnbx.kernels.batch import Batch
 from bnbx.kernels.codebook import tables
-from bnbx.kernels.evaluate import Operations, evaluate, tensor_operations
+from bnbx.kernels.evaluate import Operations, evaluate, square_root, tensor_operations
 from bnbx.kernels.master import load, store
 from bnbx.kernels.packing import pack, unpack
 from bnbx.kernels.plan import Plan, Storage
@@ -82,7 +82,7 @@ def _tensor_values(
     numbers = dict(zip(lowered.inputs, inputs, strict=True)) | {NUMEL: values["p"].numel()}
     found = {n: torch.tensor(x, dtype=wide, device=device) for n, x in numbers.items()}
     for name in lowered.norms:
-        found[NORM + name] = values[name].to(wide).square().sum().sqrt()
+        found[NORM + name] = square_root(values[name].to(wide).square().sum())
     for statement in lowered.tensor:
         found[statement.target] = evaluate(statement.value, found, operations)
     scalars = lowered.tensor_scalars.items()

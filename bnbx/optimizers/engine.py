@@ -234,8 +234,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             places: which parameters they are, counted over all groups.
 
         Raises:
-            UnsupportedTensorError: memory or a gradient that cannot be used; then nothing was
-                updated.
+            UnsupportedTensorError: memory or a gradient that cannot be used; nothing was updated.
             OptionError: the optimizer is in evaluation mode, or has no such parameters.
         """
         self._modes.check_training(self.param_groups)

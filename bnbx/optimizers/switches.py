@@ -10,8 +10,8 @@ from bnbx.errors import NotYetError, OptionError
 
 _cuda: Any = torch.cuda  # whose functions are untyped
 _FROZEN = (
-    "a captured graph would freeze the step's scalars (bias corrections, learning rate), which "
-    "come from the host"
+    "a captured CUDA graph would freeze the step's scalars (bias corrections, learning rate), "
+    "which come from the host"
 )
 _OUTSIDE = "keep the step outside of the graph, after its replay"
 IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")

@@ -30,6 +30,7 @@ def test_numbers_of_16_bits_are_multiplied_as_floats_where_torch_is_slow_with_th
 ) -> None:
     """By panels that are rounded to no 16 bits, and pieces of x: results are rounded once."""
     monkeypatch.setattr(processor, "lacks_16_bits", lambda: True)
+    monkeypatch.setattr(linear_cpu, "has_tiles", lambda *_: False)  # as it is there
     monkeypatch.setattr(linear_panels, "LEAST_BYTES", 4096)
     monkeypatch.setattr(linear_panels, "PIECE_BYTES", 4096)
     monkeypatch.setattr(linear_panels, "MOST_ROWS", 48)
