@@ -145,7 +145,7 @@ def run():
     torch.set_num_threads(1)
     int8.linear(torch.randn(20, 512), codes, absmax, None, 0.0)
 run()  # compiles
-threading.stack_size(128 * 1024)
+threading.stack_size(256 * 1024)
 thread = threading.Thread(target=run)
 thread.start()
 thread.join()
