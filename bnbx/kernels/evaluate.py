@@ -15,7 +15,7 @@ __all__ = ["HOST", "Operations", "evaluate", "square_root", "tensor_operations"]
 def square_root(x: Tensor) -> Tensor:
     """The square root of a tensor, rounded correctly where that is to be had.
 
-    torch's on a CPU is MKL's, which is not, in float32 nor, on a Granite Rapids, in float64: there
+    torch's on a CPU is MKL's, which is not, in float32 nor, on an Emerald Rapids, in float64: there
     it is off by a unit for 0.7 % of numbers, 2 among them. NumPy's is the processor's.
     """
     import numpy as np

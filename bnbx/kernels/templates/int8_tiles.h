@@ -1,5 +1,5 @@
 // Many rows times a weight where the processor has a matrix unit (cpu_tiles.h): 512 rows of float32 take
-// 12 ms instead of 43 with vectors, at 4096 x 4096 on a thread of a Granite Rapids, other programs running.
+// 12 ms instead of 43 with vectors, at 4096 x 4096 on a thread of an Emerald Rapids, other programs running.
 // The sums alone take 7 ms of that on a quiet machine; the unit needs 3, the second cache has no more.
 //
 // The weight's codes are read as they lie in memory (tile A), and the codes of 16 rows of x, turned in
