@@ -111,7 +111,7 @@ struct Job {
   void (*reduce)(const Job*, i64, i64);
 };
 
-enum { SPAN = 1024 };  // elements between two looks at a state's largest magnitude
+enum { SPAN = 1024 };  // elements that are updated at a time
 
 // The rule, for `Count` elements. The largest magnitudes of quantized states are found on the way,
 // as integers: so the order of comparisons cannot matter, even for NaN.
@@ -158,16 +158,16 @@ extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
     const i64 start = (chunk - row->FirstChunk) * CHUNK;
     const i64 left = row->Numel - start;
     const int count = (int)(left < CHUNK ? left : CHUNK);
-    float* state_m = row->m_ + start;
-    float* state_v = row->v_ + start;
     for (int at = 0; at < count; at += SPAN) {
       const int span = count - at < SPAN ? count - at : SPAN;
+      float* state_m = row->m_ + start + at;
+      float* state_v = row->v_ + start + at;
       Parameter* p = row->p_ + start + at;
       const Gradient* g = row->g_ + start + at;
       if (span == SPAN)  // the same with the count known to the compiler
-        update_elements(p, g, state_m + at, state_v + at, job->scalars, *row->gradient_scale_, SPAN);
+        update_elements(p, g, state_m, state_v, job->scalars, *row->gradient_scale_, SPAN);
       else
-        update_elements(p, g, state_m + at, state_v + at, job->scalars, *row->gradient_scale_, span);
+        update_elements(p, g, state_m, state_v, job->scalars, *row->gradient_scale_, span);
     }
   }
 }

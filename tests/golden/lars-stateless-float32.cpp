@@ -109,7 +109,7 @@ struct Job {
   void (*reduce)(const Job*, i64, i64);
 };
 
-enum { SPAN = 1024 };  // elements between two looks at a state's largest magnitude
+enum { SPAN = 1024 };  // elements that are updated at a time
 
 // The rule, for `Count` elements. The largest magnitudes of quantized states are found on the way,
 // as integers: so the order of comparisons cannot matter, even for NaN.
