@@ -124,6 +124,7 @@ def codebook_traits(
         "signed": _bool(buckets is not None and buckets.signed),
         "ordered": _bool(found.ordered),
         "segments": _bool(segments is not None),
+        "mirrored": _bool(found.mirrored),
     }
 
 

@@ -396,7 +396,7 @@ struct mxfp4_signed {
   static constexpr int BITS = 4;
   static constexpr float UNIT = 6.0f;
   static constexpr u32 FLOOR = 0x3e800000u, CEILING = 0x40a00002u;
-  static constexpr bool SIGNED = true, ORDERED = false, SEGMENTS = false, WHOLE = false;
+  static constexpr bool SIGNED = true, ORDERED = false, SEGMENTS = false, MIRRORED = false, WHOLE = false;
 };
 
 struct mxfp4_unsigned {
@@ -404,7 +404,7 @@ struct mxfp4_unsigned {
   static constexpr int BITS = 4;
   static constexpr float UNIT = 6.0f;
   static constexpr u32 FLOOR = 0x3e800000u, CEILING = 0x40a00002u;
-  static constexpr bool SIGNED = true, ORDERED = false, SEGMENTS = false, WHOLE = false;
+  static constexpr bool SIGNED = true, ORDERED = false, SEGMENTS = false, MIRRORED = false, WHOLE = false;
 };
 
 // A tensor. Rows end with one more whose FirstChunk is the number of chunks in all.

@@ -396,7 +396,7 @@ struct state4_signed {
   static constexpr int BITS = 4;
   static constexpr float UNIT = 1.0f;
   static constexpr u32 FLOOR = 0x3d200000u, CEILING = 0x3f800001u;
-  static constexpr bool SIGNED = true, ORDERED = true, SEGMENTS = false, WHOLE = false;
+  static constexpr bool SIGNED = true, ORDERED = true, SEGMENTS = false, MIRRORED = false, WHOLE = false;
 };
 
 struct state4_unsigned {
@@ -404,7 +404,7 @@ struct state4_unsigned {
   static constexpr int BITS = 4;
   static constexpr float UNIT = 1.0f;
   static constexpr u32 FLOOR = 0x3b100000u, CEILING = 0x3f800001u;
-  static constexpr bool SIGNED = false, ORDERED = true, SEGMENTS = true, WHOLE = false;
+  static constexpr bool SIGNED = false, ORDERED = true, SEGMENTS = true, MIRRORED = false, WHOLE = false;
 };
 
 // A tensor. Rows end with one more whose FirstChunk is the number of chunks in all.

@@ -249,6 +249,25 @@ static inline void encode_narrow_block(const float* x, float inverse, const Tabl
   }
 }
 
+// The bytes of the levels of 64 codes, plane by plane.
+template <class Type>
+static inline void look_up_levels(__m512i code, const Tables* tables, __m512i (&bytes)[4]) {
+  if (!Type::MIRRORED) {
+    const __mmask64 upper = _mm512_movepi8_mask(code);
+    for (int b = 0; b < 4; ++b) bytes[b] = look_up_bytes(tables->planes[b], code, upper);
+    return;
+  }
+  // A magnitude of 1 to 128 is looked up among the levels above zero; half the permutes.
+  const __m512i zero = _mm512_set1_epi8(Type::ZERO_CODE), magnitude = _mm512_abs_epi8(_mm512_sub_epi8(code, zero));
+  const __mmask64 there = _mm512_test_epi8_mask(magnitude, magnitude), negative = _mm512_cmplt_epu8_mask(code, zero);
+  const __m512i place = _mm512_sub_epi8(magnitude, _mm512_set1_epi8(1));
+  for (int b = 0; b < 4; ++b) {
+    const __m512i* above = (const __m512i*)(tables->planes[b] + 128);
+    bytes[b] = _mm512_maskz_permutex2var_epi8(there, _mm512_loadu_si512(above), place, _mm512_loadu_si512(above + 1));
+  }
+  bytes[3] = _mm512_mask_add_epi8(bytes[3], negative, bytes[3], _mm512_set1_epi8(-128));  // the sign
+}
+
 template <class Type>
 static inline void decode_block(const u8* codes, float absmax, const Tables* tables, float* x) {
   if (Type::BITS <= 4) return decode_narrow_block<Type>(codes, absmax, tables, x);
@@ -256,14 +275,10 @@ static inline void decode_block(const u8* codes, float absmax, const Tables* tab
   const __m512i lanes = _mm512_load_si512(interleave);
   const __m512 scale = _mm512_set1_ps(absmax);
   for (int i = 0; i < Type::BLOCK; i += 64) {
-    const __m512i index = _mm512_permutexvar_epi8(lanes, _mm512_loadu_si512(codes + i));
-    const __mmask64 upper = _mm512_movepi8_mask(index);
-    const __m512i b0 = look_up_bytes(tables->planes[0], index, upper);
-    const __m512i b1 = look_up_bytes(tables->planes[1], index, upper);
-    const __m512i b2 = look_up_bytes(tables->planes[2], index, upper);
-    const __m512i b3 = look_up_bytes(tables->planes[3], index, upper);
-    const __m512i low01 = _mm512_unpacklo_epi8(b0, b1), high01 = _mm512_unpackhi_epi8(b0, b1);
-    const __m512i low23 = _mm512_unpacklo_epi8(b2, b3), high23 = _mm512_unpackhi_epi8(b2, b3);
+    __m512i bytes[4];
+    look_up_levels<Type>(_mm512_permutexvar_epi8(lanes, _mm512_loadu_si512(codes + i)), tables, bytes);
+    const __m512i low01 = _mm512_unpacklo_epi8(bytes[0], bytes[1]), high01 = _mm512_unpackhi_epi8(bytes[0], bytes[1]);
+    const __m512i low23 = _mm512_unpacklo_epi8(bytes[2], bytes[3]), high23 = _mm512_unpackhi_epi8(bytes[2], bytes[3]);
     const __m512i value[4] = {_mm512_unpacklo_epi16(low01, low23), _mm512_unpackhi_epi16(low01, low23),
                               _mm512_unpacklo_epi16(high01, high23), _mm512_unpackhi_epi16(high01, high23)};
     for (int j = 0; j < 4; ++j)
@@ -738,7 +753,7 @@ struct dynamic8_signed {
   static constexpr int BITS = 8;
   static constexpr float UNIT = 1.0f;
   static constexpr u32 FLOOR = 0x34920000u, CEILING = 0x3f800001u;
-  static constexpr bool SIGNED = true, ORDERED = true, SEGMENTS = true, WHOLE = false;
+  static constexpr bool SIGNED = true, ORDERED = true, SEGMENTS = true, MIRRORED = true, WHOLE = false;
 };
 
 struct dynamic8_unsigned {
@@ -746,7 +761,7 @@ struct dynamic8_unsigned {
   static constexpr int BITS = 8;
   static constexpr float UNIT = 1.0f;
   static constexpr u32 FLOOR = 0x342e0000u, CEILING = 0x3f800001u;
-  static constexpr bool SIGNED = false, ORDERED = true, SEGMENTS = true, WHOLE = false;
+  static constexpr bool SIGNED = false, ORDERED = true, SEGMENTS = true, MIRRORED = false, WHOLE = false;
 };
 
 // A tensor. Rows end with one more whose FirstChunk is the number of chunks in all.
@@ -786,15 +801,17 @@ struct Job {
   void (*reduce)(const Job*, i64, i64);
 };
 
-// Where it was measured, on a Granite Rapids: 16.8 M elements of 8-bit SGD take XXX ns each on a thread and not 0.81,
-// AdamW XXX and not 1.24. AMD's processors are left to themselves: an earlier form of this cost a Zen 5 time.
+// See cpu_stage.h. Of 16.8 M elements on a thread of a Granite Rapids, a step of 8-bit SGD takes 0.50 ns each and not
+// 0.81, AdamW 0.94 and not 1.24; compiled for AVX2, 0.79 and not 1.13, 1.45 and not 1.79. AMD's processors are left to
+// themselves: an earlier form of it cost a Zen 5 time.
 #if defined(__AVX2__) && !defined(__znver1__) && !defined(__znver2__) && !defined(__znver3__) && !defined(__znver4__) && !defined(__znver5__)
 enum { OVERLAP = 1 };
 #else
 enum { OVERLAP = 0 };
 #endif
-enum { LATE = OVERLAP && CHUNK <= 1024 };  // two of them have to stay in the cache
-enum { MOST = LATE ? 128 : CHUNK, SPAN = 256 < (int)MOST ? 256 : (int)MOST };  // elements between two looks at a state's largest magnitude
+enum { LATE = OVERLAP && CHUNK <= 1024 };  // whether a chunk is encoded beside the next; both have to stay in the cache
+enum { MOST = LATE ? 128 : CHUNK };        // 64 and 256 cost 3 to 8 %
+enum { SPAN = 256 < (int)MOST ? 256 : (int)MOST };  // elements that are updated at a time
 
 // The quantized states of a chunk on a CPU: from codes to numbers, and back.
 //

@@ -396,7 +396,7 @@ struct dynamic8_signed {
   static constexpr int BITS = 8;
   static constexpr float UNIT = 1.0f;
   static constexpr u32 FLOOR = 0x34920000u, CEILING = 0x3f800001u;
-  static constexpr bool SIGNED = true, ORDERED = true, SEGMENTS = true, WHOLE = false;
+  static constexpr bool SIGNED = true, ORDERED = true, SEGMENTS = true, MIRRORED = true, WHOLE = false;
 };
 
 // A tensor. Rows end with one more whose FirstChunk is the number of chunks in all.

@@ -649,7 +649,7 @@ struct Codebook {
   static constexpr int BITS = 8;
   static constexpr float UNIT = 1.0f;
   static constexpr u32 FLOOR = 0x34920000u, CEILING = 0x3f800001u;
-  static constexpr bool SIGNED = true, ORDERED = true, SEGMENTS = true, WHOLE = false;
+  static constexpr bool SIGNED = true, ORDERED = true, SEGMENTS = true, MIRRORED = true, WHOLE = false;
 };
 
 struct Code : Codebook {

@@ -569,7 +569,7 @@ struct Codebook {
   static constexpr int BITS = 4;
   static constexpr float UNIT = 1.0f;
   static constexpr u32 FLOOR = 0x3d200000u, CEILING = 0x3f800001u;
-  static constexpr bool SIGNED = true, ORDERED = true, SEGMENTS = false, WHOLE = false;
+  static constexpr bool SIGNED = true, ORDERED = true, SEGMENTS = false, MIRRORED = false, WHOLE = false;
 };
 
 struct Code : Codebook {

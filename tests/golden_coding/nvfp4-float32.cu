@@ -569,7 +569,7 @@ struct Codebook {
   static constexpr int BITS = 4;
   static constexpr float UNIT = 6.0f;
   static constexpr u32 FLOOR = 0x3e800000u, CEILING = 0x40a00002u;
-  static constexpr bool SIGNED = true, ORDERED = false, SEGMENTS = false, WHOLE = false;
+  static constexpr bool SIGNED = true, ORDERED = false, SEGMENTS = false, MIRRORED = false, WHOLE = false;
 };
 
 struct Code : Codebook {

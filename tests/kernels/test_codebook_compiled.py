@@ -40,19 +40,19 @@ AFTER = """
 struct Type {
   static int BLOCK, SHIFT, HALF, ZERO_CODE, BITS;
   static u32 FLOOR, CEILING;
-  static bool SIGNED, ORDERED, SEGMENTS;
+  static bool SIGNED, ORDERED, SEGMENTS, MIRRORED;
   static float UNIT;
 };
 int Type::BLOCK, Type::SHIFT, Type::HALF, Type::ZERO_CODE, Type::BITS;
 u32 Type::FLOOR, Type::CEILING;
-bool Type::SIGNED, Type::ORDERED, Type::SEGMENTS;
+bool Type::SIGNED, Type::ORDERED, Type::SEGMENTS, Type::MIRRORED;
 float Type::UNIT;
 
 extern "C" void set_traits(const i64* traits) {
   Type::BLOCK = (int)traits[0], Type::SHIFT = (int)traits[1], Type::HALF = (int)traits[2];
   Type::ZERO_CODE = (int)traits[3], Type::FLOOR = (u32)traits[4], Type::CEILING = (u32)traits[5];
   Type::SIGNED = traits[6], Type::ORDERED = traits[7], Type::SEGMENTS = traits[8];
-  Type::BITS = (int)traits[9];
+  Type::MIRRORED = traits[9], Type::BITS = (int)traits[10];
 }
 extern "C" void encode_plain(const float* x, const Tables* tables, u8* codes) {
   encode_block_plain<Type>(x, 1.0f, tables, codes);
@@ -113,7 +113,7 @@ def traits(found: Tables, block: int, bits: int) -> npt.NDArray[np.int64]:
     shape = (buckets.shift, buckets.half, buckets.floor, buckets.ceiling) if buckets else (0,) * 4
     shift, half, floor, ceiling = shape
     signed = buckets is not None and buckets.signed
-    flags = (signed, found.ordered, found.segments is not None)
+    flags = (signed, found.ordered, found.segments is not None, found.mirrored)
     return np.array([block, shift, half, found.zero_code, floor, ceiling, *flags, bits], np.int64)
 
 
@@ -175,8 +175,28 @@ def test_compiled_codes_are_the_nearest_in_any_unit(
     assert not wrong.any(), list(zip(x[wrong], codes[wrong], expected[wrong], strict=True))[:5]
 
 
+def moved(code: int) -> Codebook:
+    """dynamic8, mirrored about code 127 but for one number."""
+    values = list(dynamic8.codebook(signed=True).values)
+    values[code] = float(np.float32(values[code] or 1e-9)) * 1.0001
+    return Codebook(tuple(values))
+
+
+def test_a_table_is_mirrored_whole_or_not_at_all() -> None:
+    assert tables(dynamic8.codebook(signed=True)).mirrored
+    assert not tables(dynamic8.codebook(signed=False)).mirrored
+    for code in (0, 126, 127, 128, 254):
+        assert not tables(moved(code)).mirrored, code
+    assert tables(moved(255)).mirrored  # it has no negative
+
+
 @pytest.mark.parametrize("name", ["decode_plain", "decode_fast"])
 @pytest.mark.parametrize("size", [16, 32, 512])
+@example(codebook=dynamic8.codebook(signed=True), absmax=3.0)
+@example(codebook=linear8.codebook(signed=True), absmax=3.0)
+@example(codebook=moved(0), absmax=3.0)
+@example(codebook=moved(127), absmax=3.0)
+@example(codebook=moved(255), absmax=3.0)
 @given(codebook=full_codebooks(), absmax=st.floats(0, 2.0**127, width=32))
 def test_compiled_levels_are_scaled_once(
     library: ctypes.CDLL, name: str, size: int, codebook: Codebook, absmax: float
