@@ -5,7 +5,7 @@
 // memory is asked for early, a little at a time so as not to fill the processor's queue of misses; its own
 // prefetchers pause while coding touches neither parameters nor gradients.
 
-// Elements ahead; 256 cost 15 % more, 1024 the same.
+// Elements ahead. 256 cost 3 % more; 1024 cost AdamW 15 %, between steps of others.
 enum { AHEAD = 512, LINE = 64 };
 
 // To ask for memory past the end does nothing.
