@@ -257,8 +257,9 @@ static inline void look_up_levels(__m512i code, const Tables* tables, __m512i (&
     for (int b = 0; b < 4; ++b) bytes[b] = look_up_bytes(tables->planes[b], code, upper);
     return;
   }
-  // A magnitude of 1 to 128 is looked up among the levels above zero; half the permutes.
-  const __m512i zero = _mm512_set1_epi8(Type::ZERO_CODE), magnitude = _mm512_abs_epi8(_mm512_sub_epi8(code, zero));
+  // A magnitude of 1 to 128 is looked up among the levels above zero; half the permutes. (That of code 127: numbers
+  // that are zero may get another one.)
+  const __m512i zero = _mm512_set1_epi8(127), magnitude = _mm512_abs_epi8(_mm512_sub_epi8(code, zero));
   const __mmask64 there = _mm512_test_epi8_mask(magnitude, magnitude), negative = _mm512_cmplt_epu8_mask(code, zero);
   const __m512i place = _mm512_sub_epi8(magnitude, _mm512_set1_epi8(1));
   for (int b = 0; b < 4; ++b) {
@@ -835,7 +836,7 @@ enum { SPAN = 256 < (int)MOST ? 256 : (int)MOST };  // elements that are updated
 // memory is asked for early, a little at a time so as not to fill the processor's queue of misses; its own
 // prefetchers pause while coding touches neither parameters nor gradients.
 
-// Elements ahead; 256 cost 15 % more, 1024 the same.
+// Elements ahead. 256 cost 3 % more; 1024 cost AdamW 15 %, between steps of others.
 enum { AHEAD = 512, LINE = 64 };
 
 // To ask for memory past the end does nothing.

@@ -257,8 +257,9 @@ static inline void look_up_levels(__m512i code, const Tables* tables, __m512i (&
     for (int b = 0; b < 4; ++b) bytes[b] = look_up_bytes(tables->planes[b], code, upper);
     return;
   }
-  // A magnitude of 1 to 128 is looked up among the levels above zero; half the permutes.
-  const __m512i zero = _mm512_set1_epi8(Type::ZERO_CODE), magnitude = _mm512_abs_epi8(_mm512_sub_epi8(code, zero));
+  // A magnitude of 1 to 128 is looked up among the levels above zero; half the permutes. (That of code 127: numbers
+  // that are zero may get another one.)
+  const __m512i zero = _mm512_set1_epi8(127), magnitude = _mm512_abs_epi8(_mm512_sub_epi8(code, zero));
   const __mmask64 there = _mm512_test_epi8_mask(magnitude, magnitude), negative = _mm512_cmplt_epu8_mask(code, zero);
   const __m512i place = _mm512_sub_epi8(magnitude, _mm512_set1_epi8(1));
   for (int b = 0; b < 4; ++b) {
