@@ -836,11 +836,14 @@ struct Job {
 // See cpu_stage.h. Of 16.8 M elements on a thread of a Granite Rapids, a step of 8-bit SGD takes 0.50 ns each and not
 // 0.81, AdamW 0.94 and not 1.24; compiled for AVX2, 0.79 and not 1.13, 1.45 and not 1.79. AMD's processors are left to
 // themselves: an earlier form of it cost a Zen 5 time.
+#ifndef BNBX_OVERLAP
 #if defined(__AVX2__) && !defined(__znver1__) && !defined(__znver2__) && !defined(__znver3__) && !defined(__znver4__) && !defined(__znver5__)
-enum { OVERLAP = 1 };
+#define BNBX_OVERLAP 1
 #else
-enum { OVERLAP = 0 };
+#define BNBX_OVERLAP 0
 #endif
+#endif
+enum { OVERLAP = BNBX_OVERLAP };
 enum { LATE = OVERLAP && CHUNK <= 1024 };  // whether a chunk is encoded beside the next; both have to stay in the cache
 enum { MOST = LATE ? 128 : CHUNK };        // 64 and 256 cost 3 to 8 %
 enum { SPAN = 256 < (int)MOST ? 256 : (int)MOST };  // elements that are updated at a time
