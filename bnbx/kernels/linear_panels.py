@@ -15,9 +15,9 @@ from bnbx.kernels import coding, processor
 from bnbx.kernels.encoding import Encoding
 
 SHARE = 1 / 32  # of the dense weight's bytes, what a panel takes
-# Of a float32 weight's: with each panel torch packs x anew, twice the bytes. 512 rows by 4096 x 4096
-# take 125 ms with 1 / 32 on a thread of a Granite Rapids, 111 with this (dense: 107). A twentieth
-# is the limit for all memory.
+# Of a float32 weight's: with each panel torch packs x anew, twice the bytes. 512 rows by 4096 x
+# 4096 take 125 ms with 1 / 32 on a thread of a Granite Rapids, 111 with this (dense: 107). A
+# twentieth is the limit for all memory.
 WIDE_SHARE = 1 / 21
 LEAST_BYTES, MOST_BYTES = 256 * 1024, 4 * 1024 * 1024  # of a panel: between the caches' sizes
 # On a GPU each panel costs two launches, which take the host longer than it takes a GPU to multiply
