@@ -101,11 +101,10 @@ class Tables:
 
     @property
     def mirrored(self) -> bool:
-        """True if codes 0 to 126 are the negatives of codes 254 to 128, and 127 is zero."""
+        """True if codes 0 to 126 are the negatives of 254 to 128, and 127 is zero; 255 is free."""
         bits = self.levels.view(np.uint32)
-        half, zero = len(bits) // 2, len(bits) // 2 - 1
-        negative = bits[:zero] ^ np.uint32(1 << 31)
-        return bool(bits[zero] == 0 and np.array_equal(negative[::-1], bits[half:-1]))
+        negatives = bits[:127] ^ np.uint32(1 << 31)
+        return bool(bits[127] == 0 and np.array_equal(negatives[::-1], bits[128:255]))
 
     def pack(self) -> npt.NDArray[np.uint8]:
         """The tables as bytes, in the layout of the struct `Tables` of the kernels."""

@@ -14,11 +14,10 @@ from torch import Tensor
 from bnbx.kernels import coding, processor
 from bnbx.kernels.encoding import Encoding
 
-SHARE = 1 / 32  # of the dense weight's bytes, what a panel takes
-# Of a float32 weight's: with each panel torch packs x anew, twice the bytes. 512 rows by 4096 x
-# 4096 take 125 ms with 1 / 32 on a thread of a Granite Rapids, 111 with this (dense: 107). A
-# twentieth is the limit for all memory.
-WIDE_SHARE = 1 / 21
+# What a panel takes of the dense weight's bytes, a twentieth of which is the limit for all memory.
+# With each panel torch packs x anew; that of float32 x takes longer than decoding does. 512 rows by
+# 4096 x 4096 take 125 ms with 1 / 32 on a thread of a Granite Rapids, 111 so (dense: 107).
+SHARE, WIDE_SHARE = 1 / 32, 1 / 21
 LEAST_BYTES, MOST_BYTES = 256 * 1024, 4 * 1024 * 1024  # of a panel: between the caches' sizes
 # On a GPU each panel costs two launches, which take the host longer than it takes a GPU to multiply
 # 16 rows with a whole 4096 x 4096 weight; 32 panels of that took 5 ms on an H100.
@@ -153,7 +152,7 @@ def multiply_rows(
 ) -> Tensor:
     """The product grad (rows, out) @ weight, by rows of the weight: sums are kept in float32."""
     out, inner = shape
-    size = panel_size(shape, 0, torch.float32.itemsize, device=grad.device.type)
+    size = panel_size(shape, 0, torch.float32.itemsize, grad.dtype.itemsize, grad.device.type)
     room = grad.new_empty((size, inner), dtype=torch.float32)
     y = grad.new_zeros((len(grad), inner), dtype=torch.float32)
     for first in range(0, out, size):

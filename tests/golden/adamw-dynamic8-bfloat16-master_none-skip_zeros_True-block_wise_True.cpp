@@ -251,20 +251,20 @@ static inline void encode_narrow_block(const float* x, float inverse, const Tabl
 
 // The bytes of the levels of 64 codes, plane by plane.
 template <class Type>
-static inline void look_up_levels(__m512i code, const Tables* tables, __m512i (&bytes)[4]) {
+static inline void look_up_planes(__m512i code, const Tables* tables, __m512i (&bytes)[4]) {
   if (!Type::MIRRORED) {
     const __mmask64 upper = _mm512_movepi8_mask(code);
     for (int b = 0; b < 4; ++b) bytes[b] = look_up_bytes(tables->planes[b], code, upper);
     return;
   }
-  // A magnitude of 1 to 128 is looked up among the levels above zero; half the permutes. (That of code 127: numbers
-  // that are zero may get another one.)
+  // Zero is code 127 (not ZERO_CODE: several codes may be zero's), and a magnitude of 1 to 128 is looked up among the
+  // levels above it: half the permutes.
   const __m512i zero = _mm512_set1_epi8(127), magnitude = _mm512_abs_epi8(_mm512_sub_epi8(code, zero));
-  const __mmask64 there = _mm512_test_epi8_mask(magnitude, magnitude), negative = _mm512_cmplt_epu8_mask(code, zero);
+  const __mmask64 nonzero = _mm512_test_epi8_mask(magnitude, magnitude), negative = _mm512_cmplt_epu8_mask(code, zero);
   const __m512i place = _mm512_sub_epi8(magnitude, _mm512_set1_epi8(1));
   for (int b = 0; b < 4; ++b) {
     const __m512i* above = (const __m512i*)(tables->planes[b] + 128);
-    bytes[b] = _mm512_maskz_permutex2var_epi8(there, _mm512_loadu_si512(above), place, _mm512_loadu_si512(above + 1));
+    bytes[b] = _mm512_maskz_permutex2var_epi8(nonzero, _mm512_loadu_si512(above), place, _mm512_loadu_si512(above + 1));
   }
   bytes[3] = _mm512_mask_add_epi8(bytes[3], negative, bytes[3], _mm512_set1_epi8(-128));  // the sign
 }
@@ -277,7 +277,7 @@ static inline void decode_block(const u8* codes, float absmax, const Tables* tab
   const __m512 scale = _mm512_set1_ps(absmax);
   for (int i = 0; i < Type::BLOCK; i += 64) {
     __m512i bytes[4];
-    look_up_levels<Type>(_mm512_permutexvar_epi8(lanes, _mm512_loadu_si512(codes + i)), tables, bytes);
+    look_up_planes<Type>(_mm512_permutexvar_epi8(lanes, _mm512_loadu_si512(codes + i)), tables, bytes);
     const __m512i low01 = _mm512_unpacklo_epi8(bytes[0], bytes[1]), high01 = _mm512_unpackhi_epi8(bytes[0], bytes[1]);
     const __m512i low23 = _mm512_unpacklo_epi8(bytes[2], bytes[3]), high23 = _mm512_unpackhi_epi8(bytes[2], bytes[3]);
     const __m512i value[4] = {_mm512_unpacklo_epi16(low01, low23), _mm512_unpackhi_epi16(low01, low23),
@@ -802,9 +802,10 @@ struct Job {
   void (*reduce)(const Job*, i64, i64);
 };
 
-// See cpu_stage.h. Of 16.8 M elements on a thread of a Granite Rapids, a step of 8-bit SGD takes 0.50 ns each and not
-// 0.81, AdamW 0.94 and not 1.24; compiled for AVX2, 0.79 and not 1.13, 1.45 and not 1.79. AMD's processors are left to
-// themselves: an earlier form of it cost a Zen 5 time.
+// Whether work of different kinds is done at once: see cpu_stage.h. Of 16.8 M elements on a thread of a Granite Rapids,
+// a step of 8-bit SGD takes 0.50 ns each so and not 0.81, AdamW 0.94 and not 1.24; compiled for AVX2, 0.79 and not
+// 1.13, 1.45 and not 1.79. AMD's processors are left to themselves, where it was not measured; prefetching alone, in
+// another form, cost a Zen 5 time.
 #ifndef BNBX_OVERLAP
 #if defined(__AVX2__) && !defined(__znver1__) && !defined(__znver2__) && !defined(__znver3__) && !defined(__znver4__) && !defined(__znver5__)
 #define BNBX_OVERLAP 1
@@ -813,104 +814,107 @@ struct Job {
 #endif
 #endif
 enum { OVERLAP = BNBX_OVERLAP };
-enum { LATE = OVERLAP && CHUNK <= 1024 };  // whether a chunk is encoded beside the next; both have to stay in the cache
-enum { MOST = LATE ? 128 : CHUNK };        // 64 and 256 cost 3 to 8 %
-enum { SPAN = 256 < (int)MOST ? 256 : (int)MOST };  // elements that are updated at a time
+// Elements that are updated at a time. Overlapping, 64 and 256 of a block take 3 to 8 % more time.
+enum { SPAN_LIMIT = OVERLAP ? 128 : CHUNK, SPAN = 256 < (int)SPAN_LIMIT ? 256 : (int)SPAN_LIMIT };
 
 // The quantized states of a chunk on a CPU: from codes to numbers, and back.
 //
-// Chunks are worked on SPAN elements at a time, and what goes on at once overlaps. Updates wait for divisions and
-// roots, coding for permutes: so the states of the chunk before are encoded beside the update of this one. And
-// memory is asked for early, a little at a time so as not to fill the processor's queue of misses; its own
-// prefetchers pause while coding touches neither parameters nor gradients.
+// A chunk is worked on SPAN elements at a time: they are decoded, updated, and asked for further ahead. Its states can
+// be encoded only when the largest magnitude of each block is known. With OVERLAP that is done beside the update of the
+// next chunk, since updates wait for divisions and roots, and coding for permutes. And memory is asked for early, a
+// little at a time so as not to fill the processor's queue of misses: its own prefetchers pause while coding touches
+// neither parameters nor gradients.
 
-// Elements ahead. 256 cost 3 % more; 1024 cost AdamW 15 %, between steps of others.
+// How far, in elements. Where other programs' steps come between, so that everything comes from memory, 256 cost 3 %
+// more, and 1024 cost AdamW 15 %.
 enum { AHEAD = 512, LINE = 64 };
 
-// To ask for memory past the end does nothing.
+// Does no harm past the end of x.
 template <bool WRITTEN, class Number>
 static inline void ask_for(const Number* x, int count) {
   if (!OVERLAP) return;
   for (int i = 0; i < count; i += LINE / (int)sizeof(Number)) __builtin_prefetch(x + i, WRITTEN);
 }
 
+// For each chunk: open; decode, and encode, each span; close. At the end: flush.
 template <class Type>
 struct Stage {
   struct Piece : Type {
     static constexpr int BLOCK = SPAN;
   };
-  enum { BUFFERS = LATE ? 2 : 1 };
+  enum { BUFFERS = OVERLAP ? 2 : 1 };  // of chunks in turn
 
   const Tables* const tables;
-  // The chunk at hand.
   alignas(64) float numbers[BUFFERS][CHUNK];
-  alignas(64) u8 unpacked[BUFFERS][CHUNK];  // its codes, where they are not bytes or fewer than a chunk
+  alignas(64) u8 unpacked[BUFFERS][CHUNK];  // codes that are packed in memory, or fewer than a chunk
+
+  // The chunk at hand.
+  int buffer = 0, count;
   const u8* codes;
   const float* absmax;
-  int here, count;
-  i32 largest[CHUNK / SPAN];  // magnitude in each SPAN of what is updated, as float bits
-  // The one whose numbers are to be encoded.
-  const float* late;
-  u8 *encoded, *packed;
-  Scale scales[CHUNK / Type::BLOCK];
-  int done, pending;
+  i32 largest[CHUNK / SPAN];  // magnitude in each span of what is updated, as float bits
 
-  explicit Stage(const Tables* tables) : tables(tables), here(0), done(0), pending(0) {}
+  // The chunk whose numbers are encoded: `done` of `pending` are.
+  const float* late_numbers;
+  u8 *late_codes, *late_packed;  // the same where nothing has to be packed
+  Scale late_scales[CHUNK / Type::BLOCK];
+  int done = 0, pending = 0;
 
-  float* at(int i) { return numbers[here] + i; }
-  bool spread(int count) const { return Type::BITS < 8 || count < CHUNK; }
+  explicit Stage(const Tables* of_type) : tables(of_type) {}
 
-  // A last chunk is filled up with zeros.
-  void open(const u8* from, const float* absmax_of, int elements) {
-    if (LATE) here = 1 - here;
-    codes = from, absmax = absmax_of, count = elements;
+  float* numbers_at(int i) { return numbers[buffer] + i; }
+  bool is_unpacked() const { return Type::BITS < 8 || count < CHUNK; }
+
+  // Codes that a last chunk lacks are those of zero.
+  void open(const u8* from, const float* absmax_from, int elements) {
+    if (OVERLAP) buffer = 1 - buffer;
+    codes = from, absmax = absmax_from, count = elements;
     __builtin_memset(largest, 0, sizeof largest);
-    if (!spread(count)) return;
-    if (count < CHUNK) __builtin_memset(unpacked[here], Type::ZERO_CODE, CHUNK);
-    unpack_codes<Type::BITS>(from, count, unpacked[here]);
-    codes = unpacked[here];
+    if (!is_unpacked()) return;
+    if (count < CHUNK) __builtin_memset(unpacked[buffer], Type::ZERO_CODE, CHUNK);
+    unpack_codes<Type::BITS>(from, count, unpacked[buffer]);
+    codes = unpacked[buffer];
   }
 
-  void decode(int i) { decode_block<Piece>(codes + i, absmax[Type::WHOLE ? 0 : i / Type::BLOCK], tables, at(i)); }
+  void decode(int i) { decode_block<Piece>(codes + i, absmax[Type::WHOLE ? 0 : i / Type::BLOCK], tables, numbers_at(i)); }
 
-  // The next SPAN numbers of the chunk before.
+  // The next span of the chunk before.
   void encode() {
     if (done >= pending) return;
-    const Scale scale = scales[Type::WHOLE ? 0 : done / Type::BLOCK];
-    if (scale.inverse > 0.0f) encode_block<Piece>(late + done, scale.inverse, tables, encoded + done);
-    else __builtin_memset(encoded + done, Type::ZERO_CODE, SPAN);
+    const Scale scale = late_scales[Type::WHOLE ? 0 : done / Type::BLOCK];
+    if (scale.inverse > 0.0f) encode_block<Piece>(late_numbers + done, scale.inverse, tables, late_codes + done);
+    else __builtin_memset(late_codes + done, Type::ZERO_CODE, SPAN);
     done += SPAN;
   }
 
   void flush() {
     while (done < pending) encode();
-    if (pending && encoded != packed) pack_codes<Type::BITS>(encoded, pending, packed);
+    if (pending && late_codes != late_packed) pack_codes<Type::BITS>(late_codes, pending, late_packed);
     done = pending = 0;
   }
 
-  // What was updated is to be encoded, to `to`; its scales are known.
-  void hand_over(u8* to) {
-    late = at(0), packed = to, encoded = spread(count) ? unpacked[here] : to, pending = count;
-    if (!LATE) flush();
-  }
-
-  // The same, with scales that follow from the largest magnitudes.
-  void close(u8* to, float* absmax_of) {
+  // All spans are updated: to be encoded, to `to`, with scales that follow from their largest magnitudes.
+  void close(u8* to, float* absmax_to) {
     flush();
-    for (int block = 0; block * Type::BLOCK < count; ++block) {
+    for (int block = 0, span = 0; block * Type::BLOCK < count; ++block) {
       i32 most = 0;
-      for (int span = block * Type::BLOCK / SPAN; span < (block + 1) * Type::BLOCK / SPAN; ++span) most = largest[span] > most ? largest[span] : most;
-      scales[block] = make_scale<Type>((u32)most);
-      absmax_of[block] = scales[block].absmax;
+      for (; span * SPAN < (block + 1) * Type::BLOCK; ++span) most = largest[span] > most ? largest[span] : most;
+      late_scales[block] = make_scale<Type>((u32)most);
+      absmax_to[block] = late_scales[block].absmax;
     }
     hand_over(to);
   }
 
   // The same where the absmax is that of the whole tensor.
-  void close_whole(u32 largest, u8* to) {
+  void close_whole(u8* to, u32 largest_of_all) {
     flush();
-    scales[0] = make_scale<Type>(largest);
+    late_scales[0] = make_scale<Type>(largest_of_all);
     hand_over(to);
+  }
+
+  void hand_over(u8* to) {
+    late_numbers = numbers_at(0), late_packed = to, late_codes = is_unpacked() ? unpacked[buffer] : to, pending = count;
+    if (!OVERLAP) flush();
   }
 };
 
@@ -993,9 +997,9 @@ extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
     for (int at = 0; at < count; at += SPAN) {
       const int span = count - at < SPAN ? count - at : SPAN;
       stage_m.decode(at);
-      float* state_m = stage_m.at(at);
+      float* state_m = stage_m.numbers_at(at);
       stage_v.decode(at);
-      float* state_v = stage_v.at(at);
+      float* state_v = stage_v.numbers_at(at);
       ask_for<true>(row->p_ + start + at + AHEAD, SPAN);
       Parameter* p = row->p_ + start + at;
       const Gradient* g = row->g_ + start + at;

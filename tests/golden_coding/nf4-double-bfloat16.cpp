@@ -251,20 +251,20 @@ static inline void encode_narrow_block(const float* x, float inverse, const Tabl
 
 // The bytes of the levels of 64 codes, plane by plane.
 template <class Type>
-static inline void look_up_levels(__m512i code, const Tables* tables, __m512i (&bytes)[4]) {
+static inline void look_up_planes(__m512i code, const Tables* tables, __m512i (&bytes)[4]) {
   if (!Type::MIRRORED) {
     const __mmask64 upper = _mm512_movepi8_mask(code);
     for (int b = 0; b < 4; ++b) bytes[b] = look_up_bytes(tables->planes[b], code, upper);
     return;
   }
-  // A magnitude of 1 to 128 is looked up among the levels above zero; half the permutes. (That of code 127: numbers
-  // that are zero may get another one.)
+  // Zero is code 127 (not ZERO_CODE: several codes may be zero's), and a magnitude of 1 to 128 is looked up among the
+  // levels above it: half the permutes.
   const __m512i zero = _mm512_set1_epi8(127), magnitude = _mm512_abs_epi8(_mm512_sub_epi8(code, zero));
-  const __mmask64 there = _mm512_test_epi8_mask(magnitude, magnitude), negative = _mm512_cmplt_epu8_mask(code, zero);
+  const __mmask64 nonzero = _mm512_test_epi8_mask(magnitude, magnitude), negative = _mm512_cmplt_epu8_mask(code, zero);
   const __m512i place = _mm512_sub_epi8(magnitude, _mm512_set1_epi8(1));
   for (int b = 0; b < 4; ++b) {
     const __m512i* above = (const __m512i*)(tables->planes[b] + 128);
-    bytes[b] = _mm512_maskz_permutex2var_epi8(there, _mm512_loadu_si512(above), place, _mm512_loadu_si512(above + 1));
+    bytes[b] = _mm512_maskz_permutex2var_epi8(nonzero, _mm512_loadu_si512(above), place, _mm512_loadu_si512(above + 1));
   }
   bytes[3] = _mm512_mask_add_epi8(bytes[3], negative, bytes[3], _mm512_set1_epi8(-128));  // the sign
 }
@@ -277,7 +277,7 @@ static inline void decode_block(const u8* codes, float absmax, const Tables* tab
   const __m512 scale = _mm512_set1_ps(absmax);
   for (int i = 0; i < Type::BLOCK; i += 64) {
     __m512i bytes[4];
-    look_up_levels<Type>(_mm512_permutexvar_epi8(lanes, _mm512_loadu_si512(codes + i)), tables, bytes);
+    look_up_planes<Type>(_mm512_permutexvar_epi8(lanes, _mm512_loadu_si512(codes + i)), tables, bytes);
     const __m512i low01 = _mm512_unpacklo_epi8(bytes[0], bytes[1]), high01 = _mm512_unpackhi_epi8(bytes[0], bytes[1]);
     const __m512i low23 = _mm512_unpacklo_epi8(bytes[2], bytes[3]), high23 = _mm512_unpackhi_epi8(bytes[2], bytes[3]);
     const __m512i value[4] = {_mm512_unpacklo_epi16(low01, low23), _mm512_unpackhi_epi16(low01, low23),
