@@ -67,7 +67,7 @@ DEVICE float rule_min(float a, float b) { return a < b ? a : b; }
 DEVICE float rule_max(float a, float b) { return a > b ? a : b; }
 
 DEVICE double rule_sqrt(double x) { return root64(x); }
-DEVICE double rule_abs(double x) { return x < 0.0 ? -x : x; }
+DEVICE double rule_abs(double x) { return x < 0.0 ? -x : x + 0.0; }  // the sum makes -0 a 0
 DEVICE double rule_sign(double x) { return x > 0.0 ? 1.0 : (x < 0.0 ? -1.0 : x); }
 DEVICE double rule_min(double a, double b) { return a < b ? a : b; }
 DEVICE double rule_max(double a, double b) { return a > b ? a : b; }

@@ -16,7 +16,7 @@ import emulated
 from bnbx.errors import OptionError
 from bnbx.kernels import cpu, reference
 from bnbx.kernels.plan import Storage, make_plan
-from bnbx.registry import Optimizer, QuantType, optimizers, quant_types
+from bnbx.registry import Optimizer, QuantType, State, optimizers, quant_types, rate
 from bnbx.registry.config import resolve
 from bnbx.registry.grid import float32
 from bnbx.registry.quant_type import BLOCK_SIZES, FLOAT32
@@ -248,3 +248,21 @@ def test_step_scalars_overflow_to_infinity_and_not_to_an_exception() -> None:
     case = random_case(rule, [True, True], "float32")
     assert case is not None
     assert_targets_agree(case, seed=0, cuda=False)
+
+
+def test_the_magnitude_of_a_negative_zero_is_zero() -> None:
+    rule = Optimizer(
+        name="by_zero",
+        summary="divides by a zero that was negative",
+        states=(State(name="m"),),
+        hyper={"lr": rate(0.5)},
+        element_code="m = g",
+        tensor_code="t = abs(min(-(0), norm_m))",
+        apply_code="p = lr / t + m",
+    )
+    case = random_case(rule, [False], "float32")
+    assert case is not None
+    batch = make_batch(case, (2,))
+    assert_targets_agree(case, seed=0)
+    cpu.run([batch])
+    assert torch.equal(batch.tensors[0][0], torch.full((2,), torch.inf))
