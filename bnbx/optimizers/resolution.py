@@ -7,6 +7,7 @@ are kept by the values they came from, and overrides are looked up only when the
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from operator import is_
 from typing import Any
 
 from torch import Tensor
@@ -54,6 +55,7 @@ class Resolution:
         self.parameter_names: dict[Tensor, str] = {}
         self._hashed = {name: hashable(value) for name, value in self.defaults.items()}
         self._kept: dict[Any, Resolved] = {}
+        self._latest: dict[int, tuple[tuple[Any, ...], Resolved]] = {}  # by id of the group
         self._layers: dict[Tensor, tuple[Layer, ...]] = {}
         self._version = -1
 
@@ -87,7 +89,7 @@ class Resolution:
             OptionError: a value out of range; the callable raises it too.
             UnknownNameError: a quant type or state that is not there; so does the callable.
         """
-        of_group = self._resolved(group, ())
+        of_group = self._of_group(group)
         manager = GlobalOptimManager.get_instance()
         if not self.patterns and manager.empty:
             return lambda p: of_group
@@ -104,6 +106,18 @@ class Resolution:
             return self._resolved(group, layers) if layers else of_group
 
         return values_of
+
+    def _of_group(self, group: Mapping[str, Any]) -> Resolved:
+        given = tuple(map(group.__getitem__, self.names))
+        latest = self._latest.get(id(group))
+        # Between most steps nothing changes. The objects are compared: hashing them takes longer.
+        if latest is not None and all(map(is_, given, latest[0])):
+            return latest[1]
+        found = self._resolved(group, ())
+        self._latest.pop(id(group), None)
+        if all(map(_lasts, given)):
+            self._latest[id(group)] = given, found
+        return found
 
     def _resolved(self, group: Mapping[str, Any], layers: tuple[Layer, ...]) -> Resolved:
         values = tuple(hashable(group[name]) for name in self.names)
@@ -122,8 +136,16 @@ class Resolution:
         return found
 
     def clear(self) -> None:
-        """Forget which parameters there are."""
+        """Forget which parameters and groups there are."""
         self._layers.clear()
+        self._latest.clear()
+
+
+def _lasts(value: Any) -> bool:
+    """Whether nothing can change `value` in place."""
+    if type(value) is tuple:
+        return all(map(_lasts, value))
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def _fixed(value: Any) -> Any:

@@ -49,10 +49,13 @@ class Staging:
 
     def launch(self, batches: Sequence[Batch], launch: Launch) -> None:
         """Run the batches with `launch`: those of host states in pieces, the others as they are."""
-        near = [batch for batch in batches if not is_far(batch)]
+        near: list[Batch] = []
+        far: list[Batch] = []
+        for batch in batches:
+            (far if is_far(batch) else near).append(batch)
         if near:
             launch(near)
-        for number, batch in enumerate(batch for batch in batches if is_far(batch)):
+        for number, batch in enumerate(far):
             self._run(batch, number, launch)
 
     def _run(self, batch: Batch, number: int, launch: Launch) -> None:
@@ -81,9 +84,10 @@ class Staging:
 
 def is_far(batch: Batch) -> bool:
     """Whether a batch's states are in host memory and its parameters elsewhere."""
+    if batch.tensors[0][0].is_cpu:
+        return False
     _, states = _split(batch.plan, batch.tensors[0])
-    device = batch.tensors[0][0].device
-    return any(state.device.type == "cpu" for state in states) and device.type != "cpu"
+    return any(state.is_cpu for state in states)
 
 
 def _split(plan: Plan, row: Sequence[Tensor]) -> tuple[_Owner, list[Tensor]]:

@@ -818,10 +818,23 @@ DEVICE void find_values(const Part& Sum, const Row& Here, const double* Inputs, 
   *Here.v_absmax_ = make_scale<dynamic8_unsigned_whole>(Sum.Largest_v).absmax;
 }
 
+// What of the rule is the same for all elements.
+struct Scalars {
+  float beta1_;  // beta1
+  float k_1_minus_beta1_;  // 1 - beta1
+  float beta2_;  // beta2
+  float k_1_minus_beta2_;  // 1 - beta2
+  float k_1_over_c2_;  // 1 / c2
+  float eps_;  // eps
+  float k_1_over_c1_;  // 1 / c1
+  float k_1_minus_lr_times_weight_decay_;  // 1 - lr * weight_decay
+  float lr_;  // lr
+};
+
 struct Job {
   const Row* rows;
   i64 row_count, chunk_count;
-  const float* scalars;
+  const Scalars* scalars;
   const double* inputs;
   const void* const* tables;
   void* parts;   // a Part for each chunk
@@ -951,16 +964,16 @@ struct Stage {
 // The first pass: the rule up to its new states, for `Count` elements, and what is to be measured.
 static inline __attribute__((always_inline)) void measure_elements(
     const Parameter* __restrict P, const Gradient* __restrict G, const float* __restrict State_m, const float* __restrict State_v,
-    const float* Scalars, const float Gradient_scale, const int Count, Part& Found) {
-  const float beta1_ = Scalars[0];  // beta1
-  const float k_1_minus_beta1_ = Scalars[1];  // 1 - beta1
-  const float beta2_ = Scalars[2];  // beta2
-  const float k_1_minus_beta2_ = Scalars[3];  // 1 - beta2
-  const float k_1_over_c2_ = Scalars[4];  // 1 / c2
-  const float eps_ = Scalars[5];  // eps
-  const float k_1_over_c1_ = Scalars[6];  // 1 / c1
-  const float k_1_minus_lr_times_weight_decay_ = Scalars[7];  // 1 - lr * weight_decay
-  const float lr_ = Scalars[8];  // lr
+const Scalars& Given, const float Gradient_scale, const int Count, Part& Found) {
+  const float beta1_ = Given.beta1_;
+  const float k_1_minus_beta1_ = Given.k_1_minus_beta1_;
+  const float beta2_ = Given.beta2_;
+  const float k_1_minus_beta2_ = Given.k_1_minus_beta2_;
+  const float k_1_over_c2_ = Given.k_1_over_c2_;
+  const float eps_ = Given.eps_;
+  const float k_1_over_c1_ = Given.k_1_over_c1_;
+  const float k_1_minus_lr_times_weight_decay_ = Given.k_1_minus_lr_times_weight_decay_;
+  const float lr_ = Given.lr_;
   i32 Most_m = 0;
   i32 Most_v = 0;
   for (int I = 0; I < Count; ++I) {
@@ -987,16 +1000,16 @@ static inline __attribute__((always_inline)) void measure_elements(
 // as integers: so the order of comparisons cannot matter, even for NaN.
 static inline __attribute__((always_inline)) void update_elements(
     Parameter* __restrict P, const Gradient* __restrict G, float* __restrict State_m, float* __restrict State_v,
-    const float* Scalars, const float Gradient_scale, const Values& Here, const int Count) {
-  const float beta1_ = Scalars[0];  // beta1
-  const float k_1_minus_beta1_ = Scalars[1];  // 1 - beta1
-  const float beta2_ = Scalars[2];  // beta2
-  const float k_1_minus_beta2_ = Scalars[3];  // 1 - beta2
-  const float k_1_over_c2_ = Scalars[4];  // 1 / c2
-  const float eps_ = Scalars[5];  // eps
-  const float k_1_over_c1_ = Scalars[6];  // 1 / c1
-  const float k_1_minus_lr_times_weight_decay_ = Scalars[7];  // 1 - lr * weight_decay
-  const float lr_ = Scalars[8];  // lr
+const Scalars& Given, const float Gradient_scale, const Values& Here, const int Count) {
+  const float beta1_ = Given.beta1_;
+  const float k_1_minus_beta1_ = Given.k_1_minus_beta1_;
+  const float beta2_ = Given.beta2_;
+  const float k_1_minus_beta2_ = Given.k_1_minus_beta2_;
+  const float k_1_over_c2_ = Given.k_1_over_c2_;
+  const float eps_ = Given.eps_;
+  const float k_1_over_c1_ = Given.k_1_over_c1_;
+  const float k_1_minus_lr_times_weight_decay_ = Given.k_1_minus_lr_times_weight_decay_;
+  const float lr_ = Given.lr_;
   for (int I = 0; I < Count; ++I) {
     float p = to_float(P[I]);
     float g = to_float(G[I]) * Gradient_scale;
@@ -1023,6 +1036,7 @@ static inline __attribute__((always_inline)) void update_elements(
 // What is in chunks [first, last) of a job.
 extern "C" void bnbx_measure(const Job* job, i64 first, i64 last) {
   const Row* row = &find_row(job->rows, job->row_count, first);
+  const Scalars scalars = *job->scalars;  // a copy that no store can change, so that it stays in registers
   const Tables* tables_dynamic8_signed_whole = (const Tables*)job->tables[0];
   const Tables* tables_dynamic8_unsigned_whole = (const Tables*)job->tables[1];
   Stage<dynamic8_signed_whole> stage_m(tables_dynamic8_signed_whole);
@@ -1032,6 +1046,7 @@ extern "C" void bnbx_measure(const Job* job, i64 first, i64 last) {
     const i64 start = (chunk - row->FirstChunk) * CHUNK;
     const i64 left = row->Numel - start;
     const int count = (int)(left < CHUNK ? left : CHUNK);
+    const float gradient_scale = *row->gradient_scale_;
     Part found = {};
     u8* codes_m = row->m_ + start * dynamic8_signed_whole::BITS / 8;
     const float* absmax_m = row->m_absmax_;
@@ -1049,9 +1064,9 @@ extern "C" void bnbx_measure(const Job* job, i64 first, i64 last) {
       Parameter* p = row->p_ + start + at;
       const Gradient* g = row->g_ + start + at;
       if (span == SPAN)  // the same with the count known to the compiler
-        measure_elements(p, g, state_m, state_v, job->scalars, *row->gradient_scale_, SPAN, found);
+        measure_elements(p, g, state_m, state_v, scalars, gradient_scale, SPAN, found);
       else
-        measure_elements(p, g, state_m, state_v, job->scalars, *row->gradient_scale_, span, found);
+        measure_elements(p, g, state_m, state_v, scalars, gradient_scale, span, found);
       ask_for<false>(row->g_ + start + at + AHEAD, SPAN);
       ask_for<false>(codes_m + (at + AHEAD) * dynamic8_signed_whole::BITS / 8, SPAN * dynamic8_signed_whole::BITS / 8);
       ask_for<false>(codes_v + (at + AHEAD) * dynamic8_unsigned_whole::BITS / 8, SPAN * dynamic8_unsigned_whole::BITS / 8);
@@ -1072,6 +1087,7 @@ extern "C" void bnbx_reduce(const Job* job, i64 first, i64 last) {
 // Chunks [first, last) of a job.
 extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
   const Row* row = &find_row(job->rows, job->row_count, first);
+  const Scalars scalars = *job->scalars;  // a copy that no store can change, so that it stays in registers
   const Tables* tables_dynamic8_signed_whole = (const Tables*)job->tables[0];
   const Tables* tables_dynamic8_unsigned_whole = (const Tables*)job->tables[1];
   Stage<dynamic8_signed_whole> stage_m(tables_dynamic8_signed_whole);
@@ -1081,6 +1097,7 @@ extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
     const i64 start = (chunk - row->FirstChunk) * CHUNK;
     const i64 left = row->Numel - start;
     const int count = (int)(left < CHUNK ? left : CHUNK);
+    const float gradient_scale = *row->gradient_scale_;
     const Values& values = ((const Values*)job->values)[row - job->rows];
     u8* codes_m = row->m_ + start * dynamic8_signed_whole::BITS / 8;
     const float* absmax_m = &values.Old_m;
@@ -1098,9 +1115,9 @@ extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
       Parameter* p = row->p_ + start + at;
       const Gradient* g = row->g_ + start + at;
       if (span == SPAN)  // the same with the count known to the compiler
-        update_elements(p, g, state_m, state_v, job->scalars, *row->gradient_scale_, values, SPAN);
+        update_elements(p, g, state_m, state_v, scalars, gradient_scale, values, SPAN);
       else
-        update_elements(p, g, state_m, state_v, job->scalars, *row->gradient_scale_, values, span);
+        update_elements(p, g, state_m, state_v, scalars, gradient_scale, values, span);
       ask_for<false>(row->g_ + start + at + AHEAD, SPAN);
       ask_for<true>(codes_m + (at + AHEAD) * dynamic8_signed_whole::BITS / 8, SPAN * dynamic8_signed_whole::BITS / 8);
       stage_m.encode();

@@ -871,10 +871,23 @@ DEVICE const Row& find_row(const Row* rows, i64 row_count, i64 chunk) {
   return rows[low];
 }
 
+// What of the rule is the same for all elements.
+struct Scalars {
+  float beta1_;  // beta1
+  float k_1_minus_beta1_;  // 1 - beta1
+  float beta2_;  // beta2
+  float k_1_minus_beta2_;  // 1 - beta2
+  float k_1_over_c2_;  // 1 / c2
+  float eps_;  // eps
+  float k_1_over_c1_;  // 1 / c1
+  float k_1_minus_lr_times_weight_decay_;  // 1 - lr * weight_decay
+  float lr_;  // lr
+};
+
 struct Job {
   const Row* rows;
   i64 row_count, chunk_count;
-  const float* scalars;
+  const Scalars* scalars;
   const double* inputs;
   const void* const* tables;
   void* parts;   // a Part for each chunk
@@ -1005,16 +1018,16 @@ struct Stage {
 // as integers: so the order of comparisons cannot matter, even for NaN.
 static inline __attribute__((always_inline)) void update_elements(
     Parameter* __restrict P, const Gradient* __restrict G, i8* __restrict Residual, float* __restrict State_m, float* __restrict State_v,
-    const float* Scalars, const float Gradient_scale, const u32 Seed, const i64 Place, const int Count, i32& Largest_m, i32& Largest_v) {
-  const float beta1_ = Scalars[0];  // beta1
-  const float k_1_minus_beta1_ = Scalars[1];  // 1 - beta1
-  const float beta2_ = Scalars[2];  // beta2
-  const float k_1_minus_beta2_ = Scalars[3];  // 1 - beta2
-  const float k_1_over_c2_ = Scalars[4];  // 1 / c2
-  const float eps_ = Scalars[5];  // eps
-  const float k_1_over_c1_ = Scalars[6];  // 1 / c1
-  const float k_1_minus_lr_times_weight_decay_ = Scalars[7];  // 1 - lr * weight_decay
-  const float lr_ = Scalars[8];  // lr
+const Scalars& Given, const float Gradient_scale, const u32 Seed, const i64 Place, const int Count, i32& Largest_m, i32& Largest_v) {
+  const float beta1_ = Given.beta1_;
+  const float k_1_minus_beta1_ = Given.k_1_minus_beta1_;
+  const float beta2_ = Given.beta2_;
+  const float k_1_minus_beta2_ = Given.k_1_minus_beta2_;
+  const float k_1_over_c2_ = Given.k_1_over_c2_;
+  const float eps_ = Given.eps_;
+  const float k_1_over_c1_ = Given.k_1_over_c1_;
+  const float k_1_minus_lr_times_weight_decay_ = Given.k_1_minus_lr_times_weight_decay_;
+  const float lr_ = Given.lr_;
   i32 Most_m = 0;
   i32 Most_v = 0;
   for (int I = 0; I < Count; ++I) {
@@ -1048,6 +1061,7 @@ static inline __attribute__((always_inline)) void update_elements(
 extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
   const u32 seed = (u32)job->inputs[0];
   const Row* row = &find_row(job->rows, job->row_count, first);
+  const Scalars scalars = *job->scalars;  // a copy that no store can change, so that it stays in registers
   const Tables* tables_dynamic8_signed = (const Tables*)job->tables[0];
   const Tables* tables_dynamic8_unsigned = (const Tables*)job->tables[1];
   Stage<dynamic8_signed> stage_m(tables_dynamic8_signed);
@@ -1057,6 +1071,7 @@ extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
     const i64 start = (chunk - row->FirstChunk) * CHUNK;
     const i64 left = row->Numel - start;
     const int count = (int)(left < CHUNK ? left : CHUNK);
+    const float gradient_scale = *row->gradient_scale_;
     u8* codes_m = row->m_ + start * dynamic8_signed::BITS / 8;
     float* absmax_m = row->m_absmax_ + start / dynamic8_signed::BLOCK;
     stage_m.open(codes_m, absmax_m, count);
@@ -1073,9 +1088,9 @@ extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
       Parameter* p = row->p_ + start + at;
       const Gradient* g = row->g_ + start + at;
       if (span == SPAN)  // the same with the count known to the compiler
-        update_elements(p, g, row->residual_ + start + at, state_m, state_v, job->scalars, *row->gradient_scale_, seed, chunk * CHUNK + at, SPAN, stage_m.largest[at / SPAN], stage_v.largest[at / SPAN]);
+        update_elements(p, g, row->residual_ + start + at, state_m, state_v, scalars, gradient_scale, seed, chunk * CHUNK + at, SPAN, stage_m.largest[at / SPAN], stage_v.largest[at / SPAN]);
       else
-        update_elements(p, g, row->residual_ + start + at, state_m, state_v, job->scalars, *row->gradient_scale_, seed, chunk * CHUNK + at, span, stage_m.largest[at / SPAN], stage_v.largest[at / SPAN]);
+        update_elements(p, g, row->residual_ + start + at, state_m, state_v, scalars, gradient_scale, seed, chunk * CHUNK + at, span, stage_m.largest[at / SPAN], stage_v.largest[at / SPAN]);
       ask_for<false>(row->g_ + start + at + AHEAD, SPAN);
       ask_for<true>(codes_m + (at + AHEAD) * dynamic8_signed::BITS / 8, SPAN * dynamic8_signed::BITS / 8);
       stage_m.encode();

@@ -98,10 +98,23 @@ DEVICE const Row& find_row(const Row* rows, i64 row_count, i64 chunk) {
   return rows[low];
 }
 
+// What of the rule is the same for all elements.
+struct Scalars {
+  float beta1_;  // beta1
+  float k_1_minus_beta1_;  // 1 - beta1
+  float beta2_;  // beta2
+  float k_1_minus_beta2_;  // 1 - beta2
+  float k_1_over_c2_;  // 1 / c2
+  float eps_;  // eps
+  float k_1_over_c1_;  // 1 / c1
+  float k_1_minus_lr_times_weight_decay_;  // 1 - lr * weight_decay
+  float lr_;  // lr
+};
+
 struct Job {
   const Row* rows;
   i64 row_count, chunk_count;
-  const float* scalars;
+  const Scalars* scalars;
   const double* inputs;
   const void* const* tables;
   void* parts;   // a Part for each chunk
@@ -117,16 +130,16 @@ enum { SPAN = 1024 };  // elements that are updated at a time
 // as integers: so the order of comparisons cannot matter, even for NaN.
 static inline __attribute__((always_inline)) void update_elements(
     Parameter* __restrict P, const Gradient* __restrict G, float* __restrict State_m, float* __restrict State_v,
-    const float* Scalars, const float Gradient_scale, const int Count) {
-  const float beta1_ = Scalars[0];  // beta1
-  const float k_1_minus_beta1_ = Scalars[1];  // 1 - beta1
-  const float beta2_ = Scalars[2];  // beta2
-  const float k_1_minus_beta2_ = Scalars[3];  // 1 - beta2
-  const float k_1_over_c2_ = Scalars[4];  // 1 / c2
-  const float eps_ = Scalars[5];  // eps
-  const float k_1_over_c1_ = Scalars[6];  // 1 / c1
-  const float k_1_minus_lr_times_weight_decay_ = Scalars[7];  // 1 - lr * weight_decay
-  const float lr_ = Scalars[8];  // lr
+const Scalars& Given, const float Gradient_scale, const int Count) {
+  const float beta1_ = Given.beta1_;
+  const float k_1_minus_beta1_ = Given.k_1_minus_beta1_;
+  const float beta2_ = Given.beta2_;
+  const float k_1_minus_beta2_ = Given.k_1_minus_beta2_;
+  const float k_1_over_c2_ = Given.k_1_over_c2_;
+  const float eps_ = Given.eps_;
+  const float k_1_over_c1_ = Given.k_1_over_c1_;
+  const float k_1_minus_lr_times_weight_decay_ = Given.k_1_minus_lr_times_weight_decay_;
+  const float lr_ = Given.lr_;
   for (int I = 0; I < Count; ++I) {
     float p = to_float(P[I]);
     float g = to_float(G[I]) * Gradient_scale;
@@ -153,11 +166,13 @@ static inline __attribute__((always_inline)) void update_elements(
 // Chunks [first, last) of a job.
 extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
   const Row* row = &find_row(job->rows, job->row_count, first);
+  const Scalars scalars = *job->scalars;  // a copy that no store can change, so that it stays in registers
   for (i64 chunk = first; chunk < last; ++chunk) {
     while (chunk >= row[1].FirstChunk) ++row;
     const i64 start = (chunk - row->FirstChunk) * CHUNK;
     const i64 left = row->Numel - start;
     const int count = (int)(left < CHUNK ? left : CHUNK);
+    const float gradient_scale = *row->gradient_scale_;
     for (int at = 0; at < count; at += SPAN) {
       const int span = count - at < SPAN ? count - at : SPAN;
       float* state_m = row->m_ + start + at;
@@ -165,9 +180,9 @@ extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
       Parameter* p = row->p_ + start + at;
       const Gradient* g = row->g_ + start + at;
       if (span == SPAN)  // the same with the count known to the compiler
-        update_elements(p, g, state_m, state_v, job->scalars, *row->gradient_scale_, SPAN);
+        update_elements(p, g, state_m, state_v, scalars, gradient_scale, SPAN);
       else
-        update_elements(p, g, state_m, state_v, job->scalars, *row->gradient_scale_, span);
+        update_elements(p, g, state_m, state_v, scalars, gradient_scale, span);
     }
   }
 }

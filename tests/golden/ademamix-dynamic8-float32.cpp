@@ -791,10 +791,26 @@ DEVICE const Row& find_row(const Row* rows, i64 row_count, i64 chunk) {
   return rows[low];
 }
 
+// What of the rule is the same for all elements.
+struct Scalars {
+  float beta1_;  // beta1
+  float k_1_minus_beta1_;  // 1 - beta1
+  float b3_;  // b3
+  float k_1_minus_b3_;  // 1 - b3
+  float beta2_;  // beta2
+  float k_1_minus_beta2_;  // 1 - beta2
+  float k_1_over_c1_;  // 1 / c1
+  float a_;  // a
+  float k_1_over_c2_;  // 1 / c2
+  float eps_;  // eps
+  float k_1_minus_lr_times_weight_decay_;  // 1 - lr * weight_decay
+  float lr_;  // lr
+};
+
 struct Job {
   const Row* rows;
   i64 row_count, chunk_count;
-  const float* scalars;
+  const Scalars* scalars;
   const double* inputs;
   const void* const* tables;
   void* parts;   // a Part for each chunk
@@ -925,19 +941,19 @@ struct Stage {
 // as integers: so the order of comparisons cannot matter, even for NaN.
 static inline __attribute__((always_inline)) void update_elements(
     Parameter* __restrict P, const Gradient* __restrict G, float* __restrict State_m1, float* __restrict State_m2, float* __restrict State_v,
-    const float* Scalars, const float Gradient_scale, const int Count, i32& Largest_m1, i32& Largest_m2, i32& Largest_v) {
-  const float beta1_ = Scalars[0];  // beta1
-  const float k_1_minus_beta1_ = Scalars[1];  // 1 - beta1
-  const float b3_ = Scalars[2];  // b3
-  const float k_1_minus_b3_ = Scalars[3];  // 1 - b3
-  const float beta2_ = Scalars[4];  // beta2
-  const float k_1_minus_beta2_ = Scalars[5];  // 1 - beta2
-  const float k_1_over_c1_ = Scalars[6];  // 1 / c1
-  const float a_ = Scalars[7];  // a
-  const float k_1_over_c2_ = Scalars[8];  // 1 / c2
-  const float eps_ = Scalars[9];  // eps
-  const float k_1_minus_lr_times_weight_decay_ = Scalars[10];  // 1 - lr * weight_decay
-  const float lr_ = Scalars[11];  // lr
+const Scalars& Given, const float Gradient_scale, const int Count, i32& Largest_m1, i32& Largest_m2, i32& Largest_v) {
+  const float beta1_ = Given.beta1_;
+  const float k_1_minus_beta1_ = Given.k_1_minus_beta1_;
+  const float b3_ = Given.b3_;
+  const float k_1_minus_b3_ = Given.k_1_minus_b3_;
+  const float beta2_ = Given.beta2_;
+  const float k_1_minus_beta2_ = Given.k_1_minus_beta2_;
+  const float k_1_over_c1_ = Given.k_1_over_c1_;
+  const float a_ = Given.a_;
+  const float k_1_over_c2_ = Given.k_1_over_c2_;
+  const float eps_ = Given.eps_;
+  const float k_1_minus_lr_times_weight_decay_ = Given.k_1_minus_lr_times_weight_decay_;
+  const float lr_ = Given.lr_;
   i32 Most_m1 = 0;
   i32 Most_m2 = 0;
   i32 Most_v = 0;
@@ -975,6 +991,7 @@ static inline __attribute__((always_inline)) void update_elements(
 // Chunks [first, last) of a job.
 extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
   const Row* row = &find_row(job->rows, job->row_count, first);
+  const Scalars scalars = *job->scalars;  // a copy that no store can change, so that it stays in registers
   const Tables* tables_dynamic8_signed = (const Tables*)job->tables[0];
   const Tables* tables_dynamic8_unsigned = (const Tables*)job->tables[1];
   Stage<dynamic8_signed> stage_m1(tables_dynamic8_signed);
@@ -985,6 +1002,7 @@ extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
     const i64 start = (chunk - row->FirstChunk) * CHUNK;
     const i64 left = row->Numel - start;
     const int count = (int)(left < CHUNK ? left : CHUNK);
+    const float gradient_scale = *row->gradient_scale_;
     u8* codes_m1 = row->m1_ + start * dynamic8_signed::BITS / 8;
     float* absmax_m1 = row->m1_absmax_ + start / dynamic8_signed::BLOCK;
     stage_m1.open(codes_m1, absmax_m1, count);
@@ -1006,9 +1024,9 @@ extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
       Parameter* p = row->p_ + start + at;
       const Gradient* g = row->g_ + start + at;
       if (span == SPAN)  // the same with the count known to the compiler
-        update_elements(p, g, state_m1, state_m2, state_v, job->scalars, *row->gradient_scale_, SPAN, stage_m1.largest[at / SPAN], stage_m2.largest[at / SPAN], stage_v.largest[at / SPAN]);
+        update_elements(p, g, state_m1, state_m2, state_v, scalars, gradient_scale, SPAN, stage_m1.largest[at / SPAN], stage_m2.largest[at / SPAN], stage_v.largest[at / SPAN]);
       else
-        update_elements(p, g, state_m1, state_m2, state_v, job->scalars, *row->gradient_scale_, span, stage_m1.largest[at / SPAN], stage_m2.largest[at / SPAN], stage_v.largest[at / SPAN]);
+        update_elements(p, g, state_m1, state_m2, state_v, scalars, gradient_scale, span, stage_m1.largest[at / SPAN], stage_m2.largest[at / SPAN], stage_v.largest[at / SPAN]);
       ask_for<false>(row->g_ + start + at + AHEAD, SPAN);
       ask_for<true>(codes_m1 + (at + AHEAD) * dynamic8_signed::BITS / 8, SPAN * dynamic8_signed::BITS / 8);
       stage_m1.encode();

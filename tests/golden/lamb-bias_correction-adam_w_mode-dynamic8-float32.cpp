@@ -821,10 +821,22 @@ DEVICE void find_values(const Part& Sum, const Row& Here, const double* Inputs, 
   Found.lr_times_trust_ = (float)((lr * trust));
 }
 
+// What of the rule is the same for all elements.
+struct Scalars {
+  float beta1_;  // beta1
+  float k_1_minus_beta1_;  // 1 - beta1
+  float beta2_;  // beta2
+  float k_1_minus_beta2_;  // 1 - beta2
+  float k_1_over_c2_;  // 1 / c2
+  float eps_;  // eps
+  float k_1_over_c1_;  // 1 / c1
+  float weight_decay_;  // weight_decay
+};
+
 struct Job {
   const Row* rows;
   i64 row_count, chunk_count;
-  const float* scalars;
+  const Scalars* scalars;
   const double* inputs;
   const void* const* tables;
   void* parts;   // a Part for each chunk
@@ -966,15 +978,15 @@ static inline double sum_of_squares(const float* x, int count) {
 // The first pass: the rule up to its new states, for `Count` elements, and what is to be measured.
 static inline __attribute__((always_inline)) void measure_elements(
     const Parameter* __restrict P, const Gradient* __restrict G, const float* __restrict State_m, const float* __restrict State_v,
-    const float* Scalars, const float Gradient_scale, const int Count, Part& Found) {
-  const float beta1_ = Scalars[0];  // beta1
-  const float k_1_minus_beta1_ = Scalars[1];  // 1 - beta1
-  const float beta2_ = Scalars[2];  // beta2
-  const float k_1_minus_beta2_ = Scalars[3];  // 1 - beta2
-  const float k_1_over_c2_ = Scalars[4];  // 1 / c2
-  const float eps_ = Scalars[5];  // eps
-  const float k_1_over_c1_ = Scalars[6];  // 1 / c1
-  const float weight_decay_ = Scalars[7];  // weight_decay
+const Scalars& Given, const float Gradient_scale, const int Count, Part& Found) {
+  const float beta1_ = Given.beta1_;
+  const float k_1_minus_beta1_ = Given.k_1_minus_beta1_;
+  const float beta2_ = Given.beta2_;
+  const float k_1_minus_beta2_ = Given.k_1_minus_beta2_;
+  const float k_1_over_c2_ = Given.k_1_over_c2_;
+  const float eps_ = Given.eps_;
+  const float k_1_over_c1_ = Given.k_1_over_c1_;
+  const float weight_decay_ = Given.weight_decay_;
   alignas(64) float Norm_p[SPAN];
   alignas(64) float Norm_u[SPAN];
   for (int I = 0; I < Count; ++I) {
@@ -1005,15 +1017,15 @@ static inline __attribute__((always_inline)) void measure_elements(
 // as integers: so the order of comparisons cannot matter, even for NaN.
 static inline __attribute__((always_inline)) void update_elements(
     Parameter* __restrict P, const Gradient* __restrict G, float* __restrict State_m, float* __restrict State_v,
-    const float* Scalars, const float Gradient_scale, const Values& Here, const int Count, i32& Largest_m, i32& Largest_v) {
-  const float beta1_ = Scalars[0];  // beta1
-  const float k_1_minus_beta1_ = Scalars[1];  // 1 - beta1
-  const float beta2_ = Scalars[2];  // beta2
-  const float k_1_minus_beta2_ = Scalars[3];  // 1 - beta2
-  const float k_1_over_c2_ = Scalars[4];  // 1 / c2
-  const float eps_ = Scalars[5];  // eps
-  const float k_1_over_c1_ = Scalars[6];  // 1 / c1
-  const float weight_decay_ = Scalars[7];  // weight_decay
+const Scalars& Given, const float Gradient_scale, const Values& Here, const int Count, i32& Largest_m, i32& Largest_v) {
+  const float beta1_ = Given.beta1_;
+  const float k_1_minus_beta1_ = Given.k_1_minus_beta1_;
+  const float beta2_ = Given.beta2_;
+  const float k_1_minus_beta2_ = Given.k_1_minus_beta2_;
+  const float k_1_over_c2_ = Given.k_1_over_c2_;
+  const float eps_ = Given.eps_;
+  const float k_1_over_c1_ = Given.k_1_over_c1_;
+  const float weight_decay_ = Given.weight_decay_;
   const float lr_times_trust_ = Here.lr_times_trust_;  // lr * trust
   i32 Most_m = 0;
   i32 Most_v = 0;
@@ -1049,6 +1061,7 @@ static inline __attribute__((always_inline)) void update_elements(
 // What is in chunks [first, last) of a job.
 extern "C" void bnbx_measure(const Job* job, i64 first, i64 last) {
   const Row* row = &find_row(job->rows, job->row_count, first);
+  const Scalars scalars = *job->scalars;  // a copy that no store can change, so that it stays in registers
   const Tables* tables_dynamic8_signed = (const Tables*)job->tables[0];
   const Tables* tables_dynamic8_unsigned = (const Tables*)job->tables[1];
   Stage<dynamic8_signed> stage_m(tables_dynamic8_signed);
@@ -1058,6 +1071,7 @@ extern "C" void bnbx_measure(const Job* job, i64 first, i64 last) {
     const i64 start = (chunk - row->FirstChunk) * CHUNK;
     const i64 left = row->Numel - start;
     const int count = (int)(left < CHUNK ? left : CHUNK);
+    const float gradient_scale = *row->gradient_scale_;
     Part found = {};
     u8* codes_m = row->m_ + start * dynamic8_signed::BITS / 8;
     float* absmax_m = row->m_absmax_ + start / dynamic8_signed::BLOCK;
@@ -1075,9 +1089,9 @@ extern "C" void bnbx_measure(const Job* job, i64 first, i64 last) {
       Parameter* p = row->p_ + start + at;
       const Gradient* g = row->g_ + start + at;
       if (span == SPAN)  // the same with the count known to the compiler
-        measure_elements(p, g, state_m, state_v, job->scalars, *row->gradient_scale_, SPAN, found);
+        measure_elements(p, g, state_m, state_v, scalars, gradient_scale, SPAN, found);
       else
-        measure_elements(p, g, state_m, state_v, job->scalars, *row->gradient_scale_, span, found);
+        measure_elements(p, g, state_m, state_v, scalars, gradient_scale, span, found);
       ask_for<false>(row->g_ + start + at + AHEAD, SPAN);
       ask_for<false>(codes_m + (at + AHEAD) * dynamic8_signed::BITS / 8, SPAN * dynamic8_signed::BITS / 8);
       ask_for<false>(codes_v + (at + AHEAD) * dynamic8_unsigned::BITS / 8, SPAN * dynamic8_unsigned::BITS / 8);
@@ -1098,6 +1112,7 @@ extern "C" void bnbx_reduce(const Job* job, i64 first, i64 last) {
 // Chunks [first, last) of a job.
 extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
   const Row* row = &find_row(job->rows, job->row_count, first);
+  const Scalars scalars = *job->scalars;  // a copy that no store can change, so that it stays in registers
   const Tables* tables_dynamic8_signed = (const Tables*)job->tables[0];
   const Tables* tables_dynamic8_unsigned = (const Tables*)job->tables[1];
   Stage<dynamic8_signed> stage_m(tables_dynamic8_signed);
@@ -1107,6 +1122,7 @@ extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
     const i64 start = (chunk - row->FirstChunk) * CHUNK;
     const i64 left = row->Numel - start;
     const int count = (int)(left < CHUNK ? left : CHUNK);
+    const float gradient_scale = *row->gradient_scale_;
     const Values& values = ((const Values*)job->values)[row - job->rows];
     u8* codes_m = row->m_ + start * dynamic8_signed::BITS / 8;
     float* absmax_m = row->m_absmax_ + start / dynamic8_signed::BLOCK;
@@ -1124,9 +1140,9 @@ extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
       Parameter* p = row->p_ + start + at;
       const Gradient* g = row->g_ + start + at;
       if (span == SPAN)  // the same with the count known to the compiler
-        update_elements(p, g, state_m, state_v, job->scalars, *row->gradient_scale_, values, SPAN, stage_m.largest[at / SPAN], stage_v.largest[at / SPAN]);
+        update_elements(p, g, state_m, state_v, scalars, gradient_scale, values, SPAN, stage_m.largest[at / SPAN], stage_v.largest[at / SPAN]);
       else
-        update_elements(p, g, state_m, state_v, job->scalars, *row->gradient_scale_, values, span, stage_m.largest[at / SPAN], stage_v.largest[at / SPAN]);
+        update_elements(p, g, state_m, state_v, scalars, gradient_scale, values, span, stage_m.largest[at / SPAN], stage_v.largest[at / SPAN]);
       ask_for<false>(row->g_ + start + at + AHEAD, SPAN);
       ask_for<true>(codes_m + (at + AHEAD) * dynamic8_signed::BITS / 8, SPAN * dynamic8_signed::BITS / 8);
       stage_m.encode();

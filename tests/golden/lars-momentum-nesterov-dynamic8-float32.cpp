@@ -779,10 +779,19 @@ DEVICE const Row& find_row(const Row* rows, i64 row_count, i64 chunk) {
   return rows[low];
 }
 
+// What of the rule is the same for all elements.
+struct Scalars {
+  float weight_decay_;  // weight_decay
+  float momentum_;  // momentum
+  float k_1_minus_dampening_;  // 1 - dampening
+  float step_equals_1_;  // where(step == 1, 1, 0)
+  float lr_;  // lr
+};
+
 struct Job {
   const Row* rows;
   i64 row_count, chunk_count;
-  const float* scalars;
+  const Scalars* scalars;
   const double* inputs;
   const void* const* tables;
   void* parts;   // a Part for each chunk
@@ -913,12 +922,12 @@ struct Stage {
 // as integers: so the order of comparisons cannot matter, even for NaN.
 static inline __attribute__((always_inline)) void update_elements(
     Parameter* __restrict P, const Gradient* __restrict G, float* __restrict State_m,
-    const float* Scalars, const float Gradient_scale, const int Count, i32& Largest_m) {
-  const float weight_decay_ = Scalars[0];  // weight_decay
-  const float momentum_ = Scalars[1];  // momentum
-  const float k_1_minus_dampening_ = Scalars[2];  // 1 - dampening
-  const float step_equals_1_ = Scalars[3];  // where(step == 1, 1, 0)
-  const float lr_ = Scalars[4];  // lr
+const Scalars& Given, const float Gradient_scale, const int Count, i32& Largest_m) {
+  const float weight_decay_ = Given.weight_decay_;
+  const float momentum_ = Given.momentum_;
+  const float k_1_minus_dampening_ = Given.k_1_minus_dampening_;
+  const float step_equals_1_ = Given.step_equals_1_;
+  const float lr_ = Given.lr_;
   i32 Most_m = 0;
   for (int I = 0; I < Count; ++I) {
     float p = to_float(P[I]);
@@ -942,6 +951,7 @@ static inline __attribute__((always_inline)) void update_elements(
 // Chunks [first, last) of a job.
 extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
   const Row* row = &find_row(job->rows, job->row_count, first);
+  const Scalars scalars = *job->scalars;  // a copy that no store can change, so that it stays in registers
   const Tables* tables_dynamic8_signed = (const Tables*)job->tables[0];
   Stage<dynamic8_signed> stage_m(tables_dynamic8_signed);
   for (i64 chunk = first; chunk < last; ++chunk) {
@@ -949,6 +959,7 @@ extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
     const i64 start = (chunk - row->FirstChunk) * CHUNK;
     const i64 left = row->Numel - start;
     const int count = (int)(left < CHUNK ? left : CHUNK);
+    const float gradient_scale = *row->gradient_scale_;
     u8* codes_m = row->m_ + start * dynamic8_signed::BITS / 8;
     float* absmax_m = row->m_absmax_ + start / dynamic8_signed::BLOCK;
     stage_m.open(codes_m, absmax_m, count);
@@ -960,9 +971,9 @@ extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
       Parameter* p = row->p_ + start + at;
       const Gradient* g = row->g_ + start + at;
       if (span == SPAN)  // the same with the count known to the compiler
-        update_elements(p, g, state_m, job->scalars, *row->gradient_scale_, SPAN, stage_m.largest[at / SPAN]);
+        update_elements(p, g, state_m, scalars, gradient_scale, SPAN, stage_m.largest[at / SPAN]);
       else
-        update_elements(p, g, state_m, job->scalars, *row->gradient_scale_, span, stage_m.largest[at / SPAN]);
+        update_elements(p, g, state_m, scalars, gradient_scale, span, stage_m.largest[at / SPAN]);
       ask_for<false>(row->g_ + start + at + AHEAD, SPAN);
       ask_for<true>(codes_m + (at + AHEAD) * dynamic8_signed::BITS / 8, SPAN * dynamic8_signed::BITS / 8);
       stage_m.encode();

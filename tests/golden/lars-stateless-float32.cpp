@@ -96,10 +96,16 @@ DEVICE const Row& find_row(const Row* rows, i64 row_count, i64 chunk) {
   return rows[low];
 }
 
+// What of the rule is the same for all elements.
+struct Scalars {
+  float weight_decay_;  // weight_decay
+  float lr_;  // lr
+};
+
 struct Job {
   const Row* rows;
   i64 row_count, chunk_count;
-  const float* scalars;
+  const Scalars* scalars;
   const double* inputs;
   const void* const* tables;
   void* parts;   // a Part for each chunk
@@ -115,9 +121,9 @@ enum { SPAN = 1024 };  // elements that are updated at a time
 // as integers: so the order of comparisons cannot matter, even for NaN.
 static inline __attribute__((always_inline)) void update_elements(
     Parameter* __restrict P, const Gradient* __restrict G,
-    const float* Scalars, const float Gradient_scale, const int Count) {
-  const float weight_decay_ = Scalars[0];  // weight_decay
-  const float lr_ = Scalars[1];  // lr
+const Scalars& Given, const float Gradient_scale, const int Count) {
+  const float weight_decay_ = Given.weight_decay_;
+  const float lr_ = Given.lr_;
   for (int I = 0; I < Count; ++I) {
     float p = to_float(P[I]);
     float g = to_float(G[I]) * Gradient_scale;
@@ -136,19 +142,21 @@ static inline __attribute__((always_inline)) void update_elements(
 // Chunks [first, last) of a job.
 extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
   const Row* row = &find_row(job->rows, job->row_count, first);
+  const Scalars scalars = *job->scalars;  // a copy that no store can change, so that it stays in registers
   for (i64 chunk = first; chunk < last; ++chunk) {
     while (chunk >= row[1].FirstChunk) ++row;
     const i64 start = (chunk - row->FirstChunk) * CHUNK;
     const i64 left = row->Numel - start;
     const int count = (int)(left < CHUNK ? left : CHUNK);
+    const float gradient_scale = *row->gradient_scale_;
     for (int at = 0; at < count; at += SPAN) {
       const int span = count - at < SPAN ? count - at : SPAN;
       Parameter* p = row->p_ + start + at;
       const Gradient* g = row->g_ + start + at;
       if (span == SPAN)  // the same with the count known to the compiler
-        update_elements(p, g, job->scalars, *row->gradient_scale_, SPAN);
+        update_elements(p, g, scalars, gradient_scale, SPAN);
       else
-        update_elements(p, g, job->scalars, *row->gradient_scale_, span);
+        update_elements(p, g, scalars, gradient_scale, span);
     }
   }
 }

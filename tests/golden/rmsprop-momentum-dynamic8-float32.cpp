@@ -789,10 +789,20 @@ DEVICE const Row& find_row(const Row* rows, i64 row_count, i64 chunk) {
   return rows[low];
 }
 
+// What of the rule is the same for all elements.
+struct Scalars {
+  float weight_decay_;  // weight_decay
+  float alpha_;  // alpha
+  float k_1_minus_alpha_;  // 1 - alpha
+  float eps_;  // eps
+  float momentum_;  // momentum
+  float lr_;  // lr
+};
+
 struct Job {
   const Row* rows;
   i64 row_count, chunk_count;
-  const float* scalars;
+  const Scalars* scalars;
   const double* inputs;
   const void* const* tables;
   void* parts;   // a Part for each chunk
@@ -923,13 +933,13 @@ struct Stage {
 // as integers: so the order of comparisons cannot matter, even for NaN.
 static inline __attribute__((always_inline)) void update_elements(
     Parameter* __restrict P, const Gradient* __restrict G, float* __restrict State_v, float* __restrict State_m,
-    const float* Scalars, const float Gradient_scale, const int Count, i32& Largest_v, i32& Largest_m) {
-  const float weight_decay_ = Scalars[0];  // weight_decay
-  const float alpha_ = Scalars[1];  // alpha
-  const float k_1_minus_alpha_ = Scalars[2];  // 1 - alpha
-  const float eps_ = Scalars[3];  // eps
-  const float momentum_ = Scalars[4];  // momentum
-  const float lr_ = Scalars[5];  // lr
+const Scalars& Given, const float Gradient_scale, const int Count, i32& Largest_v, i32& Largest_m) {
+  const float weight_decay_ = Given.weight_decay_;
+  const float alpha_ = Given.alpha_;
+  const float k_1_minus_alpha_ = Given.k_1_minus_alpha_;
+  const float eps_ = Given.eps_;
+  const float momentum_ = Given.momentum_;
+  const float lr_ = Given.lr_;
   i32 Most_v = 0;
   i32 Most_m = 0;
   for (int I = 0; I < Count; ++I) {
@@ -962,6 +972,7 @@ static inline __attribute__((always_inline)) void update_elements(
 // Chunks [first, last) of a job.
 extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
   const Row* row = &find_row(job->rows, job->row_count, first);
+  const Scalars scalars = *job->scalars;  // a copy that no store can change, so that it stays in registers
   const Tables* tables_dynamic8_unsigned = (const Tables*)job->tables[0];
   const Tables* tables_dynamic8_signed = (const Tables*)job->tables[1];
   Stage<dynamic8_unsigned> stage_v(tables_dynamic8_unsigned);
@@ -971,6 +982,7 @@ extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
     const i64 start = (chunk - row->FirstChunk) * CHUNK;
     const i64 left = row->Numel - start;
     const int count = (int)(left < CHUNK ? left : CHUNK);
+    const float gradient_scale = *row->gradient_scale_;
     u8* codes_v = row->v_ + start * dynamic8_unsigned::BITS / 8;
     float* absmax_v = row->v_absmax_ + start / dynamic8_unsigned::BLOCK;
     stage_v.open(codes_v, absmax_v, count);
@@ -987,9 +999,9 @@ extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
       Parameter* p = row->p_ + start + at;
       const Gradient* g = row->g_ + start + at;
       if (span == SPAN)  // the same with the count known to the compiler
-        update_elements(p, g, state_v, state_m, job->scalars, *row->gradient_scale_, SPAN, stage_v.largest[at / SPAN], stage_m.largest[at / SPAN]);
+        update_elements(p, g, state_v, state_m, scalars, gradient_scale, SPAN, stage_v.largest[at / SPAN], stage_m.largest[at / SPAN]);
       else
-        update_elements(p, g, state_v, state_m, job->scalars, *row->gradient_scale_, span, stage_v.largest[at / SPAN], stage_m.largest[at / SPAN]);
+        update_elements(p, g, state_v, state_m, scalars, gradient_scale, span, stage_v.largest[at / SPAN], stage_m.largest[at / SPAN]);
       ask_for<false>(row->g_ + start + at + AHEAD, SPAN);
       ask_for<true>(codes_v + (at + AHEAD) * dynamic8_unsigned::BITS / 8, SPAN * dynamic8_unsigned::BITS / 8);
       stage_v.encode();

@@ -780,10 +780,22 @@ DEVICE const Row& find_row(const Row* rows, i64 row_count, i64 chunk) {
   return rows[low];
 }
 
+// What of the rule is the same for all elements.
+struct Scalars {
+  float beta2_;  // beta2
+  float k_1_minus_beta2_;  // 1 - beta2
+  float k_1_over_c2_;  // 1 / c2
+  float eps_;  // eps
+  float weight_decay_;  // weight_decay
+  float c_;  // c
+  float scalar_0_;  // rate * (1 - beta1 * (1 - c))
+  float rate_;  // rate
+};
+
 struct Job {
   const Row* rows;
   i64 row_count, chunk_count;
-  const float* scalars;
+  const Scalars* scalars;
   const double* inputs;
   const void* const* tables;
   void* parts;   // a Part for each chunk
@@ -914,15 +926,15 @@ struct Stage {
 // as integers: so the order of comparisons cannot matter, even for NaN.
 static inline __attribute__((always_inline)) void update_elements(
     Parameter* __restrict P, const Gradient* __restrict G, float* __restrict State_z, float* __restrict State_v,
-    const float* Scalars, const float Gradient_scale, const int Count, i32& Largest_v) {
-  const float beta2_ = Scalars[0];  // beta2
-  const float k_1_minus_beta2_ = Scalars[1];  // 1 - beta2
-  const float k_1_over_c2_ = Scalars[2];  // 1 / c2
-  const float eps_ = Scalars[3];  // eps
-  const float weight_decay_ = Scalars[4];  // weight_decay
-  const float c_ = Scalars[5];  // c
-  const float scalar_0_ = Scalars[6];  // rate * (1 - beta1 * (1 - c))
-  const float rate_ = Scalars[7];  // rate
+const Scalars& Given, const float Gradient_scale, const int Count, i32& Largest_v) {
+  const float beta2_ = Given.beta2_;
+  const float k_1_minus_beta2_ = Given.k_1_minus_beta2_;
+  const float k_1_over_c2_ = Given.k_1_over_c2_;
+  const float eps_ = Given.eps_;
+  const float weight_decay_ = Given.weight_decay_;
+  const float c_ = Given.c_;
+  const float scalar_0_ = Given.scalar_0_;
+  const float rate_ = Given.rate_;
   i32 Most_v = 0;
   for (int I = 0; I < Count; ++I) {
     float p = to_float(P[I]);
@@ -948,6 +960,7 @@ static inline __attribute__((always_inline)) void update_elements(
 // Chunks [first, last) of a job.
 extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
   const Row* row = &find_row(job->rows, job->row_count, first);
+  const Scalars scalars = *job->scalars;  // a copy that no store can change, so that it stays in registers
   const Tables* tables_dynamic8_unsigned = (const Tables*)job->tables[0];
   Stage<dynamic8_unsigned> stage_v(tables_dynamic8_unsigned);
   for (i64 chunk = first; chunk < last; ++chunk) {
@@ -955,6 +968,7 @@ extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
     const i64 start = (chunk - row->FirstChunk) * CHUNK;
     const i64 left = row->Numel - start;
     const int count = (int)(left < CHUNK ? left : CHUNK);
+    const float gradient_scale = *row->gradient_scale_;
     u8* codes_v = row->v_ + start * dynamic8_unsigned::BITS / 8;
     float* absmax_v = row->v_absmax_ + start / dynamic8_unsigned::BLOCK;
     stage_v.open(codes_v, absmax_v, count);
@@ -967,9 +981,9 @@ extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
       Parameter* p = row->p_ + start + at;
       const Gradient* g = row->g_ + start + at;
       if (span == SPAN)  // the same with the count known to the compiler
-        update_elements(p, g, state_z, state_v, job->scalars, *row->gradient_scale_, SPAN, stage_v.largest[at / SPAN]);
+        update_elements(p, g, state_z, state_v, scalars, gradient_scale, SPAN, stage_v.largest[at / SPAN]);
       else
-        update_elements(p, g, state_z, state_v, job->scalars, *row->gradient_scale_, span, stage_v.largest[at / SPAN]);
+        update_elements(p, g, state_z, state_v, scalars, gradient_scale, span, stage_v.largest[at / SPAN]);
       ask_for<false>(row->g_ + start + at + AHEAD, SPAN);
       ask_for<true>(state_z + AHEAD, SPAN);
       ask_for<true>(codes_v + (at + AHEAD) * dynamic8_unsigned::BITS / 8, SPAN * dynamic8_unsigned::BITS / 8);
