@@ -250,3 +250,24 @@ def _columns(plan: Plan) -> list[Any]:
     from bnbx.kernels.signature import make_signature
 
     return [column for column in make_signature(plan).columns if column.points_to]
+
+
+PLAIN = {name: values[0] for name, values in FEATURES.items()}
+SHAPES = ("dynamic3", "mxfp4")  # codes of an odd width; a table in its own unit, in short blocks
+
+
+def one_of_each() -> list[Case]:
+    """One kernel for each way in which sources differ; all rules are in, in their default type."""
+    adam = optimizers().get("adam")
+    types = {"m": "dynamic8", "v": "linear8", "v_max": FLOAT32}
+    mixed = case(pairwise_settings(adam)[0], adam, types, "float32")
+    wide = [feature_case(optimizers().get("adamw"), {**PLAIN, "type": name}) for name in SHAPES]
+    found = [cases(("bfloat16",))[0], mixed, *wide]
+    for spec in optimizers():
+        every = pairwise_settings(spec)
+        for resolved in (every[0], every[-1]):
+            types = dict.fromkeys((s.name for s in spec.states), "dynamic8")
+            found.append(case(resolved, spec, types, "float32"))
+    for name, values in FEATURES.items():
+        found += [feature_case(optimizers().get("adamw"), {**PLAIN, name: v}) for v in values[1:]]
+    return list({each.name: each for each in found}.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from bnbx.functional import checks
 from bnbx.functional.registration import operation, without_gradient
 from bnbx.kernels import int8
 from bnbx.kernels.int8 import MOST_COLUMNS
+from bnbx.kernels.memory import as_rows
 
 STEPS = 6.200124e-05  # of two codes: 1 / 127**2, in the digits that bitsandbytes has
 EXACT = 1024  # so many products of codes add up to less than 2**24: exactly, in float32
@@ -106,7 +108,7 @@ def _scaled(
     a: Tensor, row_stats: Tensor, col_stats: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     scale = row_stats.reshape(-1, 1) * col_stats.reshape(1, -1)
-    found = a.reshape(-1, a.shape[-1]) * scale * STEPS
+    found = as_rows(a) * scale * STEPS
     if bias is not None:
         found += bias
     return found.to(dtype).view(a.shape)
@@ -144,7 +146,7 @@ def int8_mm_dequant(
     if A.dim() == 0:
         raise InputError("A has no dimensions; expected (..., columns)")
     columns = A.shape[-1]
-    checks.of_size("row_stats", row_stats, A.numel() // max(columns, 1), "one per row of A")
+    checks.of_size("row_stats", row_stats, math.prod(A.shape[:-1]), "one per row of A")
     checks.of_size("col_stats", col_stats, columns, "one per column of A")
     named = [("A", A), ("row_stats", row_stats), ("col_stats", col_stats), ("out", out)]
     if bias is not None:
@@ -336,7 +338,7 @@ def int8_vectorwise_dequant(
     checks.of_dtype("stats", stats, torch.float32)
     if A.dim() == 0:
         raise InputError("A has no dimensions; expected (..., columns)")
-    checks.of_size("stats", stats, A.shape[:-1].numel(), "one per row of A")
+    checks.of_size("stats", stats, math.prod(A.shape[:-1]), "one per row of A")
     checks.together([("A", A), ("stats", stats)])
     found: Tensor = _numbers(A, stats)
     return found

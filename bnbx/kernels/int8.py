@@ -22,6 +22,7 @@ from torch import Tensor
 from bnbx.errors import OptionError, UnsupportedTensorError
 from bnbx.kernels import int8_cpu, int8_cuda, int8_reference, targets
 from bnbx.kernels.coding import FLOATS, check_factor, check_numbers
+from bnbx.kernels.memory import as_rows, reshaped
 
 MOST_COLUMNS = 131_071  # so many products of two codes add up to less than 2**31
 PANEL_SHARE = 0.05  # of a dense weight is decoded at a time
@@ -134,7 +135,7 @@ def linear(
     target = choose(x.device.type)
     weight = codes.contiguous(), absmax.reshape(-1).contiguous()
     y, outliers = target.linear(rows, *weight, bias, threshold)
-    return y.view(*x.shape[:-1], outs), outliers
+    return reshaped(y, (*x.shape[:-1], outs)), outliers
 
 
 def grad_input(grad: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
@@ -166,7 +167,7 @@ def grad_input(grad: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
     for at in range(0, columns, width):
         panel = dequantize_rows(codes[:, at : at + width], absmax, grad.dtype)
         found[:, at : at + width] = rows @ panel
-    return found.view(*grad.shape[:-1], columns)
+    return reshaped(found, (*grad.shape[:-1], columns))
 
 
 def check_threshold(threshold: Any) -> None:
@@ -202,9 +203,8 @@ def _rows(what: str, x: Tensor) -> Tensor:
     check_numbers(what, x)
     if x.dim() == 0:
         raise UnsupportedTensorError(f"{what} is a scalar; expected (..., columns)")
-    columns = x.shape[-1]
-    rows = x.detach().reshape(math.prod(x.shape[:-1]), columns)
-    return rows if rows.stride(1) == 1 or columns < 2 else rows.contiguous()
+    rows = as_rows(x.detach())
+    return rows if rows.stride(1) == 1 or rows.shape[1] < 2 else rows.contiguous()
 
 
 @lru_cache(maxsize=8)

@@ -19,7 +19,7 @@ from bnbx.errors import UnsupportedTensorError
 from bnbx.kernels import linear_cpu, linear_cuda, linear_panels, linear_tiles, targets
 from bnbx.kernels.coding import FLOATS, check_factor, check_numbers
 from bnbx.kernels.encoding import Encoding, check_parts
-from bnbx.kernels.memory import check_memory
+from bnbx.kernels.memory import as_rows, check_memory, reshaped
 
 Shape = tuple[int, int]
 Multiply = Callable[[Encoding, Sequence[Tensor], Shape, Tensor, Tensor | None], Tensor]
@@ -93,8 +93,8 @@ def linear(
     _check_input("x", x, inner, parts[0].device)
     if bias is not None:
         _check_bias(bias, out, x)
-    y = _multiply(encoding, parts, (out, inner), _as_rows(x), bias)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], out)
+    y = _multiply(encoding, parts, (out, inner), as_rows(x), bias)
+    return reshaped(y, (*x.shape[:-1], out))
 
 
 def grad_input(
@@ -117,12 +117,8 @@ def grad_input(
     """
     out, inner = _check_weight(encoding, parts, shape)
     _check_input("grad", grad, out, parts[0].device)
-    found = _grad_input(encoding, parts, (out, inner), _as_rows(grad))
-    return found.view(*grad.shape[:-1], inner)
-
-
-def _as_rows(x: Tensor) -> Tensor:
-    return x if x.dim() == 2 else x.reshape(prod(x.shape[:-1]), x.shape[-1])
+    found = _grad_input(encoding, parts, (out, inner), as_rows(grad))
+    return reshaped(found, (*grad.shape[:-1], inner))
 
 
 def _multiply(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -92,6 +93,22 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     if tensor.is_meta and device.type != "meta":
         return torch.empty_like(tensor, device=device)
     return tensor.to(device)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """`x` as a matrix of as many rows as its leading sizes make, also where the last one is 0."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def reshaped(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """`x`, which has just been made, in another shape, and no view: users may write into a result.
+
+    In a view that an operation returns autograd lets nobody write (`torch.relu_`, `y += 1`).
+    """
+    if x.shape == tuple(shape):
+        return x
+    made: Tensor = torch.ops.aten._unsafe_view(x, shape)
+    return made
 
 
 def _reach(tensor: Tensor) -> int:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bnbx.kernels import int8
+from bnbx.kernels.memory import as_rows
 from bnbx.layers.operation import NAMESPACE, define
 
 _library: Any = torch.library.Library("bnbx", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -73,14 +74,14 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 def _linear_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     x, codes, absmax, master = ctx.saved_tensors
-    rows = grad.reshape(-1, grad.shape[-1])
+    rows = as_rows(grad)
     grad_x = grad_master = grad_bias = None
     if ctx.needs_input_grad[0]:
         if codes is None:
             codes, absmax, _ = quantize(master.detach(), 0.0)
         grad_x = grad_input(grad, codes, absmax)
     if ctx.needs_input_grad[3]:
-        grad_master = (rows.t() @ x.reshape(-1, x.shape[-1])).to(master.dtype)
+        grad_master = (rows.t() @ as_rows(x)).to(master.dtype)
     if ctx.needs_input_grad[4]:
         grad_bias = rows.sum(0, dtype=ctx.bias_dtype)
     return grad_x, None, None, grad_master, grad_bias, None, None

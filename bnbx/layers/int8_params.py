@@ -187,10 +187,13 @@ class Int8Params(Moving, Coded, torch.nn.Parameter):
 
     # ---- copies
 
+    def _settings(self) -> dict[str, Any]:
+        # accelerate.init_empty_weights leaves requires_grad in __dict__; CB is the own memory.
+        return {**self.__dict__, "CB": None, "requires_grad": self.requires_grad}
+
     def _like(self, data: Tensor, absmax: Tensor | None) -> Self:
         """Another memory with the same settings."""
-        settings = {**self.__dict__, "CB": None, "SCB": absmax}
-        new = type(self)(data, requires_grad=self.requires_grad, **settings)
+        new = type(self)(data, **{**self._settings(), "SCB": absmax})
         if new.quantized:
             new.CB = new.data
         return new
@@ -207,14 +210,11 @@ class Int8Params(Moving, Coded, torch.nn.Parameter):
         return new
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        settings = {**self.__dict__, "CB": None}  # it is the parameter's own memory
-        return _rebuilt, (type(self), self.detach(), self.requires_grad, settings)
+        return _rebuilt, (type(self), self.detach(), self._settings())
 
 
-def _rebuilt(
-    kind: type[Int8Params], data: Tensor, requires_grad: bool, settings: dict[str, Any]
-) -> Int8Params:
-    new = kind(data, requires_grad=requires_grad, **settings)
+def _rebuilt(kind: type[Int8Params], data: Tensor, settings: dict[str, Any]) -> Int8Params:
+    new = kind(data, **settings)
     if new.quantized:
         new.CB = new.data
     return new

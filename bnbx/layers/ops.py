@@ -21,6 +21,7 @@ from torch import Tensor
 from bnbx.errors import UnsupportedTensorError
 from bnbx.kernels import coding, linear, rows
 from bnbx.kernels.encoding import from_label
+from bnbx.kernels.memory import as_rows
 from bnbx.layers.operation import define
 
 _library: Any = torch.library.Library("bnbx", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -58,7 +59,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if ctx.needs_input_grad[0]:
         grad_x = linear_grad_input(grad, ctx.saved_tensors, ctx.encoding, ctx.shape)
     if ctx.needs_input_grad[2]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        grad_bias = as_rows(grad).sum(0)
     return grad_x, [None] * ctx.count, grad_bias, None, None
 
 

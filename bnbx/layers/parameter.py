@@ -319,7 +319,9 @@ class QuantParameter(StateNames, Moving, Coded, torch.nn.Parameter):
 
     def _like(self, data: Tensor) -> Self:
         """Another memory with the same settings."""
-        return type(self)(data, requires_grad=self.requires_grad, **self._settings())
+        # accelerate.init_empty_weights leaves requires_grad among them.
+        settings = {**self._settings(), "requires_grad": self.requires_grad}
+        return type(self)(data, **settings)
 
     def __copy__(self) -> Self:
         return self._like(self.detach())

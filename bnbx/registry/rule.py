@@ -53,7 +53,8 @@ COMPARISONS: dict[type[ast.cmpop], str] = {
     ast.Eq: "==",
     ast.NotEq: "!=",
 }
-# Words that are fine in Python but mean something to C++, CUDA or the loops around a rule.
+# Words that are fine in Python but mean something to C++, CUDA or the loops around a rule. A test
+# looks through the rendered kernels for what is missing here.
 RESERVED = frozenset(
     """alignas alignof and_eq asm auto bitand bitor bool case catch char compl const constexpr
     default delete do double dynamic_cast else enum explicit export extern false float for friend
@@ -63,7 +64,7 @@ RESERVED = frozenset(
     xor xor_eq half char8_t char16_t char32_t concept consteval constinit const_cast co_await
     co_return co_yield decltype noexcept nullptr requires static_assert static_cast thread_local
     to_float from_float larger_magnitude noise round_stochastically load_parameter store_parameter
-    place_of calm_zone half_step""".split()
+    place_of calm_zone half_step bits_of u32 root64 make_scale""".split()
 )
 NO_IF = "there is no 'if' in the rule language; write where(condition, a, b)"
 NO_LOOP = "there are no loops in the rule language; its lines say what is done once"

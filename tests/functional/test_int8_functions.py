@@ -181,3 +181,10 @@ def test_columns_are_the_rows_of_the_turned_matrix(shape: tuple[int, int]) -> No
     assert torch.equal(codes, expected.t())
     assert torch.equal(absmax, scales)
     assert codes.is_contiguous()
+
+
+def test_scaling_back_rows_without_columns() -> None:
+    found = functional.int8_mm_dequant(
+        torch.empty(2, 0, dtype=torch.int32), torch.ones(2), torch.ones(0)
+    )
+    assert found.shape == (2, 0)

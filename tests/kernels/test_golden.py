@@ -12,33 +12,10 @@ import pytest
 
 from bnbx.kernels import cpu, cuda
 from bnbx.kernels.source import render
-from bnbx.registry import optimizers
-from bnbx.registry.quant_type import FLOAT32
-from plans import FEATURES, Case, case, cases, feature_case, pairwise_settings
+from plans import Case, one_of_each
 
-PLAIN = {name: values[0] for name, values in FEATURES.items()}
-SHAPES = ("dynamic3", "mxfp4")  # codes of an odd width; a table in its own unit, in short blocks
 GOLDEN = Path(__file__).parent.parent / "golden"
-
-
-def chosen() -> list[Case]:
-    """One kernel for each way in which sources differ; all rules are in, in their default type."""
-    adam = optimizers().get("adam")
-    types = {"m": "dynamic8", "v": "linear8", "v_max": FLOAT32}
-    mixed = case(pairwise_settings(adam)[0], adam, types, "float32")
-    wide = [feature_case(optimizers().get("adamw"), {**PLAIN, "type": name}) for name in SHAPES]
-    found = [cases(("bfloat16",))[0], mixed, *wide]
-    for spec in optimizers():
-        every = pairwise_settings(spec)
-        for resolved in (every[0], every[-1]):
-            types = dict.fromkeys((s.name for s in spec.states), "dynamic8")
-            found.append(case(resolved, spec, types, "float32"))
-    for name, values in FEATURES.items():
-        found += [feature_case(optimizers().get("adamw"), {**PLAIN, name: v}) for v in values[1:]]
-    return list({each.name: each for each in found}.values())
-
-
-CHOSEN = chosen()
+CHOSEN = one_of_each()
 
 
 @pytest.mark.parametrize("case", CHOSEN, ids=lambda case: case.name)

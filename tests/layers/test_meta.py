@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -248,3 +249,20 @@ def test_gradient_goes_where_its_parameter_goes() -> None:
     found.to("meta")
     assert type(found.weight) is type(Linear8bitLt(64, 48).weight)
     assert found.weight.grad.is_meta
+
+
+# ---- as accelerate does
+
+
+@pytest.mark.parametrize("name", [*LINEAR, *EMBEDDINGS])
+def test_parameters_are_remade_on_the_meta_device(name: str) -> None:
+    """As accelerate.init_empty_weights does: of their own `__dict__`, where it writes first."""
+    found = {**LINEAR, **EMBEDDINGS}[name]()
+    settings = found.weight.__dict__
+    settings["requires_grad"] = found.weight.requires_grad
+    made = type(found.weight)(found.weight.to("meta"), **settings)
+    assert made.is_meta
+    assert made.requires_grad == found.weight.requires_grad
+    for copied in (copy.copy(found.weight), copy.deepcopy(found.weight)):
+        assert copied.requires_grad == found.weight.requires_grad
+        assert torch.equal(copied, found.weight)
