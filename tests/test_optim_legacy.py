@@ -361,7 +361,11 @@ def test_the_abstract_base() -> None:
     assert halving.optim_bits == 8
     saved = copy.deepcopy(halving.state_dict())
     other = Halving([p.detach().clone().requires_grad_() for p in params], 0.5)
+    seen: list[Any] = []
+    other.register_load_state_dict_pre_hook(lambda optimizer, given: seen.append(given.keys()))
+    other.register_load_state_dict_post_hook(lambda optimizer: seen.append(len(optimizer.state)))
     other.load_state_dict(saved)
+    assert seen == [saved.keys(), len(params)]
     assert other.param_groups[0]["lr"] == 0.25
     for a, b in zip(halving.state.values(), other.state.values(), strict=True):
         assert a.keys() == b.keys()

@@ -24,7 +24,8 @@ from bnbx.kernels.reference import decode
 from bnbx.optim.legacy_names import LIBRARY, betas_of
 from bnbx.registry import Optimizer, QuantType
 from bnbx.registry.formats import place_of
-from bnbx.registry.optimizer import CLIP, UPDATE, State
+from bnbx.registry.optimizer import UPDATE, State
+from bnbx.registry.options import CLIP
 from bnbx.registry.quant_type import BLOCK_SIZES
 
 USUAL_BLOCK = 256

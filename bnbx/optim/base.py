@@ -19,12 +19,13 @@ from bnbx.errors import OptionError
 from bnbx.kernels.threads import safe_after_fork
 from bnbx.optim.custom import CUSTOM, loaded
 from bnbx.optim.legacy_names import betas_of, name_of
-from bnbx.optimizers import engine
+from bnbx.optimizers import engine, hooks
 from bnbx.optimizers import state as states
 from bnbx.optimizers.gather import Item
 from bnbx.registry import Optimizer as OptimizerSpec
 from bnbx.registry.config import Resolved
-from bnbx.registry.optimizer import CLIP, STEP
+from bnbx.registry.optimizer import STEP
+from bnbx.registry.options import CLIP
 
 HOOKS = ("init_state", "prefetch_state", "update_step")
 
@@ -227,6 +228,8 @@ class Optimizer8bit(engine.Optimizer8bit):
         if self.spec != CUSTOM:
             super().load_state_dict(state_dict)
             return
+        state_dict = hooks.before_loading(self, state_dict)
         self.param_groups, taken = loaded(self.param_groups, state_dict)
         self.state.clear()
         self.state.update(taken)
+        hooks.after_loading(self)

@@ -20,10 +20,15 @@ def format_of(spec: Optimizer) -> GroupFormat | None:
     return next((form for form in forms if form.called), None)
 
 
+def called_by(spec: Optimizer) -> str:
+    """What bitsandbytes calls a rule; "" if it does not have it."""
+    form = format_of(spec)
+    return form.called if form else ""
+
+
 def legacy_names() -> dict[str, str]:
     """The rule's name by what bitsandbytes calls it. Its "adam" is AdamW."""
-    forms = ((spec.name, format_of(spec)) for spec in optimizers())
-    return {form.called: name for name, form in forms if form is not None}
+    return {called: spec.name for spec in optimizers() if (called := called_by(spec))}
 
 
 def rule_of(name: object) -> Optimizer:
@@ -32,9 +37,15 @@ def rule_of(name: object) -> Optimizer:
     Raises:
         UnknownNameError: there is neither.
     """
+    if isinstance(name, str):
+        called = optimizers().find(
+            lambda spec: (f := format_of(spec)) is not None and f.called == name
+        )
+        if called is not None:
+            return called
+        if name in optimizers():
+            return optimizers().get(name)
     names = legacy_names()
-    if isinstance(name, str) and (name in names or name in optimizers()):
-        return optimizers().get(names.get(name, name))
     known = dict.fromkeys([*names, *optimizers().names()])
     raise UnknownNameError(
         f"optimizer_name={name!r}: no rule of this name{nearest(str(name), known)}; "
@@ -44,8 +55,7 @@ def rule_of(name: object) -> Optimizer:
 
 def name_of(spec: Optimizer) -> str:
     """What bitsandbytes calls a rule; its own name if bitsandbytes does not have it."""
-    form = format_of(spec)
-    return form.called if form else spec.name
+    return called_by(spec) or spec.name
 
 
 def betas_of(spec: Optimizer) -> tuple[str, ...]:

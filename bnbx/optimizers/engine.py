@@ -19,7 +19,7 @@ from torch.optim.optimizer import ParamsT
 from bnbx.errors import OptionError
 from bnbx.kernels.launch import Choice, choose, launch
 from bnbx.kernels.threads import safe_after_fork
-from bnbx.optimizers import compiled, saving
+from bnbx.optimizers import compiled, hooks, saving
 from bnbx.optimizers import state as states
 from bnbx.optimizers.clipping import NORMS, clip_factor
 from bnbx.optimizers.gather import (
@@ -45,8 +45,6 @@ from bnbx.registry.config import Resolved, check_known, resolve
 from bnbx.registry.optimizer import STEP
 from bnbx.registry.options import unaliased
 
-# What the constructor takes beside the arguments that are resolved for each parameter.
-CONSTRUCTOR_ARGUMENTS = frozenset(["params", "rule", "overrides", "page_dir", *IMPLEMENTATION])
 OVERRIDES = "_overrides"  # of parameters, in a pickle: the manager knows those of a process
 TYPES = "_quant_types"  # of states, in a pickle: a registered type may be another elsewhere
 
@@ -167,10 +165,11 @@ class Optimizer8bit(torch.optim.Optimizer):
                 return self._resolution.values_in(group)(p)
         raise OptionError(f"a tensor of shape {tuple(p.shape)} is no parameter of this optimizer")
 
-    def choice(self, p: Tensor) -> Choice:
+    def choice(self, p: Tensor, resolved: Resolved | None = None) -> Choice:
         """The target that updates a parameter, and why not a faster one; may compile its kernel."""
         gradient = p.dtype if p.grad is None else p.grad.dtype
-        return choose(self._slots.plan(p, gradient, self.resolved(p)), p.device.type)
+        plan = self._slots.plan(p, gradient, resolved or self.resolved(p))
+        return choose(plan, p.device.type)
 
     @property
     def resolution(self) -> Resolution:
@@ -385,8 +384,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         self.state.clear()
         self.state.update(loaded)
         self._resolution.clear()
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        hooks.after_loading(self)
 
     def __getstate__(self) -> dict[str, Any]:
         self._scaling.settle()

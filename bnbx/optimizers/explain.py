@@ -19,7 +19,7 @@ from bnbx.errors import OptionError, UnknownNameError
 from bnbx.optimizers import state as states
 from bnbx.optimizers.gather import is_left_alone
 from bnbx.optimizers.overrides import names_of
-from bnbx.optimizers.resolution import ARGUMENT, GROUP
+from bnbx.optimizers.resolution import ARGUMENT, GROUP, Resolution
 from bnbx.registry import Optimizer as OptimizerSpec
 from bnbx.registry.config import DEFAULT, Resolved
 from bnbx.registry.names import nearest
@@ -43,11 +43,12 @@ class Explained(Protocol):
     param_groups: list[dict[str, Any]]
     state: defaultdict[Tensor, Any]
 
-    def resolved(self, p: Tensor) -> Resolved:
-        """The parameter's values."""
+    @property
+    def resolution(self) -> Resolution:
+        """What gives the values of parameters."""
 
-    def choice(self, p: Tensor) -> Choice:
-        """The target that updates the parameter."""
+    def choice(self, p: Tensor, resolved: Resolved) -> Choice:
+        """The target that updates a parameter of these values."""
 
 
 class Value(NamedTuple):
@@ -127,7 +128,8 @@ class MemoryReport(_Rendered):
     """The memory of an optimizer's states, summed.
 
     Attributes:
-        elements: of all parameters.
+        parameters: how many are updated; frozen ones are not counted, and have no states.
+        elements: of these.
         bytes_by_kind: codes, absmax, float32 states, and whatever else a rule keeps.
         existing_bytes: of the states that exist; the others will take the rest.
         float32_bytes: what the same states would take in float32.
@@ -204,18 +206,17 @@ class Explanation(_Rendered):
     @property
     def memory(self) -> MemoryReport:
         """The sums."""
+        updated = [p for p in self.parameters if p.states_why != FROZEN]
         kinds: Counter[str] = Counter()
-        for parameter in self.parameters:
+        for parameter in updated:
             kinds.update(parameter.bytes_by_kind)
         return MemoryReport(
             rule=self.rule,
-            parameters=len(self.parameters),
-            elements=sum(parameter.numel for parameter in self.parameters),
+            parameters=len(updated),
+            elements=sum(parameter.numel for parameter in updated),
             bytes_by_kind=dict(kinds),
-            existing_bytes=sum(
-                sum(p.state_bytes.values()) for p in self.parameters if p.state_exists
-            ),
-            float32_bytes=sum(parameter.float32_bytes for parameter in self.parameters),
+            existing_bytes=sum(sum(p.state_bytes.values()) for p in updated if p.state_exists),
+            float32_bytes=sum(parameter.float32_bytes for parameter in updated),
         )
 
     def _parts(self) -> Iterable[Any]:
@@ -279,28 +280,32 @@ def explain(optimizer: Explained) -> Explanation:
         OptionError: it is none of bnbx.
         UnknownNameError, OptionError: a value of a group or an override is wrong.
     """
-    missing = [name for name in ("spec", "resolved", "choice") if not hasattr(optimizer, name)]
+    return _explanation(optimizer, with_targets=True)
+
+
+def report(optimizer: Explained) -> MemoryReport:
+    """Sum the memory of an optimizer's states; compiles nothing. See `explain` for the errors."""
+    return _explanation(optimizer, with_targets=False).memory
+
+
+def _explanation(optimizer: Explained, *, with_targets: bool) -> Explanation:
+    missing = [name for name in ("spec", "resolution", "choice") if not hasattr(optimizer, name)]
     if missing:
         raise OptionError(
             f"{type(optimizer).__name__} is no optimizer of bnbx: it has no "
             f"{', '.join(map(repr, missing))}; if it wraps one, pass what it wraps"
         )
-    parameters = tuple(
-        _explain(optimizer, name, number, p)
-        for number, group in enumerate(optimizer.param_groups)
-        for name, p in zip(_names(number, group), group["params"], strict=True)
-    )
+    parameters = []
+    for number, group in enumerate(optimizer.param_groups):
+        values_of = optimizer.resolution.values_in(group)
+        for name, p in zip(_names(number, group), group["params"], strict=True):
+            parameters.append(_explain(optimizer, name, number, p, values_of(p), with_targets))
     values = [parameter.values for parameter in parameters]
     common = {
         argument: _most_frequent(_unforced([v[argument] for v in values if argument in v]))
         for argument in (values[0] if values else ())
     }
-    return Explanation(optimizer.spec.name, parameters, common)
-
-
-def report(optimizer: Explained) -> MemoryReport:
-    """Sum the memory of an optimizer's states; see `explain` for the arguments and errors."""
-    return explain(optimizer).memory
+    return Explanation(optimizer.spec.name, tuple(parameters), common)
 
 
 def _names(number: int, group: Mapping[str, Any]) -> list[str]:
@@ -308,18 +313,25 @@ def _names(number: int, group: Mapping[str, Any]) -> list[str]:
     return names_of(group) or [f"group {number}, parameter {i}" for i in range(count)]
 
 
-def _explain(optimizer: Explained, name: str, group: int, p: Tensor) -> ParameterExplanation:
-    spec, resolved = optimizer.spec, optimizer.resolved(p)
+def _explain(
+    optimizer: Explained,
+    name: str,
+    group: int,
+    p: Tensor,
+    resolved: Resolved,
+    with_target: bool,
+) -> ParameterExplanation:
+    spec = optimizer.spec
     saved = optimizer.state.get(p) or {}
     held = {key: value for key, value in saved.items() if isinstance(value, Tensor)}
     types, why = _types(spec, p, saved, resolved)
     sizes = {key: t.numel() * t.element_size() for key, t in held.items()}
     if not saved and why != FROZEN:
         sizes = states.state_bytes(p, spec, resolved)
-    if is_left_alone(p):
-        target, passed_over = "none", FROZEN
+    if is_left_alone(p) or not with_target:
+        target, passed_over = "none", FROZEN if with_target else "not asked for"
     else:
-        choice = optimizer.choice(p)
+        choice = optimizer.choice(p, resolved)
         target, passed_over = choice.target, "; ".join(choice.passed_over)
     return ParameterExplanation(
         name=name,

@@ -23,7 +23,8 @@ from bnbx.optimizers.state import WHOLE, type_key, values_of, whole_step
 from bnbx.registry import QuantType, quant_types
 from bnbx.registry.config import Resolved
 from bnbx.registry.formats import place_of
-from bnbx.registry.optimizer import CLIP, STEP, Optimizer, State
+from bnbx.registry.optimizer import STEP, Optimizer, State
+from bnbx.registry.options import CLIP
 from bnbx.registry.quant_type import BLOCK_SIZES
 
 LIBRARY = "bitsandbytes"

@@ -24,7 +24,7 @@ from bnbx.errors import (
 )
 from bnbx.kernels.plan import Storage
 from bnbx.kernels.signature import RESIDUAL, absmax_name
-from bnbx.optimizers import foreign
+from bnbx.optimizers import foreign, hooks
 from bnbx.optimizers.clipping import HISTORY, NORMS
 from bnbx.optimizers.matching import merged_groups, saved_numbers
 from bnbx.optimizers.state import (
@@ -134,11 +134,7 @@ def read(optimizer: Optimizer8bit, state_dict: dict[str, Any]) -> Loaded:
     Raises:
         CheckpointError: it does not fit.
     """
-    if not isinstance(state_dict, Mapping):
-        raise CheckpointError(f"the state dict is {type(state_dict).__name__}; expected a dict")
-    state_dict = dict(state_dict)
-    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
-        state_dict = hook(optimizer, state_dict) or state_dict
+    state_dict = hooks.before_loading(optimizer, state_dict)
     try:
         return _Reading(optimizer, state_dict).result()
     except (BnbxError, torch.cuda.OutOfMemoryError):

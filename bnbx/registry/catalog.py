@@ -50,7 +50,8 @@ class Catalog(Generic[S]):
 
     def discard(self, package: str) -> None:
         """Forget what `package` added: a plugin that fails half-way leaves nothing behind."""
-        for name in [name for name, owner in self._packages.items() if owner == package]:
+        owners = list(self._packages.items())
+        for name in [name for name, owner in owners if owner == package]:
             del self._specs[name], self._packages[name]
 
     def get(self, name: str) -> S:
@@ -59,21 +60,18 @@ class Catalog(Generic[S]):
         Raises:
             UnknownNameError: with the nearest name, the list, and the plugins that are missing.
         """
-        if not isinstance(name, str):
-            raise UnknownNameError(self._miss(name))
-        while name not in self._specs and self._more():
-            pass
-        if name not in self._specs:
+        if name not in self:
             raise UnknownNameError(self._miss(name))
         return self._specs[name]
 
     def find(self, wanted: Callable[[S], bool]) -> S | None:
         """The first spec that `wanted` accepts, loading plugins only while there is none."""
         while True:
-            for spec in self._specs.values():
+            specs = list(self._specs.values())  # other threads may add some meanwhile
+            for spec in specs:
                 if wanted(spec):
                     return spec
-            if not self._more():
+            if not self._more() and len(specs) == len(self._specs):
                 return None
 
     def holds(self, spec: S) -> bool:
@@ -98,7 +96,12 @@ class Catalog(Generic[S]):
         return len(self.names())
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names()
+        """Whether there is a spec of this name, loading plugins only while there is none."""
+        if not isinstance(name, str):
+            return False
+        while name not in self._specs and self._more():
+            pass
+        return name in self._specs
 
     def _miss(self, name: object) -> str:
         known = self.names()

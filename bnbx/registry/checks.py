@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from bnbx.errors import RuleError
 from bnbx.registry.names import nearest
+from bnbx.registry.options import ALIASES, CLIP, OPTIONS
 from bnbx.registry.rule import Call, Code, Name, Statement, check_name, names, parse_condition
 
 if TYPE_CHECKING:
@@ -17,10 +18,9 @@ MAX_SWITCHES = 6
 NORM = "norm_"
 NUMEL = "numel"
 INPUTS = ("p", "g", "step")
-# What users pass beside a rule's hyperparameters.
-ENGINE_ARGUMENTS = frozenset(
-    """params rule paged bits state_types min_8bit_size block_wise percentile_clipping skip_zeros
-    master maximize overrides page_dir args capturable foreach fused differentiable""".split()
+# What users pass beside a rule's hyperparameters. Max_unorm may be one of these.
+ENGINE_ARGUMENTS = ({*OPTIONS, *ALIASES} - {CLIP}) | set(
+    "params rule overrides page_dir args capturable foreach fused differentiable".split()
 )
 # Keys that the engine keeps beside a parameter's states.
 ENGINE_STATES = frozenset("step residual gnorm_vec".split())

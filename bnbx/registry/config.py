@@ -7,6 +7,7 @@ Nothing is allocated before everything has been resolved.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -16,13 +17,14 @@ from bnbx.errors import OptionError, UnknownNameError
 from bnbx.registry.catalog import Catalog
 from bnbx.registry.evaluate import HOST, evaluate
 from bnbx.registry.names import nearest
-from bnbx.registry.optimizer import CLIP, UPDATE, Optimizer, State
-from bnbx.registry.options import OPTIONS, check_option, options_of
+from bnbx.registry.optimizer import UPDATE, Optimizer, State
+from bnbx.registry.options import CLIP, OPTIONS, check_option, options_of
 from bnbx.registry.quant_type import FLOAT32, QuantType
 from bnbx.registry.rule import parse_condition
 
 Layer = tuple[str, Mapping[str, Any]]
 DEFAULT, ARGUMENT = "default", "argument"
+_SHOWN = re.compile(r"(?<![\w.])(\w+)=")  # arguments that a message shows with their values
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ def resolve(spec: Optimizer, types: Catalog[QuantType], layers: Sequence[Layer])
         return _resolved(spec, types, values, origins)
     except OptionError as error:
         members = {member: pack for pack, each in spec.packs.items() for member in each}
-        named = [name for name in (*values, *members) if f"{name}=" in str(error)]
+        shown = set(_SHOWN.findall(str(error)))
+        named = [name for name in (*values, *members) if name in shown]
         names = {members.get(name, name) for name in named}
         told = {origins[name] for name in names} - {DEFAULT, ARGUMENT}
         where = f" (from {', '.join(sorted(told))})" if told else ""

@@ -18,11 +18,11 @@ from typing_extensions import Self
 from bnbx.registry.checks import bare_conditions, check_spec
 from bnbx.registry.formats import FormatTable, check_formats
 from bnbx.registry.hyper import Hyper, rate
+from bnbx.registry.options import CLIP
 from bnbx.registry.rule import Code, parse
 from bnbx.registry.spec import Frozen, Spec
 
 PARAMETER, GRADIENT, STEP, UPDATE = "p", "g", "step", "u"
-CLIP = "max_unorm"
 
 
 def _no_number(value: object) -> object:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bnbx.errors import OptionError
-from bnbx.registry.optimizer import CLIP, Optimizer
 
+if TYPE_CHECKING:
+    from bnbx.registry.optimizer import Optimizer
+
+CLIP = "max_unorm"  # by which some rules call a hyperparameter of their own
 MASTERS = ("none", "stochastic", "kahan", "residual")
 
 

@@ -42,6 +42,11 @@ class Fake:
         ]
         self.state: defaultdict[Tensor, Any] = defaultdict(dict)
         self.slow: set[str] = set()
+        self.asked = 0
+
+    @property
+    def resolution(self) -> Any:
+        return SimpleNamespace(values_in=lambda group: self.resolved)
 
     def resolved(self, p: Tensor) -> Resolved:
         name = self.names[id(p)]
@@ -49,7 +54,9 @@ class Fake:
         layers += [(f"overrides[{name!r}]", self.overrides[name])] if name in self.overrides else []
         return resolve(self.spec, quant_types(), layers)
 
-    def choice(self, p: Tensor) -> Any:
+    def choice(self, p: Tensor, resolved: Resolved) -> Any:
+        self.asked += 1
+        assert resolved == self.resolved(p)
         if self.names[id(p)] in self.slow:
             return SimpleNamespace(target="reference", passed_over=(REASON,))
         return SimpleNamespace(target="cpu", passed_over=())
@@ -158,6 +165,7 @@ def test_frozen_and_empty_parameters_take_nothing() -> None:
     assert sum(empty.state_bytes.values()) == empty.float32_bytes == 0
     assert scalar.state_bytes == {"m": 4, "v": 4}
     assert (frozen.numel, empty.numel, scalar.numel) == (5000, 0, 1)
+    assert (report(Fake(named)).parameters, report(Fake(named)).elements) == (2, 1)
     named["frozen"].grad = torch.zeros(5000)
     assert sum(explain(Fake(named))["frozen"].state_bytes.values()) == 2 * 5080
 
@@ -207,6 +215,7 @@ def test_report_sums() -> None:
     optimizer = Fake(named, OVERRIDES)
     optimizer.state[named["body.bias"]] = {"step": 1, "m": torch.zeros(101), "v": torch.zeros(101)}
     found = report(optimizer)
+    assert optimizer.asked == 0  # it would compile kernels
     assert found == explain(optimizer).memory
     assert (found.rule, found.parameters, found.elements) == ("adamw", 3, 5000 + 5050 + 101)
     assert found.bytes_by_kind == {"codes": 10100, "absmax": 160, "float32 states": 40808}

@@ -202,6 +202,18 @@ def test_a_value_out_of_range_in_a_pack() -> None:
     assert refusal(OptionError, dict(pair=(0.5, -1))).startswith("r: b=-1: expected a number >= 0")
 
 
+def test_the_layer_to_blame_is_that_of_the_very_argument() -> None:
+    spec = Optimizer(
+        name="both",
+        summary="a name that another ends with",
+        hyper=dict(lr=rate(0.1), r=rate(0.1)),
+        element_code="p = p - lr * r * g",
+    )
+    layers: list[Layer] = [("overrides['*']", {"r": 0.2}), ("param group", {"lr": -1.0})]
+    with pytest.raises(OptionError, match=r"lr=-1\.0: .*\(from param group\)$"):
+        resolve(spec, quant_types(), layers)
+
+
 def test_a_required_value_that_is_taken_away() -> None:
     assert refusal(OptionError, dict(lr=None)) == "r: lr is required"
 

@@ -118,6 +118,7 @@ def test_a_plugin_is_not_imported_while_the_built_ins_serve(install: Install) ->
     for name in BUILT_IN_TYPES:
         assert found.quant_types.package(name) == "bnbx.quant_types"
     assert found.quant_types.find(lambda spec: spec.state_default) is not None
+    assert BUILT_IN_OPTIMIZERS[0] in found.optimizers
     assert loaded() == []
 
 
@@ -177,6 +178,18 @@ def test_threads_that_miss_at_once_wait_for_the_plugin(install: Install) -> None
     with ThreadPoolExecutor(4) as threads:
         names = [spec.name for spec in threads.map(catalog.get, ["descent"] * 4)]
     assert names == ["descent"] * 4
+
+
+def test_a_search_outlives_what_other_threads_load(install: Install) -> None:
+    install("good", OPTIMIZER.format(name="descent"))
+    catalog = Plugins().optimizers
+
+    def wanted(spec: Optimizer) -> bool:
+        return "descent" in catalog and spec.name == "descent"  # which loads it meanwhile
+
+    found = catalog.find(wanted)
+    assert found is not None
+    assert found.name == "descent"
 
 
 def test_a_miss_names_the_nearest_and_the_list(install: Install) -> None:
