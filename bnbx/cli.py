@@ -142,18 +142,16 @@ def demo(
 
     settings = Settings(size, steps, batch_size, seed, threads)
     try:
-        if qlora:
-            from bnbx.demo.qlora import compare_bases
+        with _reported():
+            if qlora:
+                from bnbx.demo.qlora import compare_bases
 
-            compare_bases(settings, output, json, Console())
-        else:
-            compare(settings, output, json, Console())
+                compare_bases(settings, output, json, Console())
+            else:
+                compare(settings, output, json, Console())
     except DemoInterruptedError as stop:
         typer.echo(str(stop), err=True)
         raise typer.Exit(INTERRUPTED) from None
-    except BnbxError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from None
 
 
 BlockSize = Annotated[

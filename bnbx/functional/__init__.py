@@ -38,6 +38,7 @@ from bnbx.functional.updating import (
     optimizer_update_32bit,
 )
 from bnbx.kernels.quant_state import QuantState
+from bnbx.kernels.quantiles import fit_quantiles
 
 __all__ = [
     "QuantState",
@@ -56,6 +57,7 @@ __all__ = [
     "double_quant",
     "estimate_quantiles",
     "fake_quantize",
+    "fit_quantiles",
     "gemv_4bit",
     "get_ptr",
     "has_avx512bf16",

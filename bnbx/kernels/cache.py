@@ -132,7 +132,11 @@ def _prepare(directory: Path) -> None:
 
 
 def _trusted(directory: Path) -> bool:
-    """Whether only this user (or root) can have put files there; always true without POSIX ids."""
+    """Whether nobody whom this user has not let in can have put files there.
+
+    That is this user, root, and the group of a directory that is open to it; always true without
+    POSIX ids.
+    """
     if not hasattr(os, "getuid"):
         return True
     status = directory.stat()

@@ -42,9 +42,9 @@ def fit_quantiles(
         OptionError: no such number of bits, or block size.
     """
     check_numbers("x", x)
-    if bits not in range(2, 9):
+    if type(bits) is not int or not 2 <= bits <= 8:
         raise OptionError(f"bits={bits!r}; expected a whole number from 2 to 8")
-    if block_size not in BLOCK_SIZES:
+    if type(block_size) is not int or block_size not in BLOCK_SIZES:
         raise OptionError(f"block_size={block_size!r}; expected one of {BLOCK_SIZES}")
     if x.numel() < 2**bits:
         raise UnsupportedTensorError(

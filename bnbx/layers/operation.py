@@ -51,7 +51,7 @@ def define(
     anywhere: Collection[str] = (),
     tags: tuple[torch.Tag, ...] = (torch.Tag.pt2_compliant_tag,),
 ) -> Function:
-    """Registers an operation, for every device; gives what calls it, or the function itself.
+    """Registers an operation, for every device; gives what calls it.
 
     Args:
         library: the `torch.library.Library` to define it in.

@@ -34,7 +34,8 @@ class Stacked(Tensor):
     """See this module's text. It is frozen.
 
     Attributes:
-        encoding, parts, size: of the quantized tensor.
+        encoding, parts: of the quantized tensor.
+        size_in_codes: its shape.
         turned: whether it stands for the transposed matrix.
     """
 

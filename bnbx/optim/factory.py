@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 from torch.optim.optimizer import ParamsT
 
@@ -31,6 +31,16 @@ class OptimizerFactory:
         return Optimizer8bit(params, self.spec, **{**self.arguments, **given})
 
 
+@overload
+def create(
+    rule: str | OptimizerSpec, params: None = None, **arguments: Any
+) -> OptimizerFactory: ...
+
+
+@overload
+def create(rule: str | OptimizerSpec, params: ParamsT, **arguments: Any) -> Optimizer8bit: ...
+
+
 def create(
     rule: str | OptimizerSpec,
     params: ParamsT | None = None,
@@ -41,7 +51,7 @@ def create(
     paged: bool | str | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     **arguments: Any,
-) -> Any:
+) -> OptimizerFactory | Optimizer8bit:
     """Make the optimizer of a rule: over `params`, or a factory to call with parameters later.
 
     Args:

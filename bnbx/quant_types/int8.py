@@ -7,8 +7,7 @@ al., arXiv:2208.07339, section 3.1; the bytes are those of bitsandbytes' int8_ve
 
 from __future__ import annotations
 
-from bnbx.registry import QuantType
-from bnbx.registry.quant_type import Scale
+from bnbx.registry import QuantType, Scale
 
 VALUES = (*map(float, range(128)), *map(float, range(-128, 0)))
 

@@ -9,8 +9,7 @@ arXiv:1712.05877, section 2.1, where the zero point is a whole number.
 from __future__ import annotations
 
 from bnbx.quant_types.int8 import VALUES
-from bnbx.registry import QuantType
-from bnbx.registry.quant_type import Scale
+from bnbx.registry import QuantType, Scale
 
 int8_affine = QuantType(
     name="int8_affine",

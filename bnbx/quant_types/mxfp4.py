@@ -9,8 +9,7 @@ scaling mode FLOOR has the same scales and codes, packed the other way round.
 from __future__ import annotations
 
 from bnbx.quant_types.grids import minifloat
-from bnbx.registry import QuantType
-from bnbx.registry.quant_type import Scale
+from bnbx.registry import QuantType, Scale
 
 mxfp4 = QuantType(
     name="mxfp4",

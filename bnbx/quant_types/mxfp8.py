@@ -7,8 +7,7 @@ sections 5.3.1 and 6.3.
 from __future__ import annotations
 
 from bnbx.quant_types.grids import minifloat
-from bnbx.registry import QuantType
-from bnbx.registry.quant_type import Scale
+from bnbx.registry import QuantType, Scale
 
 mxfp8 = QuantType(
     name="mxfp8",

@@ -10,8 +10,7 @@ that, and is packed the other way round.
 from __future__ import annotations
 
 from bnbx.quant_types.grids import minifloat
-from bnbx.registry import QuantType
-from bnbx.registry.quant_type import Scale
+from bnbx.registry import QuantType, Scale
 
 nvfp4 = QuantType(
     name="nvfp4",

@@ -8,7 +8,7 @@ from bnbx.registry.hookspecs import hookimpl
 from bnbx.registry.hyper import Hyper, flag, fraction, number, positive, rate, steps
 from bnbx.registry.optimizer import Constraint, Optimizer, State
 from bnbx.registry.plugins import plugins
-from bnbx.registry.quant_type import QuantType
+from bnbx.registry.quant_type import QuantType, Scale
 
 __all__ = [
     "Catalog",
@@ -17,6 +17,7 @@ __all__ = [
     "Hyper",
     "Optimizer",
     "QuantType",
+    "Scale",
     "State",
     "flag",
     "fraction",

@@ -183,7 +183,7 @@ def test_no_parameters() -> None:
 
 def test_rule_of_another_type() -> None:
     with pytest.raises(OptionError, match="rule=3: expected a name or"):
-        create(3)  # type: ignore[arg-type]
+        create(3)  # type: ignore[call-overload]
 
 
 # ---- defaults and factories
@@ -267,7 +267,7 @@ def test_factory() -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'lr'"):
         factory([first], lrr=1)
     with pytest.raises(AttributeError):
-        factory.spec = None
+        factory.spec = None  # type: ignore[misc, assignment]
 
 
 def test_a_spec_may_stand_for_its_name() -> None:

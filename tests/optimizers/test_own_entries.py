@@ -14,6 +14,8 @@ from bnbx import optim
 from bnbx.errors import BnbxWarning, CheckpointError
 from bnbx.optim import create
 from bnbx.optimizers.engine import Optimizer8bit
+from bnbx.optimizers.state import ENGINE_KEYS
+from bnbx.registry.checks import ENGINE_STATES
 from optimizers.compare import assert_same, equal
 from optimizers.saved import refuse, through_a_file, train
 from optimizers.variants import copies, parameters
@@ -144,3 +146,7 @@ def test_a_lost_step_is_not_begun_anew() -> None:
     del optimizer.state[optimizer.param_groups[0]["params"][0]]["step"]
     with pytest.raises(CheckpointError, match="'step' is None"):
         trained(optimizer, 1)
+
+
+def test_states_cannot_have_the_engines_names() -> None:
+    assert ENGINE_STATES == ENGINE_KEYS  # so a spec is refused that has one of them

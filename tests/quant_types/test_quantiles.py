@@ -151,6 +151,7 @@ def test_the_type_works_where_types_do() -> None:
         ((torch.ones(100), 1), OptionError, "bits=1; expected a whole number from 2 to 8"),
         ((torch.ones(100), 9), OptionError, "bits=9"),
         ((torch.ones(100), 2.5), OptionError, "bits=2.5"),
+        ((torch.ones(100), 4.0), OptionError, "bits=4.0"),
         ((torch.ones(3), 2), UnsupportedTensorError, "x has 3 elements; 4 quantiles"),
         ((torch.ones(100).long(), 2), UnsupportedTensorError, "x is torch.int64"),
         ((torch.zeros(100), 2), UnsupportedTensorError, "nothing but zeros"),
@@ -163,5 +164,6 @@ def test_what_cannot_be_fitted(
 ) -> None:
     with pytest.raises(error, match=message):
         fit_quantiles(*arguments)
-    with pytest.raises(OptionError, match="block_size=100; expected one of"):
-        fit_quantiles(torch.ones(1000), 2, block_size=100)
+    for wrong in (100, 64.0, True):
+        with pytest.raises(OptionError, match=f"block_size={wrong}; expected one of"):
+            fit_quantiles(torch.ones(1000), 2, block_size=wrong)  # type: ignore[arg-type]
