@@ -1,4 +1,4 @@
-"""Functions on quantized tensors: `quantize(tensor, "nf4")`, and all of bitsandbytes' functional.
+"""Functions on quantized tensors: `quantize(tensor, "nf4")`, and bitsandbytes' functional.
 
 Each works on plain tensors, keeps nothing, and is one operation (`torch.ops.bnbx.*`) that
 torch.compile puts into a graph.
@@ -24,7 +24,13 @@ from bnbx.functional.maps import (
     create_quantile_map,
 )
 from bnbx.functional.memory import get_ptr, has_avx512bf16, is_on_gpu
-from bnbx.functional.named import dequantize_fp4, dequantize_nf4, quantize_fp4, quantize_nf4
+from bnbx.functional.named import (
+    dequantize_fp4,
+    dequantize_nf4,
+    get_4bit_type,
+    quantize_fp4,
+    quantize_nf4,
+)
 from bnbx.functional.statistics import (
     estimate_quantiles,
     histogram_scatter_add_2d,
@@ -59,6 +65,7 @@ __all__ = [
     "fake_quantize",
     "fit_quantiles",
     "gemv_4bit",
+    "get_4bit_type",
     "get_ptr",
     "has_avx512bf16",
     "histogram_scatter_add_2d",

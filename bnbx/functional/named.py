@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from bnbx.errors import InputError
+from bnbx.functional import checks
 from bnbx.functional.halves import dequantize_4bit, quantize_4bit
 from bnbx.functional.states import state_of
 from bnbx.kernels.quant_state import QuantState
+from bnbx.registry import quant_types
 
 NF4, FP4 = "nf4", "fp4"
 
@@ -77,6 +79,29 @@ def dequantize_fp4(
         QuantizedDataError, DeviceError: as there.
     """
     return _dequantize(FP4, A, quant_state, absmax, out, blocksize)
+
+
+def get_4bit_type(
+    typename: str, device: torch.device | str | int | None = None, blocksize: int = 64
+) -> Tensor:
+    """The numbers of a 4-bit type by code, over the largest: (16,), float32.
+
+    Args:
+        typename: any registered type of 4 bits.
+        device: of the result; the default device if None.
+        blocksize: of the blocks that they are for; the same numbers serve all of them.
+
+    Raises:
+        UnknownNameError: no such type.
+        InputError: it has another number of bits.
+        OptionError: no such block size.
+    """
+    spec = quant_types().get(typename)
+    if spec.bits != 4:
+        raise InputError(f"{typename!r} has {spec.bits} bits; expected a type of 4 bits")
+    checks.block_size(blocksize)
+    codebook = spec.codebook(signed=True)
+    return torch.tensor(codebook.levels, dtype=torch.float32, device=device)
 
 
 def _dequantize(

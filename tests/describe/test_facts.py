@@ -18,7 +18,12 @@ from bnbx.describe.facts import Facts, as_json, facts_of, levels_of
 from bnbx.describe.text import percent, short, shown
 from bnbx.errors import OptionError, UnknownNameError
 from bnbx.kernels.encoding import make_encoding
-from bnbx.quant_types import dynamic8, fp8_e4m3, int8, linear4, mxfp4, nf4
+from bnbx.quant_types.dynamic8 import dynamic8
+from bnbx.quant_types.fp8_e4m3 import fp8_e4m3
+from bnbx.quant_types.int8 import int8
+from bnbx.quant_types.linear4 import linear4
+from bnbx.quant_types.mxfp4 import mxfp4
+from bnbx.quant_types.nf4 import nf4
 from bnbx.registry import QuantType, quant_types
 
 ROOT = Path(__file__).parent.parent.parent

@@ -11,7 +11,10 @@ import pytest
 from bnbx.cli import MOST_PLOTTED
 from bnbx.describe import plot
 from bnbx.describe.facts import facts_of
-from bnbx.quant_types import dynamic8, fp8_e4m3, int8, nf4
+from bnbx.quant_types.dynamic8 import dynamic8
+from bnbx.quant_types.fp8_e4m3 import fp8_e4m3
+from bnbx.quant_types.int8 import int8
+from bnbx.quant_types.nf4 import nf4
 from bnbx.registry import quant_types
 
 

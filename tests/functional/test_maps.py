@@ -115,3 +115,37 @@ def test_quantiles(bits: int) -> None:
 def test_mistakes(name: str, arguments: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         getattr(functional, name)(**arguments)
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4", "af4"])
+def test_numbers_of_4_bit_types(theirs: Any, name: str) -> None:
+    expected = theirs.get_4bit_type(name, device="cpu")
+    assert same_bits(functional.get_4bit_type(name, device="cpu"), expected)
+    assert same_bits(functional.get_4bit_type(name, "cpu", 128), expected)
+
+
+def test_numbers_of_other_types() -> None:
+    assert functional.get_4bit_type("mxfp4").abs().max() == 1
+    with pytest.raises(ValueError, match="'nf3' has 3 bits; expected a type of 4 bits"):
+        functional.get_4bit_type("nf3")
+    with pytest.raises(ValueError, match="no quant type 'nf44'"):
+        functional.get_4bit_type("nf44")
+    with pytest.raises(ValueError, match="block"):
+        functional.get_4bit_type("nf4", blocksize=63)
+
+
+# What docs/functional.md says is not here: handles and memory of CUDA, bare integer products.
+ABSENT = set(
+    """CUBLAS_Context GlobalPageManager get_paged prefetch_tensor fill elementwise_func igemm
+    batched_igemm check_matmul""".split()
+)
+
+
+def test_what_the_functional_of_bitsandbytes_has(theirs: Any) -> None:
+    own = {
+        name
+        for name, value in vars(theirs).items()
+        if getattr(value, "__module__", "") == theirs.__name__ and not name.startswith("_")
+    }
+    assert len(own) > 30
+    assert own - set(dir(functional)) == ABSENT

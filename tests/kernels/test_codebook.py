@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from bnbx.kernels import codebook as module
 from bnbx.kernels.codebook import SMALLEST, Buckets, Segments, Tables, search_segments, tables
-from bnbx.quant_types import dynamic8, linear8
+from bnbx.quant_types.dynamic8 import dynamic8
+from bnbx.quant_types.linear8 import linear8
 from bnbx.registry.quant_type import Codebook
 from codebooks import codebooks, full_codebooks, probes
 

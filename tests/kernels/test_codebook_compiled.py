@@ -23,7 +23,8 @@ from bnbx.errors import CompileError
 from bnbx.kernels.codebook import Tables, tables
 from bnbx.kernels.compiler import find_compiler
 from bnbx.kernels.cpu import aligned
-from bnbx.quant_types import dynamic8, linear8
+from bnbx.quant_types.dynamic8 import dynamic8
+from bnbx.quant_types.linear8 import linear8
 from bnbx.registry.quant_type import Codebook
 from codebooks import _full, _made, codebooks, full_codebooks, probes
 

@@ -16,17 +16,15 @@ import oracles
 from bnbx.kernels import coding_reference
 from bnbx.kernels.encoding import make_encoding
 from bnbx.kernels.packing import unpack
-from bnbx.quant_types import (
-    dynamic8,
-    dynamic8_grid,
-    fp8_e4m3,
-    fp8_e5m2,
-    int8,
-    mxfp4,
-    mxfp6,
-    mxfp8,
-    nvfp4,
-)
+from bnbx.quant_types.dynamic8 import dynamic8
+from bnbx.quant_types.dynamic8_grid import dynamic8_grid
+from bnbx.quant_types.fp8_e4m3 import fp8_e4m3
+from bnbx.quant_types.fp8_e5m2 import fp8_e5m2
+from bnbx.quant_types.int8 import int8
+from bnbx.quant_types.mxfp4 import mxfp4
+from bnbx.quant_types.mxfp6 import mxfp6
+from bnbx.quant_types.mxfp8 import mxfp8
+from bnbx.quant_types.nvfp4 import nvfp4
 from bnbx.registry import QuantType
 from bnbx.registry.quant_type import Codebook
 

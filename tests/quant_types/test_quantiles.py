@@ -13,7 +13,7 @@ from bnbx.errors import OptionError, UnsupportedTensorError
 from bnbx.kernels import coding_reference, quantiles
 from bnbx.kernels.encoding import from_label, make_encoding
 from bnbx.kernels.quantiles import fit_quantiles
-from bnbx.quant_types import nf4
+from bnbx.quant_types.nf4 import nf4
 from bnbx.registry import QuantType
 
 SIZE = 64

@@ -9,8 +9,17 @@ import pytest
 import torch
 
 import oracles
-from bnbx.quant_types import af4, fp4, fp8_e4m3, fp8_e5m2, int8, mxfp4, mxfp6, mxfp8, nf4, nvfp4
+from bnbx.quant_types.af4 import af4
+from bnbx.quant_types.fp4 import fp4
+from bnbx.quant_types.fp8_e4m3 import fp8_e4m3
+from bnbx.quant_types.fp8_e5m2 import fp8_e5m2
 from bnbx.quant_types.grids import dynamic_map, linear_map, minifloat, normal_map
+from bnbx.quant_types.int8 import int8
+from bnbx.quant_types.mxfp4 import mxfp4
+from bnbx.quant_types.mxfp6 import mxfp6
+from bnbx.quant_types.mxfp8 import mxfp8
+from bnbx.quant_types.nf4 import nf4
+from bnbx.quant_types.nvfp4 import nvfp4
 from bnbx.registry import QuantType, quant_types
 from bnbx.registry.quant_type import Scale, Values
 

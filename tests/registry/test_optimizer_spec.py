@@ -228,8 +228,9 @@ def test_names_of_specs(name: str) -> None:
 
 
 OPTIONS = """
-    params rule paged is_paged bits optim_bits state_types min_8bit_size block_wise percentile_clipping skip_zeros
-    master maximize overrides page_dir args capturable foreach fused differentiable
+    params rule paged is_paged bits optim_bits state_types min_8bit_size block_wise
+    percentile_clipping skip_zeros master maximize overrides page_dir args capturable foreach fused
+    differentiable
 """.split()
 
 

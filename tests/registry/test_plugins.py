@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -23,8 +24,15 @@ from bnbx.optimizers import rules
 from bnbx.registry import Optimizer, QuantType, hookimpl, plugins
 from bnbx.registry.plugins import BUILT_INS, Plugins
 
-BUILT_IN_OPTIMIZERS = tuple(sorted(spec.name for spec in rules.RULES))
-BUILT_IN_TYPES = tuple(n for n in sorted(types.__all__) if not n.startswith("register_"))
+
+def files_of(package: ModuleType) -> tuple[str, ...]:
+    """The files of specs in a package: every one but those that hold what others share."""
+    (folder,) = package.__path__
+    return tuple(sorted({file.stem for file in Path(folder).glob("[a-z]*.py")} - {"grids"}))
+
+
+BUILT_IN_OPTIMIZERS = files_of(rules)
+BUILT_IN_TYPES = files_of(types)
 
 HEAD = "from bnbx.registry import Constraint, Optimizer, QuantType, State, hookimpl, rate\n"
 OPTIMIZER = """

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 import oracles
 from bnbx.errors import SpecError
-from bnbx.quant_types import dynamic8, linear8
+from bnbx.quant_types.dynamic8 import dynamic8
 from bnbx.quant_types.grids import linspace, midpoints
+from bnbx.quant_types.linear8 import linear8
 from bnbx.registry import QuantType, quant_types
 from bnbx.registry.grid import float32
 from bnbx.registry.quant_type import BLOCK_SIZES, Codebook
