@@ -206,8 +206,9 @@ def check_factor(what: str, x: Tensor) -> None:
     if not x.is_floating_point():
         raise UnsupportedTensorError(
             f"{what} is {x.dtype}; expected float32, bfloat16 or float16: convert it first. Where "
-            "a model casts inputs to the dtype of a layer's weight, as T5 does for `wo`, leave "
-            "that layer dense: quantize_(model, skip=['wo'])"
+            "a model casts inputs to the dtype of a layer's weight, as T5 does for `wo` and Mamba "
+            f"for `lm_head`, leave that layer (of {x.shape[-1] if x.dim() else 0} inputs) dense: "
+            "quantize_(model, skip=['wo'])"
         )
 
 

@@ -33,6 +33,11 @@ def check_table(state: QuantState, encoding: Encoding, what: str) -> None:
     same = code.shape == expected.shape and torch.allclose(
         code, expected, rtol=0, atol=1e-6, equal_nan=True
     )
+    if not same and code.dtype is not torch.float32:
+        raise QuantizedDataError(
+            f"{what}: quant_map is {code.dtype}; expected torch.float32: what belongs to codes "
+            "must not be cast with the other entries of a state dict"
+        )
     if not same:
         raise QuantizedDataError(
             f"{what}: quant_map has {tuple(code.shape)} numbers, {code.flatten()[:4].tolist()}...; "

@@ -79,7 +79,8 @@ def quantize_(
 
     Returns:
         What was done and what was left, with the bytes of each; print it. A weight with NaN or
-        infinity in it, which makes NaN of its whole block, is told of there and in a warning.
+        infinity in it, which makes NaN of its whole block, is told of there and in a warning. So
+        is, by a warning, a weight that trains in a model whose others are frozen: it will not.
 
     Raises:
         OptionError: a pattern that matches nothing, a `progress` that is no bool, or arguments
@@ -100,6 +101,7 @@ def quantize_(
             "on a terminal for large models"
         )
     chosen = select(model, given, skip, overrides, parameters)
+    _warn_of_adapters(chosen)
     total = len(chosen.choices)
     done: dict[int, Encoding] = {}
     broken: dict[int, str] = {}
@@ -172,6 +174,19 @@ def _quantize(choice: Choice) -> bool:
             _change(module, Embedding4bit if half else QuantEmbedding, new, settings.fit)
     state = new.quant_state
     return state is None or finite(encoding, state.parts(new.detach()), state.shape or ())
+
+
+def _warn_of_adapters(chosen: Chosen) -> None:
+    """Of a model that was frozen but for some weights, these are meant to train."""
+    trained = [choice.name for choice in chosen.choices if choice.param.requires_grad]
+    if trained and len(trained) < len(chosen.choices):
+        warnings.warn(
+            f"{some(trained)}: trained so far, while other weights were frozen; in codes they are "
+            "frozen too. Quantize a model before adapters are added to it, or leave these as they "
+            "are: skip= of quantize_",
+            BnbxWarning,
+            stacklevel=3,
+        )
 
 
 def _warn_of_broken(names: list[str]) -> None:

@@ -13,7 +13,13 @@ from rich.console import Console
 from torch import nn
 
 import bnbx
-from bnbx.errors import BnbxError, OptionError, UnknownNameError, UnsupportedTensorError
+from bnbx.errors import (
+    BnbxError,
+    BnbxWarning,
+    OptionError,
+    UnknownNameError,
+    UnsupportedTensorError,
+)
 from bnbx.nn import (
     Embedding8bit,
     Linear4bit,
@@ -409,3 +415,15 @@ def test_meta_model_is_quantized_when_it_is_loaded() -> None:
     model.load_state_dict(language_model().state_dict(), assign=True)
     assert isinstance(model.to("cpu").get_submodule("layers.0.attention").weight, Params4bit)
     dequantize_(model)
+
+
+def test_adapters_that_will_not_train_are_told_of() -> None:
+    model = language_model()
+    model.requires_grad_(False)
+    adapter = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 64))
+    model.layers[0].adapter = adapter
+    with pytest.warns(BnbxWarning, match=r"adapter\.0.*adapter\.1.*before adapters are added"):
+        quantize_(copy.deepcopy(model), "nf4")
+    quantize_(model, "nf4", skip=["*adapter*"])  # warnings are errors here
+    assert all(p.requires_grad for p in adapter.parameters())
+    quantize_(language_model(), "nf4")
