@@ -33,11 +33,12 @@ def check_table(state: QuantState, encoding: Encoding, what: str) -> None:
     same = code.shape == expected.shape and torch.allclose(
         code, expected, rtol=0, atol=1e-6, equal_nan=True
     )
-    if not same and code.dtype is not torch.float32:
-        raise QuantizedDataError(
-            f"{what}: quant_map is {code.dtype}; expected torch.float32: what belongs to codes "
-            "must not be cast with the other entries of a state dict"
-        )
+    for half in (torch.bfloat16, torch.float16):
+        if not same and torch.equal(code, expected.to(half).float()):
+            raise QuantizedDataError(
+                f"{what}: quant_map was cast to {half}, and its scales with it: what belongs to "
+                "codes must stay as it is where a state dict is cast"
+            )
     if not same:
         raise QuantizedDataError(
             f"{what}: quant_map has {tuple(code.shape)} numbers, {code.flatten()[:4].tolist()}...; "

@@ -299,7 +299,10 @@ LIES: dict[str, tuple[Callable[[State], None], str]] = {
     "many codes": (_with("weight", lambda t: torch.cat([t, t])), "codes is torch.uint8"),
     "no table": (_without("weight.quant_map"), "quant_map is None"),
     "another table": (_with("weight.quant_map", lambda t: t.flip(0)), "another type of this name"),
-    "a table that was cast": (_with("weight.quant_map", torch.Tensor.bfloat16), "must not be cast"),
+    "a table that was cast": (
+        _with("weight.quant_map", torch.Tensor.bfloat16),
+        "cast to torch.bfloat16",
+    ),
     "a long table": (_with("weight.quant_map", torch.zeros(256)), r"quant_map has \(256,\)"),
     "no state": (_without(KEY), "without an entry that ends in"),
     "codes alone": (
