@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bnbx import optim
 from bnbx.errors import BnbxWarning, CheckpointError, OptionError, UnknownNameError
+from bnbx.optim.legacy_names import betas_of, rule_of
 from bnbx.optimizers.manager import GlobalOptimManager
 from bnbx.registry import optimizers
 from compiled import shared_cache
@@ -97,8 +98,9 @@ def test_wrong_betas() -> None:
 
 @pytest.mark.parametrize("rule", optimizers().names())
 def test_every_rule_can_be_named(rule: str) -> None:
-    betas = {"ademamix": (0.9, 0.99, 0.999), "adagrad": (0.0, 0.0)}.get(rule, (0.9, 0.5))
-    trained(optim.Optimizer2State(rule, parameters(), betas=betas), 1)
+    members = betas_of(rule_of(rule))
+    given: dict[str, Any] = {"betas": (0.9, 0.5, 0.99)[: len(members)]} if members else {}
+    trained(optim.Optimizer2State(rule, parameters(), **given), 1)
 
 
 def test_groups_have_betas_of_their_own() -> None:
