@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from dropin import RUNS, install, python
 
 # A busy machine is slow without anything being wrong: no deadlines. On CI the same examples run
 # every time, so that a red build is about the change; elsewhere each run searches anew.
@@ -35,6 +38,20 @@ def _missing_for_gpu() -> str | None:
     if importlib.util.find_spec("cupy") is None:
         return "CuPy is not installed"
     return None
+
+
+@pytest.fixture(scope="session")
+def dropin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the path that has bnbx as `bitsandbytes` in it."""
+    return install(tmp_path_factory.mktemp("dropin"))
+
+
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small language model, as transformers saves one."""
+    folder = tmp_path_factory.mktemp("hub")
+    python(RUNS, "save", cwd=folder)
+    return folder / "model"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

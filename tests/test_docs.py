@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from dropin import environment
+
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -20,9 +22,20 @@ BLOCKS = [(page, code) for page in PAGES for code in BLOCK.findall(page.read_tex
 @pytest.mark.parametrize(
     ("page", "code"), BLOCKS, ids=[f"{page.stem}-{n}" for n, (page, _) in enumerate(BLOCKS)]
 )
-def test_python_blocks_run(page: Path, code: str, tmp_path: Path) -> None:
+def test_python_blocks_run(
+    page: Path, code: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folders = []
+    if page.stem == "transformers":  # it says what is there: a model, and bnbx as bitsandbytes
+        folders.append(request.getfixturevalue("dropin"))
+        (tmp_path / "model").symlink_to(request.getfixturevalue("saved_model"))
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment(*folders),
+        check=False,
     )
     assert done.returncode == 0, f"{page.name}:\n{code}\n{done.stderr}"
 
