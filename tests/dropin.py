@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SOURCE = ROOT / "compat" / "bitsandbytes"
+SOURCE = ROOT / "plugins" / "bitsandbytes"
 RUNS = Path(__file__).parent / "dropin_runs.py"
 
 

@@ -39,6 +39,7 @@ class RuleOptimizer(Optimizer8bit):
     _ignored: ClassVar[Mapping[str, Any]]
     _defaults: ClassVar[Mapping[str, Any]]
     _decoupled: ClassVar[str | None]
+    _tail: ClassVar[Sequence[str]]
     _places: ClassVar[Signature]
     _like: ClassVar[str]
     __signature__: ClassVar[Signature | None]
@@ -62,6 +63,7 @@ class RuleOptimizer(Optimizer8bit):
         # Code that fills every place has to write 32 there: bitsandbytes refuses anything else.
         cls._ignored = {"bits": 32} if bits == 8 and "optim_bits" in tail else {}
         cls._defaults = {"bits": bits or 32, **cls._fixed, **defaults}
+        cls._tail = tail
         cls._decoupled = decoupled
         extra = (DECOUPLED,) if decoupled else ()
         cls._like = cls.__name__

@@ -35,7 +35,7 @@ ABSENT_NAMES = {
     ),
     "bitsandbytes.functional": (
         "CUBLAS_Context GlobalPageManager batched_igemm check_matmul elementwise_func fill "
-        "get_4bit_type get_paged igemm prefetch_tensor"
+        "get_paged igemm prefetch_tensor"
     ),
     "bitsandbytes.nn.modules": "fix_4bit_weight_quant_state_from_module maybe_rearrange_weight",
     "bitsandbytes.optim.optimizer": "MockArgs",
@@ -74,17 +74,19 @@ from bitsandbytes.utils import OutlierTracer
 
 assert not torch.cuda.is_initialized()
 assert bnb.__version__ == importlib.metadata.version("bitsandbytes")
-assert bnb.nn is modules is bnbx.nn and bnb.optim is optimizer is bnbx.optim
+assert bnb.nn is modules is bnbx.nn and bnb.optim is optimizer is bitsandbytes.optim.adamw
 assert bnb.functional is bnbx.functional
-assert AdamW8bit is bnb.optim.adamw.AdamW8bit is bnbx.optim.AdamW8bit
+assert bnb.optim.adamw.AdamW8bit is AdamW8bit and AdamW8bit.__base__ is bnbx.optim.AdamW8bit
+assert bnb.optim.GlobalOptimManager is bnbx.optim.GlobalOptimManager
 assert Linear4bit is bnbx.nn.Linear4bit and OutlierTracer is bnbx.nn.OutlierTracer
 assert MatmulLtState is bnb.MatmulLtState is bnbx.MatmulLtState
-assert all(getattr(bnb, name) is getattr(bnbx, name) for name in bnbx.__all__)
-copies = [
-    name
+assert all(getattr(bnb, n) is getattr(bnbx, n) for n in bnbx.__all__ if n != "optim")
+assert bnb.optim.__all__ == bnbx.optim.__all__
+copies = {
+    module.__name__
     for name, module in sys.modules.items()
     if name.startswith("bitsandbytes.") and not module.__name__.startswith("bnbx.")
-]
+}
 assert bnbx.optim.Optimizer8bit.__module__ == "bnbx.optim.base"
 print(AdamW8bit)  # the Trainer of transformers looks for the library's name here
 print(bnb.__file__, importlib.metadata.requires("bitsandbytes"), copies)
@@ -94,8 +96,42 @@ print(bnb.__file__, importlib.metadata.requires("bitsandbytes"), copies)
 def test_every_name_is_the_object_of_bnbx(dropin: Path, tmp_path: Path) -> None:
     shown = python("-W", "error", "-c", ONE_OF_EACH, cwd=tmp_path, folders=(dropin,))
     file = dropin / "bitsandbytes" / "__init__.py"
-    assert shown == f"<class 'bitsandbytes.optim.AdamW8bit'>\n{file} ['bnbx'] []\n"
+    assert (
+        shown
+        == f"<class 'bitsandbytes.optim.AdamW8bit'>\n{file} ['bnbx'] {{'bitsandbytes.optim'}}\n"
+    )
     assert bnbx.optim.AdamW8bit.__module__ == "bnbx.optim"  # in a process that did not ask for it
+
+
+ADAM = """
+import pickle
+import torch
+import bitsandbytes as bnb
+import bnbx
+
+for name in ("Adam", "Adam8bit", "Adam32bit", "PagedAdam", "PagedAdam8bit", "PagedAdam32bit"):
+    ends = []
+    theirs, ours = getattr(bnb.optim, name), getattr(bnbx.optim, name.replace("Adam", "AdamW"))
+    for made, decay in (
+        (theirs, {"weight_decay": 0.1}),
+        (ours, {"weight_decay": 0.1}),
+        (theirs, {}),
+        (ours, {"weight_decay": 0.0}),
+    ):
+        torch.manual_seed(0)
+        p = torch.randn(5000, requires_grad=True)
+        optimizer = made([p], lr=0.01, **decay)
+        p.grad = torch.randn(5000)
+        optimizer.step()
+        ends.append(p.detach())
+    assert torch.equal(ends[0], ends[1]) and torch.equal(ends[2], ends[3])
+    assert not torch.equal(ends[0], ends[2])
+    assert type(pickle.loads(pickle.dumps(theirs([p])))) is theirs
+"""
+
+
+def test_adam_decays_as_in_bitsandbytes(dropin: Path, tmp_path: Path) -> None:
+    python("-W", "error", "-c", ADAM, cwd=tmp_path, folders=(dropin,))
 
 
 def test_the_metadata_keep_it_off_indexes(dropin: Path) -> None:

@@ -1,7 +1,7 @@
 """bnbx under the name bitsandbytes, for the libraries that import that name.
 
-Nothing is defined here: every name and every module is bnbx's own object, so a class is the same
-one whichever name it was imported by, and nothing is loaded twice.
+Every name and every module is bnbx's own object, so a class is the same one whichever name it was
+imported by, and nothing is loaded twice; but for optimizers, which are subclasses: see `optim.py`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ import sys
 from types import ModuleType
 
 import bnbx
-from bnbx import nn, optim
+from bitsandbytes import optim
+from bnbx import nn
 from bnbx.layers import int8_matmul
 
 __version__ = "0.50.2"  # of the interface that this stands for; bnbx.__version__ is the code's
 features = {"multi_backend"}  # transformers and diffusers ask: there are more devices than CUDA
 supported_torch_devices = {"cpu", "cuda"}
 
-globals().update({name: getattr(bnbx, name) for name in bnbx.__all__})
+globals().update({name: getattr(bnbx, name) for name in bnbx.__all__ if name != "optim"})
 
 
 def _alias(name: str, module: ModuleType) -> None:
@@ -33,7 +34,7 @@ def _alias(name: str, module: ModuleType) -> None:
 # The modules that both have, with all that is in them; parents come first. Left to Python, an
 # import of bitsandbytes.nn.linear would find bnbx's file and run it a second time.
 for _path, _module in sorted(sys.modules.items()):
-    if re.match(r"bnbx\.(functional|nn|optim)\b", _path):
+    if re.match(r"bnbx\.(functional|nn)\b", _path):
         _alias(_path.removeprefix("bnbx."), _module)
 
 # Modules that only bitsandbytes has: those of its optimizers are called as the rules are.
@@ -45,10 +46,5 @@ for _path, _module in {
     "utils": nn,
 }.items():
     _alias(_path, _module)
-for _class in list(vars(optim).values()):
-    if getattr(_class, "__module__", None) != optim.__name__:
-        continue
+for _class in optim.FAMILIAR:
     _alias(f"optim.{_class._spec.name}", optim)
-    # transformers' Trainer keeps the states of embeddings in 32 bits if it reads "bitsandbytes"
-    # in the class's name.
-    _class.__module__ = f"{__name__}.optim"
