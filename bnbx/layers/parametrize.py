@@ -53,7 +53,7 @@ class Dequantized(nn.Module):
             return codes  # not quantized yet
         memory = codes.detach()
         if memory.is_meta or torch.compiler.is_compiling():
-            found: Tensor = ops.dense(
+            found: Tensor = ops.dequantize(
                 state.parts(memory), state.label, state.shape or (), state.dtype or torch.float32
             )
             return found
