@@ -29,12 +29,12 @@ __all__ = [
 
 # Where the names that are no sub-modules come from.
 _HOMES = {
-    "MatmulLtState": "bnbx.layers.int8_matmul",
+    "MatmulLtState": "bnbx.layers.matmul",
     "QuantTensor": "bnbx.functional",
     "dequantize": "bnbx.functional",
     "dequantize_": "bnbx.nn",
-    "matmul": "bnbx.layers.int8_matmul",
-    "matmul_4bit": "bnbx.layers.int8_matmul",
+    "matmul": "bnbx.layers.matmul",
+    "matmul_4bit": "bnbx.layers.matmul",
     "quantize": "bnbx.functional",
     "quantize_": "bnbx.nn",
 }

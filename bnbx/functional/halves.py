@@ -15,6 +15,7 @@ from bnbx.functional.states import SECOND_BLOCK, check_state, second_of, state_o
 from bnbx.kernels.coding import FLOATS
 from bnbx.kernels.coding_reference import mean_of
 from bnbx.kernels.quant_state import QuantState
+from bnbx.layers.ops import dequantize
 from bnbx.registry import quant_types
 
 BLOCK = 64
@@ -207,7 +208,7 @@ def dequantize_4bit(
     if is_plain(state):
         found = ops.dequantize_4bit(A, *_scales(A, state), shape, dtype, *second_of(state))
     else:
-        found = ops.dequantize(state.parts(_bytes(A)), state.label, shape, dtype)
+        found = dequantize(state.parts(_bytes(A)), state.label, shape, dtype)
     return _turned(found, A)
 
 

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from bnbx.errors import InputError, OptionError
 from bnbx.functional import checks
-from bnbx.functional.registration import operation, without_gradient
+from bnbx.functional.registration import operation
 from bnbx.kernels import int8
 from bnbx.kernels.int8 import MOST_COLUMNS
+from bnbx.kernels.int8_reference import products
 from bnbx.kernels.memory import as_rows
+from bnbx.layers import int8_ops
 
 STEPS = 6.200124e-05  # of two codes: 1 / 127**2, in the digits that bitsandbytes has
-EXACT = 1024  # so many products of codes add up to less than 2**24: exactly, in float32
 PANEL = 1 << 18  # numbers that are turned at a time on a CPU, whose cache holds so many
 LEAST_COLUMNS = 16  # of them: fewer bytes side by side are written slowly
 INT_MM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)  # right on any CPU since then
@@ -30,27 +31,15 @@ def _matmul_fake(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty((*a.shape[:-1], b.shape[0]), dtype=torch.int32)
 
 
-@operation("int8_linear_matmul(Tensor a, Tensor b) -> Tensor", _matmul_fake)
+@operation("int8_linear_matmul(Tensor a, Tensor b) -> Tensor", _matmul_fake, gradient=False)
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
     rows = a.reshape(a.shape[:-1].numel(), a.shape[-1])
     # torch's own is wrong for one column (2.13, on a CPU).
     if a.device.type == "cpu" and INT_MM and rows.numel() and b.numel() and len(rows[0]) > 1:
         found = torch._int_mm(rows, b.t())
     else:
-        found = _exact_products(rows, b)
+        found = products(rows, b)
     return found.reshape(*a.shape[:-1], b.shape[0])
-
-
-without_gradient(_matmul, 2)
-
-
-def _exact_products(a: Tensor, b: Tensor) -> Tensor:
-    """The same in float32, in pieces that it holds exactly: on any device, for any shape."""
-    total = torch.zeros((len(a), len(b)), dtype=torch.int32, device=a.device)
-    for at in range(0, a.shape[1], EXACT):
-        piece = a[:, at : at + EXACT].float() @ b[:, at : at + EXACT].t().float()
-        total += piece.to(torch.int32)
-    return total
 
 
 def int8_linear_matmul(
@@ -103,6 +92,7 @@ def _scaled_fake(
     "int8_mm_dequant(Tensor a, Tensor row_stats, Tensor col_stats, Tensor? bias, ScalarType dtype)"
     " -> Tensor",
     _scaled_fake,
+    gradient=False,
 )
 def _scaled(
     a: Tensor, row_stats: Tensor, col_stats: Tensor, bias: Tensor | None, dtype: torch.dtype
@@ -112,9 +102,6 @@ def _scaled(
     if bias is not None:
         found += bias
     return found.to(dtype).view(a.shape)
-
-
-without_gradient(_scaled, 5)
 
 
 def int8_mm_dequant(
@@ -164,29 +151,17 @@ def int8_mm_dequant(
 # ---- quantization of rows and columns
 
 
-def _rows_fake(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    del threshold
-    rows, columns = x.shape
-    codes = torch.empty((rows, columns), dtype=torch.int8, device=x.device)
-    return codes, x.new_empty(rows, dtype=torch.float32), x.new_empty(columns, dtype=torch.bool)
-
-
-@operation("int8_quantize_rows(Tensor x, float threshold) -> (Tensor, Tensor, Tensor)", _rows_fake)
-def _rows(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, absmax of rows, and which columns have outliers."""
-    return int8.quantize_rows(x, threshold)
-
-
-without_gradient(_rows, 2)
-
-
 def _columns_fake(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     del threshold
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     return codes, x.new_empty(x.shape[1], dtype=torch.float32)
 
 
-@operation("int8_quantize_columns(Tensor x, float threshold) -> (Tensor, Tensor)", _columns_fake)
+@operation(
+    "int8_quantize_columns(Tensor x, float threshold) -> (Tensor, Tensor)",
+    _columns_fake,
+    gradient=False,
+)
 def _columns(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Codes and absmax of columns, some at a time: turned, they are rows."""
     codes, absmax = _columns_fake(x, threshold)
@@ -200,9 +175,6 @@ def _columns(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
         turned, absmax[some], _ = int8.quantize_rows(numbers.t())
         codes[:, some] = turned.t()
     return codes, absmax
-
-
-without_gradient(_columns, 2)
 
 
 def _matrix(x: Any) -> Tensor:
@@ -251,7 +223,7 @@ def int8_vectorwise_quant(
         OptionError: a negative threshold.
     """
     limit = _checked_threshold(threshold)
-    codes, absmax, columns = _rows(_matrix(A), limit)
+    codes, absmax, columns = int8_ops.quantize(_matrix(A), limit)
     found = _places(columns) if limit > 0 else None
     return codes.view(A.shape), absmax, found
 
@@ -293,7 +265,7 @@ def int8_double_quant(
         if given is not None:
             checks.of_dtype(name, given, dtype)
             checks.of_shape(name, given, shape)
-    codes_by_row, rows, outliers = _rows(matrix, limit)
+    codes_by_row, rows, outliers = int8_ops.quantize(matrix, limit)
     codes_by_column, columns = _columns(matrix, limit)
     made: Sequence[Tensor] = (codes_by_row, codes_by_column, rows, columns)
     kept = [
@@ -302,19 +274,6 @@ def int8_double_quant(
     ]
     found = _places(outliers) if limit > 0 else None
     return kept[0], kept[1], kept[2], kept[3], found
-
-
-def _numbers_fake(codes: Tensor, stats: Tensor) -> Tensor:
-    del stats
-    return torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
-
-
-@operation("int8_vectorwise_dequant(Tensor codes, Tensor stats) -> Tensor", _numbers_fake)
-def _numbers(codes: Tensor, stats: Tensor) -> Tensor:
-    return int8.dequantize_rows(codes, stats)
-
-
-without_gradient(_numbers, 2)
 
 
 def int8_vectorwise_dequant(
@@ -340,5 +299,5 @@ def int8_vectorwise_dequant(
         raise InputError("A has no dimensions; expected (..., columns)")
     checks.of_size("stats", stats, math.prod(A.shape[:-1]), "one per row of A")
     checks.together([("A", A), ("stats", stats)])
-    found: Tensor = _numbers(A, stats)
+    found: Tensor = int8_ops.dequantize(A, stats, torch.float32)
     return found

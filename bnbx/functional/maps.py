@@ -1,13 +1,13 @@
 """Tables by recipe: `create_dynamic_map` and its kin, equal to those of bitsandbytes to the bit.
 
-A table of fewer than 8 bits is filled up with zeros to 256 entries, in ascending order, as the
-functions that take a table by bytes expect it.
+Their numbers come from `bnbx.quant_types.grids`, as those of registered types do. A table of fewer
+than 8 bits is filled up with zeros to 256 entries, in ascending order, as the functions that take a
+table by bytes expect it.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from itertools import product
 from statistics import NormalDist
 from typing import Any
 
@@ -20,6 +20,7 @@ from bnbx.errors import InputError, OptionError
 from bnbx.functional import checks
 from bnbx.functional.statistics import estimate_quantiles
 from bnbx.kernels.sent_once import sent_once
+from bnbx.quant_types.grids import dynamic_map, linspace, minifloat
 from bnbx.registry import quant_types
 
 ENTRIES = 256
@@ -90,9 +91,9 @@ def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool =
     count = 1 << total_bits
     if signed and (add_zero or total_bits < 8):
         count -= 1
-    numbers = torch.linspace(-1.0 if signed else 0.0, 1.0, count, **PLAIN)
+    values = linspace(-1.0 if signed else 0.0, 1.0, count)
     half = count // 2
-    return torch.cat([numbers[:half], torch.zeros(ENTRIES - count, **PLAIN), numbers[half:]])
+    return torch.tensor([*values[:half], *_padding(values), *values[half:]], **PLAIN)
 
 
 def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -> Tensor:
@@ -113,17 +114,16 @@ def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -
         raise OptionError(f"offset={offset!r}; expected a number between 0.5 and 1")
     above = _normal_quantiles(offset, 9 if use_extra_value else 8)
     below = _normal_quantiles(offset, 8)
-    zeros = torch.zeros(ENTRIES - len(above) - len(below), **PLAIN)
-    parts = [torch.tensor(above, **PLAIN), -torch.tensor(below, **PLAIN), zeros]
-    numbers = torch.cat(parts).sort().values
-    return numbers / numbers.max()
+    return _filled([*above, *(-number for number in below)], normalize=True)
 
 
 def _normal_quantiles(offset: float, count: int) -> list[float]:
-    """Normal quantiles from `offset` down to, but without, the median."""
+    """Normal quantiles from `offset` down to, but without, the median.
+
+    Their shares are float32 numbers, where `grids.normal_map`, for any width, rounds at the end.
+    """
     normal = NormalDist()
-    shares = torch.linspace(offset, 0.5, count, **PLAIN)[:-1].tolist()
-    return [normal.inv_cdf(share) for share in shares]
+    return [normal.inv_cdf(share) for share in linspace(offset, 0.5, count)[:-1]]
 
 
 def create_fp8_map(
@@ -149,14 +149,12 @@ def create_fp8_map(
             f"{exponent_bits} exponent bits, {precision_bits} fraction bits and "
             f"{int(bool(signed))} sign bit do not make total_bits={total_bits}"
         )
-    bias = 2 ** (exponent_bits - 1)
-    fractions = [part / 2**precision_bits for part in range(2**precision_bits)]
-    numbers = []
-    for exponent, fraction in product(range(2**exponent_bits), fractions):
-        # As in bitsandbytes: exponents count down, so that the first one has the largest numbers.
-        power = -bias if exponent == 0 else bias + 1 - exponent
-        number = ((exponent > 0) + fraction) * 2.0**power
-        numbers += [number, -number] if signed else [number]
+    positive = minifloat(exponent_bits, precision_bits)[: 2 ** (exponent_bits + precision_bits)]
+    # As in bitsandbytes: numbers without a leading one are a quarter of what IEEE 754 has.
+    without = 2**precision_bits
+    numbers = [v / (4 if code < without else 1) for code, v in enumerate(positive) if v is not None]
+    if signed:
+        numbers += [-number for number in numbers]
     return _filled(numbers, normalize=True)
 
 
@@ -185,30 +183,11 @@ def create_dynamic_map(
     """
     total_bits = _checked_bits(total_bits, 2)
     most = max_exponent_bits if n is None else n
-    bits = total_bits - 1
     most = checks.whole("max_exponent_bits", most, 1, 7)
-    numbers = [0.0, 1.0]
-    for place in range(most):
-        power = place + bits - most
-        count = 2.0 ** (power if signed else power + 1)
-        numbers += _decade(int(count), place - (most - 1), signed)
-    if most < bits:
-        numbers += _decade(2 ** (bits - most) - 1, 0, signed)
-    if len(numbers) != 1 << total_bits:
-        raise OptionError(
-            f"max_exponent_bits={most} and total_bits={total_bits} give {len(numbers)} numbers; "
-            f"expected {1 << total_bits}"
-        )
-    return _filled(numbers)
-
-
-def _decade(count: int, power: int, signed: bool) -> list[float]:
-    """Mid-points of `count` even pieces of [0.1, 1], times a power of ten."""
-    if count < 1:
-        return []
-    edges = torch.linspace(0.1, 1, count + 1, **PLAIN)
-    middles = (edges[:-1] + edges[1:]) / 2.0 * 10.0**power
-    return [*middles.tolist(), *((-middles).tolist() if signed else [])]
+    try:
+        return _filled([*dynamic_map(bool(signed), most, total_bits)])
+    except ValueError as error:
+        raise OptionError(str(error)) from None
 
 
 def create_quantile_map(
@@ -239,9 +218,13 @@ def create_quantile_map(
 
 def _filled(numbers: list[float], *, normalize: bool = False) -> Tensor:
     # Python's sort keeps zeros in their order, which tells -0.0 from 0.0 in the table.
-    every = sorted([*sorted(numbers), *[0.0] * (ENTRIES - len(numbers))])
+    every = sorted([*sorted(numbers), *_padding(numbers)])
     found = torch.tensor(every, **PLAIN)
     return found / found.max() if normalize else found
+
+
+def _padding(numbers: list[float]) -> list[float]:
+    return [0.0] * (ENTRIES - len(numbers))
 
 
 def _checked_bits(total_bits: object, least: int) -> int:

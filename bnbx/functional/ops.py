@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from bnbx.functional import checks, coded
-from bnbx.functional.registration import operation, without_gradient
+from bnbx.functional.registration import operation
 from bnbx.kernels import coding
 from bnbx.kernels import linear as products
 from bnbx.kernels.encoding import from_label
 from bnbx.kernels.fit import fit_scales
+from bnbx.kernels.operation import differentiate
 
 SEED = ("seed",)  # drawn where its generator is, and read as a number
 SECOND = "Tensor? absmax2=None, Tensor? code2=None, Tensor? offset=None, int blocksize2=256"
@@ -41,6 +42,7 @@ def _parts_fake(
     " -> Tensor[]",
     _parts_fake,
     anywhere=SEED,
+    gradient=False,
 )
 def quantize(
     x: Tensor,
@@ -56,27 +58,6 @@ def quantize(
     return coding.encode(from_label(encoding), x, rand=rand, seed=number)
 
 
-without_gradient(quantize, 5)
-
-
-def _whole_fake(
-    parts: Sequence[Tensor], encoding: str, shape: Sequence[int], dtype: torch.dtype
-) -> Tensor:
-    del encoding
-    return parts[0].new_empty(shape, dtype=dtype)
-
-
-@operation(
-    "dequantize(Tensor[] parts, str encoding, SymInt[] shape, ScalarType dtype) -> Tensor",
-    _whole_fake,
-)
-def dequantize(
-    parts: Sequence[Tensor], encoding: str, shape: Sequence[int], dtype: torch.dtype
-) -> Tensor:
-    """The numbers that parts stand for."""
-    return coding.decode(from_label(encoding), parts, shape, dtype)
-
-
 def _nothing_fake(*arguments: Any, **named: Any) -> None:
     return None
 
@@ -86,7 +67,7 @@ def _nothing_fake(*arguments: Any, **named: Any) -> None:
     _nothing_fake,
 )
 def dequantize_into(parts: Sequence[Tensor], encoding: str, out: Tensor) -> None:
-    """As `dequantize`, into memory of any strides."""
+    """As `bnbx.layers.ops.dequantize`, into memory of any strides."""
     coded.decode_into(from_label(encoding), parts, tuple(out.shape), out.dtype, out)
 
 
@@ -109,9 +90,7 @@ def fake_quantize(
     return coding.decode(found, parts, x.shape, x.dtype)
 
 
-torch.library.register_autograd(
-    "bnbx::fake_quantize", lambda ctx, grad: (grad, None, None, None), setup_context=None
-)
+differentiate("fake_quantize", lambda ctx, grad: (grad, None, None, None))
 
 # ---- a code a byte, with a table
 
@@ -128,15 +107,13 @@ def _bytes_fake(
     "quantize_blockwise(Tensor x, Tensor code, int blocksize, Tensor? rand=None, bool exact=True)"
     " -> (Tensor, Tensor)",
     _bytes_fake,
+    gradient=False,
 )
 def quantize_blockwise(
     x: Tensor, code: Tensor, blocksize: int, rand: Tensor | None = None, exact: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Codes and absmax."""
     return coded.quantize_bytes(x, code, blocksize, rand, exact)
-
-
-without_gradient(quantize_blockwise, 5)
 
 
 @operation(
@@ -216,14 +193,11 @@ def _unscaled_fake(x: Tensor, code: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=torch.uint8, device=x.device)
 
 
-@operation("quantize_no_absmax(Tensor x, Tensor code) -> Tensor", _unscaled_fake)
+@operation("quantize_no_absmax(Tensor x, Tensor code) -> Tensor", _unscaled_fake, gradient=False)
 def quantize_no_absmax(x: Tensor, code: Tensor) -> Tensor:
     """Codes of the table's entries that are nearest to the numbers as they are."""
     coded.check_table(code)
     return coded.nearest(x, code)
-
-
-without_gradient(quantize_no_absmax, 2)
 
 
 def _entries_fake(codes: Tensor, code: Tensor) -> Tensor:
@@ -249,14 +223,13 @@ def _halves_fake(x: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Te
 
 
 @operation(
-    "quantize_4bit(Tensor x, int blocksize, str quant_type) -> (Tensor, Tensor)", _halves_fake
+    "quantize_4bit(Tensor x, int blocksize, str quant_type) -> (Tensor, Tensor)",
+    _halves_fake,
+    gradient=False,
 )
 def quantize_4bit(x: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
     """Packed codes (bytes, 1) uint8 and absmax."""
     return coded.quantize_halves(x, quant_type, blocksize)
-
-
-without_gradient(quantize_4bit, 3)
 
 
 @operation(
@@ -381,4 +354,4 @@ def _gemv_backward(ctx: Any, grad: Tensor) -> Any:
     return gemv_4bit(grad, codes, absmax, *plain, *second, ctx.blocksize2), *[None] * 10
 
 
-torch.library.register_autograd("bnbx::gemv_4bit", _gemv_backward, setup_context=_gemv_setup)
+differentiate("gemv_4bit", _gemv_backward, _gemv_setup)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bnbx.errors import InputError, OptionError
 from bnbx.functional import checks
-from bnbx.functional.registration import operation, without_gradient
+from bnbx.functional.registration import operation
 
 QUANTILES = 256
 HISTORY = 100
@@ -24,7 +24,11 @@ def _quantiles_fake(x: Tensor, offset: float, count: int) -> Tensor:
     return x.new_empty(count, dtype=torch.float32)
 
 
-@operation("estimate_quantiles(Tensor x, float offset, int count) -> Tensor", _quantiles_fake)
+@operation(
+    "estimate_quantiles(Tensor x, float offset, int count) -> Tensor",
+    _quantiles_fake,
+    gradient=False,
+)
 def _quantiles(x: Tensor, offset: float, count: int) -> Tensor:
     ascending = x.reshape(-1).float().sort().values
     last = ascending.numel() - 1
@@ -35,9 +39,6 @@ def _quantiles(x: Tensor, offset: float, count: int) -> Tensor:
     found = ascending[low] + (ascending[(low + 1).clamp(max=last)] - ascending[low]) * part
     # Sorted, NaN comes last: as in torch.quantile, there is no quantile then.
     return torch.where(ascending[-1].isnan(), torch.nan, found)
-
-
-without_gradient(_quantiles, 3)
 
 
 def estimate_quantiles(

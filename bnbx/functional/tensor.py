@@ -21,6 +21,7 @@ from bnbx.kernels.encoding import (
 )
 from bnbx.kernels.memory import check_memory
 from bnbx.kernels.state_dict import pack_json, unpack_json
+from bnbx.layers.ops import dequantize
 from bnbx.registry import QuantType, quant_types
 
 ABOUT = "about"
@@ -161,7 +162,7 @@ class QuantTensor:
         if out is None:
             wanted = self.dtype if dtype is None else dtype
             _check_dtype(wanted)
-            found: Tensor = ops.dequantize(list(self.parts), self.label, self.shape, wanted)
+            found: Tensor = dequantize(list(self.parts), self.label, self.shape, wanted)
             return found
         checks.floats("out", out)
         checks.of_shape("out", out, self.shape)

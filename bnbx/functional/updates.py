@@ -16,15 +16,14 @@ from torch import Tensor
 
 from bnbx.errors import InputError, OptionError
 from bnbx.functional import checks, coded
+from bnbx.kernels import reference
 from bnbx.kernels.batch import Batch, step_scalars
-from bnbx.kernels.evaluate import evaluate, square_root, tensor_operations
 from bnbx.kernels.launch import launch
 from bnbx.kernels.plan import make_plan
-from bnbx.kernels.reference import decode
 from bnbx.optim.legacy_names import LIBRARY, betas_of
 from bnbx.registry import Optimizer, QuantType
 from bnbx.registry.formats import place_of
-from bnbx.registry.optimizer import UPDATE, State
+from bnbx.registry.optimizer import State
 from bnbx.registry.options import CLIP
 from bnbx.registry.quant_type import BLOCK_SIZES
 
@@ -171,7 +170,7 @@ def update(
     values, inputs = step_scalars(plan, hyper, step)
     batch = Batch(plan, values, [(*near, gradient_scale.reshape(1))], inputs)
     if update_norm is not None and numbers.max_unorm:
-        update_norm.fill_(_update_norm(batch))
+        update_norm.fill_(reference.update_norm(batch, 0))
     launch([batch])
     for number, (tensor, made) in enumerate(zip(rows, near, strict=True)):
         if number != 1 and made is not tensor:
@@ -215,21 +214,3 @@ def _checked_type(spec: Optimizer, stored: Stored, p: Tensor, block_wise: bool) 
 @lru_cache(maxsize=64)
 def _with_block(kind: QuantType, size: int) -> QuantType:
     return kind.model_copy(update={"block_size": size})
-
-
-def _update_norm(batch: Batch) -> Tensor:
-    """The norm of the update before it is bounded (0-d, float64): element_code, run in torch."""
-    lowered, (p, g, *rest, scale) = batch.plan.lowered, batch.tensors[0]
-    operations = tensor_operations(torch.float32, p.device)
-    values = {"p": p.reshape(-1).float(), "g": g.reshape(-1).float() * scale}
-    for name, number in zip(lowered.scalars, batch.scalars.tolist(), strict=True):
-        values[name] = torch.full((), number, dtype=torch.float32, device=p.device)
-    for storage in batch.plan.storages:
-        held = rest.pop(0).reshape(-1)
-        quantized = storage.quant_type is not None
-        values[storage.state.name] = (
-            decode(storage, held, rest.pop(0), p.numel()) if quantized else held
-        )
-    for statement in lowered.element:
-        values[statement.target] = evaluate(statement.value, values, operations)
-    return square_root(values[UPDATE].double().square().sum())

@@ -18,6 +18,8 @@ float, times `tensor_scale`; or level2(scale(b)) * second_scale(b // second_bloc
 
 from __future__ import annotations
 
+import base64
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -35,6 +37,7 @@ from bnbx.kernels.packing import packed_size
 from bnbx.registry import QuantType, quant_types
 from bnbx.registry.quant_type import BLOCK_SIZES, Codebook
 
+LONGEST = 1 << 16  # bytes of a spec in a label: that of a table of 256 numbers has some 5,000
 SCALE_DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -122,8 +125,9 @@ class Encoding:
     def label(self) -> str:
         """A name from which `from_label` makes this encoding again.
 
-        Pickles and exported programs keep it. So it tells which numbers a registered type has,
-        for another process may know others by this name; any other type it tells in this process.
+        Graphs, pickles and exported programs keep it, and nothing but it. So it tells which numbers
+        a registered type has, for another process may know others by this name; and of any other
+        type it tells the whole spec, for nobody may know that any more.
         """
         sign = "" if self.signed else "/unsigned"
         second = f"/{_told(self.second)}:{self.second_block}" if self.second else ""
@@ -262,7 +266,7 @@ def _second(found: QuantType, second: QuantType | str | None) -> QuantType:
     return chosen
 
 
-_ANONYMOUS: dict[str, QuantType] = {}
+_ANONYMOUS: dict[str, QuantType] = {}  # what states and parameters, which have names, are told by
 
 
 def intern(quant_type: QuantType) -> str:
@@ -283,8 +287,33 @@ def comes_with_bnbx(quant_type: QuantType) -> bool:
 
 
 def _told(quant_type: QuantType) -> str:
-    name = intern(quant_type)
-    return name if name in _ANONYMOUS else f"{name}@{quant_type.meaning}"
+    if quant_types().holds(quant_type):
+        return f"{quant_type.name}@{quant_type.meaning}"
+    return f"{quant_type.name}={_spelled(quant_type)}"
+
+
+@lru_cache(maxsize=256)
+def _spelled(quant_type: QuantType) -> str:
+    """The spec in letters, digits, "-" and "_": 2 to 3 KB for a table of 256 numbers."""
+    packed = zlib.compress(quant_type.to_json().encode())
+    return base64.urlsafe_b64encode(packed).decode().rstrip("=")
+
+
+def _type_told(told: str) -> QuantType:
+    """The type that `_told` told.
+
+    Raises:
+        ValueError, BnbxError: it told of none.
+    """
+    _, spelled, text = told.partition("=")
+    if not spelled:
+        return type_named(told)
+    unpack = zlib.decompressobj()
+    try:
+        found = unpack.decompress(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)), LONGEST)
+    except zlib.error as error:
+        raise ValueError(f"a spec that cannot be unpacked: {error}") from None
+    return QuantType.from_json(found.decode())
 
 
 def type_named(name: str) -> QuantType:
@@ -324,16 +353,16 @@ def from_label(label: str) -> Encoding:
         block = int(size) or None
         second, _, second_block = seconds[0] if seconds else ("", "", "256")
         return make_encoding(
-            type_named(name),
+            _type_told(name),
             block,
             signed=signed,
-            second=type_named(second) if seconds else None,
+            second=_type_told(second) if seconds else None,
             second_block=int(second_block),
         )
     except BnbxError:
         raise
     except (ValueError, IndexError) as error:
-        raise QuantizedDataError(f"{label!r} does not name an encoding: {error}") from None
+        raise QuantizedDataError(f"{label!r:.200} does not name an encoding: {error}") from None
 
 
 def check_parts(encoding: Encoding, shape: Sequence[int], parts: Sequence[Tensor]) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from bnbx.errors import OptionError, UnsupportedTensorError
 from bnbx.kernels import int8_cpu, int8_cuda, int8_reference, targets
 from bnbx.kernels.coding import FLOATS, check_factor, check_numbers
-from bnbx.kernels.memory import as_rows, reshaped
+from bnbx.kernels.memory import as_rows, check_memory, reshaped
 
 MOST_COLUMNS = 131_071  # so many products of two codes add up to less than 2**31
 PANEL_SHARE = 0.05  # of a dense weight is decoded at a time
@@ -50,6 +50,7 @@ def quantize_rows(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Te
         OptionError: the threshold is negative or NaN.
     """
     check_threshold(threshold)
+    check_memory((x,))
     codes, absmax, outliers = choose(x.device.type).quantize_rows(_rows("x", x), threshold)
     return codes.view(x.shape), absmax, outliers
 
@@ -74,6 +75,7 @@ def dequantize_rows(codes: Tensor, absmax: Tensor, dtype: torch.dtype = torch.fl
     rows = codes.reshape(count, columns)
     rows = rows if rows.stride(1) == 1 or columns < 2 else rows.contiguous()
     check_weight(rows, absmax)
+    check_memory((codes, absmax))
     target, scales = choose(codes.device.type), absmax.reshape(-1).contiguous()
     found: Tensor = target.dequantize_rows(rows, scales, dtype)
     return found.view(codes.shape)

@@ -96,7 +96,9 @@ class QuantState:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self._labeled is not None:
-            from_label(self._labeled[1])  # an error where a type of this name has other numbers
+            found = from_label(self._labeled[1])  # an error if such a type has other numbers here
+            for each in filter(None, (found.quant_type, found.second)):
+                intern(each)  # it may be unknown here
 
     @classmethod
     def from_parts(

@@ -7,7 +7,7 @@ tested against.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -21,6 +21,7 @@ from bnbx.kernels.packing import pack, unpack
 from bnbx.kernels.plan import Plan, Storage
 from bnbx.kernels.signature import RESIDUAL_TYPES
 from bnbx.registry.checks import NORM, NUMEL
+from bnbx.registry.optimizer import UPDATE
 from bnbx.registry.rule import Statement
 
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
@@ -37,29 +38,38 @@ def run(batches: Sequence[Batch]) -> None:
 
 def update(batch: Batch, number: int, first_place: int) -> None:
     """Update one parameter in place; `first_place` numbers its noise."""
-    plan, tensors = batch.plan, batch.tensors[number]
-    lowered, p, gradient_scale = plan.lowered, tensors[0], tensors[-1]
-    rest = list(tensors[2:-1])
-    residual = rest.pop(0).view(-1) if plan.master in RESIDUAL_TYPES else None
-    operations = tensor_operations(torch.float32, p.device)
-    values = {
-        "p": load(plan.master, p.reshape(-1), residual),
-        "g": tensors[1].reshape(-1).float() * gradient_scale,
-    }
-    for name, scalar in zip(lowered.scalars, batch.scalars.tolist(), strict=True):
-        values[name] = torch.full((), scalar, dtype=torch.float32, device=p.device)
-    stored = list(_by_storage(plan, rest))
-    for storage, parts in stored:
-        values[storage.state.name] = _load(storage, parts, p.numel())
-    _run(lowered.element, values, operations)
+    plan, p = batch.plan, batch.tensors[number][0]
+    residual, stored = _split(plan, batch.tensors[number])
+    values = _elements(batch, number)
     states = {s.state.name: values[s.state.name] for s, _ in stored}
     values |= _tensor_values(plan, batch.inputs.tolist(), values)
-    _run(lowered.apply, values, operations)
+    _run(plan.lowered.apply, values, tensor_operations(torch.float32, p.device))
     for storage, parts in stored:
         _store(storage, states[storage.state.name], parts)
     flat = p.reshape(-1)
     store(plan.master, values["p"], flat, residual, batch.seed, first_place)
     p.copy_(flat.view_as(p))
+
+
+def update_norm(batch: Batch, number: int) -> Tensor:
+    """The norm (0-d, float64) of a parameter's update as element_code has it, before any bound."""
+    return square_root(_elements(batch, number)[UPDATE].double().square().sum())
+
+
+def _elements(batch: Batch, number: int) -> dict[str, Tensor]:
+    """All values of one parameter once element_code has run; its tensors stay as they are."""
+    plan, (p, g, *_, gradient_scale) = batch.plan, batch.tensors[number]
+    residual, stored = _split(plan, batch.tensors[number])
+    values = {
+        "p": load(plan.master, p.reshape(-1), residual),
+        "g": g.reshape(-1).float() * gradient_scale,
+    }
+    for name, scalar in zip(plan.lowered.scalars, batch.scalars.tolist(), strict=True):
+        values[name] = torch.full((), scalar, dtype=torch.float32, device=p.device)
+    for storage, parts in stored:
+        values[storage.state.name] = _load(storage, parts, p.numel())
+    _run(plan.lowered.element, values, tensor_operations(torch.float32, p.device))
+    return values
 
 
 def _run(
@@ -89,12 +99,18 @@ def _tensor_values(
     return {name: evaluate(value, found, operations).float() for name, value in scalars}
 
 
-def _by_storage(plan: Plan, tensors: Sequence[Tensor]) -> Iterator[tuple[Storage, list[Tensor]]]:
-    rest = list(tensors)
+def _split(
+    plan: Plan, tensors: Sequence[Tensor]
+) -> tuple[Tensor | None, list[tuple[Storage, list[Tensor]]]]:
+    """The residual of a parameter, flat, if it has one; and what is kept of each state."""
+    rest = list(tensors[2:-1])
+    residual = rest.pop(0).view(-1) if plan.master in RESIDUAL_TYPES else None
+    stored = []
     for storage in plan.storages:
         count = 1 if storage.quant_type is None else 2
-        yield storage, rest[:count]
+        stored.append((storage, rest[:count]))
         rest = rest[count:]
+    return residual, stored
 
 
 def _load(storage: Storage, parts: list[Tensor], numel: int) -> Tensor:

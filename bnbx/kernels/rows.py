@@ -16,6 +16,7 @@ from bnbx.errors import QuantizedDataError
 from bnbx.kernels import coding
 from bnbx.kernels.coding_reference import factor_of, levels_on, second_levels_on
 from bnbx.kernels.encoding import Encoding, check_parts, make_encoding
+from bnbx.kernels.packing import codes_at
 
 Parts = dict[str, Tensor]
 
@@ -100,17 +101,13 @@ def _scales(encoding: Encoding, named: Parts, place: Tensor) -> Tensor:
 def _decode_each(encoding: Encoding, named: Parts, ids: Tensor, columns: int) -> Tensor:
     """Rows that begin anywhere, number by number; float32."""
     place = ids[:, None] * columns + torch.arange(columns, device=ids.device)
-    packed, bits = named["codes"].reshape(-1), encoding.bits
-    first = place * bits
-    byte = first // 8
-    after = (byte + 1).clamp(max=len(packed) - 1)
-    word = packed[byte].long() << 8 | packed[after].long()
-    code = word >> (16 - bits - first % 8) & (2**bits - 1)
+    packed = named["codes"].reshape(-1)
+    codes = codes_at(packed, encoding.quant_type, place)
     block = place // encoding.block_size if encoding.per == "block" else torch.zeros_like(place)
     kept = _scales(encoding, named, block)
     factor = kept if encoding.second else factor_of(encoding, kept, named.get("tensor_scale"))
     levels = levels_on(encoding, packed.device)
-    values = levels[code] * factor
+    values = levels[codes.long()] * factor
     return values + named["center"][block] if "center" in named else values
 
 

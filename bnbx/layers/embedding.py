@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bnbx.errors import BnbxWarning
-from bnbx.layers.fit import check_method
+from bnbx.kernels.fit import check_method
 from bnbx.layers.module import QuantizedModule
 from bnbx.layers.parameter import QuantParameter
 from bnbx.layers.products import look_up
@@ -61,7 +61,7 @@ class QuantEmbedding(QuantizedModule, nn.Embedding):
             quant_storage: dtype of the codes' memory.
             device: of the dense table; "meta" for none.
             dtype: of the dense table.
-            fit: how scales are chosen, see `bnbx.layers.fit`; None for absmax.
+            fit: how scales are chosen, see `bnbx.kernels.fit`; None for absmax.
 
         Raises:
             UnknownNameError: no such quant type.

@@ -16,9 +16,9 @@ from typing_extensions import Self
 
 from bnbx.kernels.int8 import check_threshold, dequantize_rows
 from bnbx.kernels.memory import moved
-from bnbx.layers.int8_matmul import MatmulLtState, cast_for_autocast, product, weight_of
 from bnbx.layers.int8_params import Int8Params, absmax_of
 from bnbx.layers.int8_saving import ROW_FORMAT, LoadsInt8
+from bnbx.layers.matmul import MatmulLtState, cast_for_autocast, product, weight_of
 from bnbx.layers.moving import MovingModule
 
 

@@ -1,9 +1,9 @@
-"""LLM.int8() as operations that torch.compile and torch.export see: `torch.ops.bnbx.llm_int8_*`.
+"""LLM.int8() as operations that torch.compile and torch.export see: `torch.ops.bnbx.*`.
 
     llm_int8_linear(x, codes, absmax, master, bias, threshold, keep)  x @ weight.T + bias; outliers
     llm_int8_grad_input(grad, codes, absmax)                          grad @ weight
-    llm_int8_rows(x, threshold)                                       codes, absmax, outliers
-    llm_int8_dense(codes, absmax, dtype)                              the weight itself
+    int8_quantize_rows(x, threshold)                                  codes, absmax, outliers
+    int8_dequantize_rows(codes, absmax, dtype)                        the weight itself
 
 No result has a shape that depends on data: outliers are marks, one for each column. Gradients go
 straight through the rounding to codes: to x, as if it had not been quantized, to the bias, and to
@@ -19,15 +19,7 @@ from torch import Tensor
 
 from bnbx.kernels import int8
 from bnbx.kernels.memory import as_rows
-from bnbx.layers.operation import NAMESPACE, define
-
-_library: Any = torch.library.Library("bnbx", "FRAGMENT")  # type: ignore[no-untyped-call]
-
-
-def _gradient(name: str, backward: Any, setup: Any) -> None:
-    name = f"{NAMESPACE}::{name}"
-    torch.library.register_autograd(name, backward, setup_context=setup, lib=_library)
-
+from bnbx.kernels.operation import define, differentiate
 
 # ---- the product
 
@@ -88,13 +80,12 @@ def _linear_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...
 
 
 linear = define(
-    _library,
     "llm_int8_linear(Tensor x, Tensor codes, Tensor absmax, Tensor? master, Tensor? bias, "
     "float threshold, bool keep) -> (Tensor, Tensor)",
     _linear,
     _linear_fake,
 )
-_gradient("llm_int8_linear", _linear_backward, _linear_setup)
+differentiate("llm_int8_linear", _linear_backward, _linear_setup)
 
 
 # ---- its gradient for x
@@ -116,17 +107,16 @@ def _grad_input_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 def _grad_input_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     codes, absmax = ctx.saved_tensors
-    weight = dense(codes, absmax, grad.dtype)
+    weight = dequantize(codes, absmax, grad.dtype)
     return grad @ weight.t(), None, None
 
 
 grad_input = define(
-    _library,
     "llm_int8_grad_input(Tensor grad, Tensor codes, Tensor absmax) -> Tensor",
     _grad_input,
     _grad_input_fake,
 )
-_gradient("llm_int8_grad_input", _grad_input_backward, _grad_input_setup)
+differentiate("llm_int8_grad_input", _grad_input_backward, _grad_input_setup)
 
 
 # ---- to codes and back: without gradients
@@ -146,31 +136,24 @@ def _rows_fake(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     return codes, absmax, x.new_empty(x.shape[-1], dtype=torch.bool)
 
 
-def _dense(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+def _numbers(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     return int8.dequantize_rows(codes, absmax, dtype)
 
 
-def _dense_fake(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+def _numbers_fake(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     del absmax
     return torch.empty(codes.shape, dtype=dtype, device=codes.device)
 
 
-def _none(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    del inputs
-    ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
-
-
 quantize = define(
-    _library,
-    "llm_int8_rows(Tensor x, float threshold) -> (Tensor, Tensor, Tensor)",
+    "int8_quantize_rows(Tensor x, float threshold) -> (Tensor, Tensor, Tensor)",
     _rows,
     _rows_fake,
+    gradient=False,
 )
-_gradient("llm_int8_rows", lambda ctx, *grads: (None, None), _none)
-dense = define(
-    _library,
-    "llm_int8_dense(Tensor codes, Tensor absmax, ScalarType dtype) -> Tensor",
-    _dense,
-    _dense_fake,
+dequantize = define(
+    "int8_dequantize_rows(Tensor codes, Tensor absmax, ScalarType dtype) -> Tensor",
+    _numbers,
+    _numbers_fake,
+    gradient=False,
 )
-_gradient("llm_int8_dense", lambda ctx, *grads: (None, None, None), _none)

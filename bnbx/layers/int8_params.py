@@ -115,7 +115,7 @@ class Int8Params(Moving, Coded, torch.nn.Parameter):
     def numbers(self, dtype: torch.dtype | None) -> Tensor:
         """The dense numbers, in this dtype if it is one of weights, else in float32."""
         wanted = dtype if dtype in FLOATS else torch.float32
-        found: Tensor = int8_ops.dense(self.detach(), self.SCB, wanted)
+        found: Tensor = int8_ops.dequantize(self.detach(), self.SCB, wanted)
         return found
 
     def entries(self, index: Any) -> NoReturn:

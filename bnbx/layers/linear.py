@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bnbx.errors import BnbxWarning, OptionError
 from bnbx.kernels.coding import FLOATS
-from bnbx.layers.fit import check_method
+from bnbx.kernels.fit import check_method
 from bnbx.layers.module import QuantizedModule
 from bnbx.layers.parameter import QuantParameter
 from bnbx.layers.products import autocast_dtype, multiply
@@ -68,7 +68,7 @@ class QuantLinear(QuantizedModule, nn.Linear):
             quant_storage: dtype of the codes' memory.
             device: of the dense weight; "meta" for none.
             dtype: of the dense weight.
-            fit: how scales are chosen, see `bnbx.layers.fit`; None for absmax.
+            fit: how scales are chosen, see `bnbx.kernels.fit`; None for absmax.
 
         Raises:
             UnknownNameError: no such quant type.

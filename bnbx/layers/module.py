@@ -38,7 +38,7 @@ class QuantizedModule(MovingModule):
 
     Attributes:
         quant_state: the weight's, for when a library takes it from there; None until quantized.
-        fit: how scales are chosen, see `bnbx.layers.fit`; None for absmax.
+        fit: how scales are chosen, see `bnbx.kernels.fit`; None for absmax.
     """
 
     weight: Any

@@ -2,7 +2,7 @@
 
     linear(x, parts, bias, encoding, shape)          x @ weight.T + bias
     linear_grad_input(grad, parts, encoding, shape)  grad @ weight
-    dense(parts, encoding, shape, dtype)             the weight itself
+    dequantize(parts, encoding, shape, dtype)        the weight itself
     embedding(ids, parts, encoding, shape, dtype)    rows of it
 
 A weight is its parts (see `bnbx.kernels.encoding`), the label of its encoding and its shape. It is
@@ -22,10 +22,9 @@ from bnbx.errors import UnsupportedTensorError
 from bnbx.kernels import coding, linear, rows
 from bnbx.kernels.encoding import from_label
 from bnbx.kernels.memory import as_rows
-from bnbx.layers.operation import define
+from bnbx.kernels.operation import COMPLIANT, define, differentiate
 
-_library: Any = torch.library.Library("bnbx", "FRAGMENT")  # type: ignore[no-untyped-call]
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+_TAGS = (*COMPLIANT, torch.Tag.needs_fixed_stride_order)
 
 
 # ---- linear
@@ -90,13 +89,13 @@ def _grad_input_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 # ---- the weight, and rows of it
 
 
-def _dense(
+def _numbers(
     parts: Sequence[Tensor], encoding: str, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     return coding.decode(from_label(encoding), parts, shape, dtype)
 
 
-def _dense_fake(
+def _numbers_fake(
     parts: Sequence[Tensor], encoding: str, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     return parts[0].new_empty(tuple(shape), dtype=dtype)
@@ -117,37 +116,29 @@ def _embedding_fake(
 
 
 linear_product = define(
-    _library,
     "linear(Tensor x, Tensor[] parts, Tensor? bias, str encoding, int[] shape) -> Tensor",
     _linear,
     _linear_fake,
     tags=_TAGS,
 )
 linear_grad_input = define(
-    _library,
     "linear_grad_input(Tensor grad, Tensor[] parts, str encoding, int[] shape) -> Tensor",
     _grad_input,
     _grad_input_fake,
     tags=_TAGS,
 )
-dense = define(
-    _library,
-    "dense(Tensor[] parts, str encoding, int[] shape, ScalarType dtype) -> Tensor",
-    _dense,
-    _dense_fake,
+dequantize = define(
+    "dequantize(Tensor[] parts, str encoding, SymInt[] shape, ScalarType dtype) -> Tensor",
+    _numbers,
+    _numbers_fake,
     tags=_TAGS,
 )
 embedding = define(
-    _library,
     "embedding(Tensor ids, Tensor[] parts, str encoding, int[] shape, ScalarType dtype) -> Tensor",
     _embedding,
     _embedding_fake,
     anywhere=("ids",),  # as in torch.nn.Embedding
     tags=_TAGS,
 )
-torch.library.register_autograd(
-    "bnbx::linear", _linear_backward, setup_context=_linear_setup, lib=_library
-)
-torch.library.register_autograd(
-    "bnbx::linear_grad_input", _grad_input_backward, setup_context=_grad_input_setup, lib=_library
-)
+differentiate("linear", _linear_backward, _linear_setup)
+differentiate("linear_grad_input", _grad_input_backward, _grad_input_setup)

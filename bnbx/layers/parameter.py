@@ -179,7 +179,7 @@ class QuantParameter(StateNames, Moving, Coded, torch.nn.Parameter):
 
         Args:
             device: where to; where it is, by default.
-            fit: how scales are chosen, see `bnbx.layers.fit`; None for absmax.
+            fit: how scales are chosen, see `bnbx.kernels.fit`; None for absmax.
 
         Raises:
             UnsupportedTensorError: it is not float32, bfloat16 or float16.

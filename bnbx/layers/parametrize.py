@@ -19,9 +19,9 @@ from torch.nn.utils import parametrize
 from typing_extensions import Self
 
 from bnbx.errors import BnbxError, OptionError, UnknownNameError
+from bnbx.kernels.fit import check_method
 from bnbx.kernels.quant_state import QuantState
 from bnbx.layers import ops
-from bnbx.layers.fit import check_method
 from bnbx.layers.module import follow_dtype, is_beside, load_weight, save_state
 from bnbx.layers.moving import MovingModule
 from bnbx.layers.parameter import QuantParameter
@@ -53,7 +53,7 @@ class Dequantized(nn.Module):
             return codes  # not quantized yet
         memory = codes.detach()
         if memory.is_meta or torch.compiler.is_compiling():
-            found: Tensor = ops.dense(
+            found: Tensor = ops.dequantize(
                 state.parts(memory), state.label, state.shape or (), state.dtype or torch.float32
             )
             return found
@@ -76,7 +76,7 @@ class _Holder(MovingModule, parametrize.ParametrizationList):
     """What torch holds a parametrized parameter in; the parameter keeps its class where it goes.
 
     Attributes:
-        fit: how scales are chosen where dense numbers come, see `bnbx.layers.fit`.
+        fit: how scales are chosen where dense numbers come, see `bnbx.kernels.fit`.
         quant_state: the parameter's, which is told of it as layers are.
     """
 
@@ -120,7 +120,7 @@ def replace_parameter(
         quant_type: name of a registered type, or a spec.
         block_size: elements that share a scale; the type's own by default.
         double: whether scales are quantized too.
-        fit: how scales are chosen, see `bnbx.layers.fit`; None for absmax.
+        fit: how scales are chosen, see `bnbx.kernels.fit`; None for absmax.
         kind: the class of the parameter that holds the codes.
 
     Returns:

@@ -67,7 +67,7 @@ def entries(index: Any, codes: Tensor, state: QuantState) -> Tensor:
 def dense(codes: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
     """The dense numbers, in the dtype that they had or in another."""
     wanted = dtype or state.dtype or torch.float32
-    found: Tensor = ops.dense(state.parts(codes), state.label, list(state.shape or ()), wanted)
+    found: Tensor = ops.dequantize(state.parts(codes), state.label, list(state.shape or ()), wanted)
     return found
 
 

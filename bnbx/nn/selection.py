@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from bnbx.errors import OptionError, UnknownNameError
 from bnbx.kernels.coding import FLOATS
 from bnbx.kernels.encoding import Encoding, make_encoding
-from bnbx.layers.fit import METHODS
+from bnbx.kernels.fit import METHODS
 from bnbx.layers.int8_params import Int8Params
 from bnbx.layers.parameter import QuantParameter
 from bnbx.layers.reclass import calls_its_class, class_of

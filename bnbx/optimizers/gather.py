@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from bnbx.errors import UnsupportedTensorError
 from bnbx.kernels.batch import Batch, seed_of, step_scalars
 from bnbx.kernels.memory import is_wrapper, name_of
-from bnbx.kernels.plan import Plan, make_plan
+from bnbx.kernels.plan import Plan
 from bnbx.kernels.signature import RESIDUAL, RESIDUAL_TYPES
 from bnbx.optimizers.sparse import SparseUpdate, check_rows, gather_rows
 from bnbx.optimizers.state import (
@@ -28,7 +28,7 @@ from bnbx.optimizers.state import (
     ParameterState,
     check_held,
     check_states,
-    master_of,
+    plan_for,
     storage_of,
     tensor_names,
 )
@@ -224,17 +224,7 @@ class Slots:
 
     def plan(self, p: Tensor, gradient: torch.dtype, resolved: Resolved) -> Plan:
         """The plan of a parameter with these values."""
-        active = self.spec.active_states(resolved.switches)
-        return make_plan(
-            self.spec.clipped if resolved.clip else self.spec,
-            resolved.switches,
-            DTYPE_NAMES[p.dtype],
-            DTYPE_NAMES[gradient],
-            {s.name: storage_of(s, resolved, p.numel()).quant_type for s in active},
-            block_wise=bool(resolved.options["block_wise"]),
-            master=master_of(p, resolved),
-            skip_zeros=bool(resolved.options["skip_zeros"]),
-        )
+        return plan_for(self.spec, p, gradient, resolved)
 
     def forget(self, p: Tensor) -> None:
         """Let go of one parameter's tensors."""

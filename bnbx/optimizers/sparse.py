@@ -17,10 +17,10 @@ from torch import Tensor
 from bnbx.errors import UnsupportedTensorError
 from bnbx.kernels.batch import Batch, step_scalars
 from bnbx.kernels.packing import codes_at, pack
-from bnbx.kernels.plan import Plan, Storage, make_plan
+from bnbx.kernels.plan import Storage
 from bnbx.kernels.reference import encode_blocks, levels_of
 from bnbx.kernels.signature import RESIDUAL, RESIDUAL_TYPES, absmax_name
-from bnbx.optimizers.state import DTYPE_NAMES, ParameterState, master_of, storage_of
+from bnbx.optimizers.state import ParameterState, plan_for, storage_of
 from bnbx.registry import Optimizer as OptimizerSpec
 from bnbx.registry.config import Resolved
 from bnbx.registry.optimizer import STEP
@@ -82,26 +82,13 @@ def gather_rows(
     active = spec.active_states(resolved.switches)
     storages = tuple(storage_of(state, resolved, p.numel()) for state in active)
     tensors = [p.index_select(0, rows), g.values().contiguous()]
-    master = master_of(p, resolved)
-    if master in RESIDUAL_TYPES:
+    plan = plan_for(spec, p, g.dtype, resolved, decoded=True)
+    if plan.master in RESIDUAL_TYPES:
         tensors.append(saved[RESIDUAL].index_select(0, rows))
     tensors += [_rows_of(storage, saved, rows, p.shape) for storage in storages]
-    plan = _plan(spec, p, g, resolved, master)
     scalars, inputs = step_scalars(plan, resolved.hyper, saved[STEP] + 1)
     batch = Batch(plan, scalars, [(*tensors, gradient_scale)], inputs)
     return SparseUpdate(p, saved, rows, batch, storages)
-
-
-def _plan(spec: OptimizerSpec, p: Tensor, g: Tensor, resolved: Resolved, master: str) -> Plan:
-    return make_plan(
-        spec.clipped if resolved.clip else spec,
-        resolved.switches,
-        DTYPE_NAMES[p.dtype],
-        DTYPE_NAMES[g.dtype],
-        {state.name: None for state in spec.states},
-        master=master,
-        skip_zeros=bool(resolved.options["skip_zeros"]),
-    )
 
 
 def _rows_of(storage: Storage, saved: ParameterState, rows: Tensor, shape: torch.Size) -> Tensor:

@@ -27,7 +27,7 @@ from bnbx.errors import BnbxWarning, CheckpointError, OptionError
 from bnbx.kernels.master import master_that_keeps, residual_dtype
 from bnbx.kernels.memory import lost
 from bnbx.kernels.packing import filled_with, packed_size, unpack
-from bnbx.kernels.plan import DTYPES, Storage
+from bnbx.kernels.plan import DTYPES, Plan, Storage, make_plan
 from bnbx.kernels.reference import decode, encode
 from bnbx.kernels.signature import RESIDUAL, absmax_name
 from bnbx.optimizers.clipping import HISTORY, NORMS
@@ -88,6 +88,29 @@ def storage_of(state: State, resolved: Resolved, numel: int) -> Storage:
 def master_of(p: Tensor, resolved: Resolved) -> str:
     """The master of a parameter; only 16-bit ones need any."""
     return str(resolved.options["master"]) if p.dtype in HALF_DTYPES else "none"
+
+
+def plan_for(
+    spec: OptimizerSpec,
+    p: Tensor,
+    gradient: torch.dtype,
+    resolved: Resolved,
+    *,
+    decoded: bool = False,
+) -> Plan:
+    """The plan of a parameter with these values; `decoded` where its states come as float32."""
+    active = spec.active_states(resolved.switches)
+    types = {s.name: storage_of(s, resolved, p.numel()).quant_type for s in active}
+    return make_plan(
+        spec.clipped if resolved.clip else spec,
+        resolved.switches,
+        DTYPE_NAMES[p.dtype],
+        DTYPE_NAMES[gradient],
+        dict.fromkeys(types) if decoded else types,
+        block_wise=bool(resolved.options["block_wise"]),
+        master=master_of(p, resolved),
+        skip_zeros=bool(resolved.options["skip_zeros"]),
+    )
 
 
 def blocks_of(storage: Storage, numel: int) -> int:

@@ -10,7 +10,7 @@ for m the largest single gain.
 
 from __future__ import annotations
 
-from bnbx.quant_types.grids import linspace, midpoints
+from bnbx.quant_types.grids import dynamic_map
 from bnbx.quant_types.nf4 import nf4
 from bnbx.registry import QuantType
 from bnbx.registry.grid import float32
@@ -20,13 +20,9 @@ DECADES = 3
 
 def without_zero() -> tuple[float, ...]:
     """The unsigned dynamic table of 4 bits, its zero replaced by half of the smallest value."""
-    values = [1.0]
-    for decade in range(DECADES):
-        scale = float32(10 ** (decade - DECADES + 1))
-        grid = midpoints(linspace(0.1, 1.0, 2 ** (decade + 1) + 1))
-        values += [float32(scale * fraction) for fraction in grid]
-    values.append(float32(min(values) / 2))
-    return tuple(sorted(values))
+    zero, *values = dynamic_map(False, DECADES, 4)
+    assert zero == 0
+    return (float32(values[0] / 2), *values)
 
 
 state4 = QuantType(

@@ -33,7 +33,6 @@ def samples() -> Samples:
     x, grad_x = matrix(), matrix().requires_grad_()
     code, rand, seed = functional.create_dynamic_map(), torch.rand(50), torch.tensor([3])
     double = functional.quantize(x, "nf4", double=True)
-    nv = functional.quantize(x, "nvfp4")
     codes, state = functional.quantize_blockwise(x, blocksize=64)
     _, nested = functional.quantize_blockwise(x, blocksize=64, nested=True)
     assert nested.state2 is not None
@@ -61,10 +60,6 @@ def samples() -> Samples:
             (x.t(), "linear3/32", rand),
             (x, "nf4/64", None, None, "mse"),
             (matrix(0), "nf4/64"),
-        ],
-        "dequantize": [
-            (list(double.parts), double.label, x.shape, torch.float16),
-            (list(nv.parts), nv.label, x.shape, torch.float32),
         ],
         "dequantize_into": [(list(double.parts), double.label, torch.empty(70, 6).t())],
         "fake_quantize": [(x, "nf4/64"), (grad_x, "mxfp4/32"), (x, "nf4/64", None, seed)],
@@ -102,9 +97,7 @@ def samples() -> Samples:
             (bytes_of(4, 8).int(), torch.rand(4), torch.rand(8), torch.rand(8), torch.float16),
             (bytes_of(4, 8).int(), torch.rand(4), torch.rand(8), None, torch.float32),
         ],
-        "int8_quantize_rows": [(x, 0.0), (x.half(), 1.0)],
         "int8_quantize_columns": [(x, 0.0), (x.half(), 1.0)],
-        "int8_vectorwise_dequant": [(small, torch.rand(4))],
         "estimate_quantiles": [(matrix(500), 0.01, 256)],
         "histogram_scatter_add_2d": [
             (torch.zeros(3, 4), torch.tensor([0, 2]), torch.tensor([1, 3]), torch.rand(2))

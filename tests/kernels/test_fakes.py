@@ -8,7 +8,7 @@ import torch
 import bnbx
 from bnbx.errors import DeviceError
 from bnbx.kernels.fakes import check_meta, registered
-from bnbx.layers.int8_matmul import matmul  # it registers what layers are made of
+from bnbx.layers.matmul import matmul  # it registers what layers are made of
 
 
 def test_every_operation_of_the_package_has_a_checked_fake_form() -> None:

@@ -195,7 +195,7 @@ def test_memory_stays_readable() -> None:
 
 def test_what_means_memory_and_what_numbers() -> None:
     memory: tuple[Any, ...] = (Tensor.view, Tensor.detach, Tensor.t, Tensor.to, torch.cat, F.pad)
-    assert {kind_of(func) for func in (*memory, torch.equal, torch.ops.bnbx.dense)} == {MEMORY}
+    assert {kind_of(func) for func in (*memory, torch.equal, torch.ops.bnbx.dequantize)} == {MEMORY}
     numbers: tuple[Any, ...] = (Tensor.add, Tensor.__rsub__, torch.einsum, torch.linalg.norm)
     assert {kind_of(func) for func in (*numbers, F.normalize)} == {NUMBERS}
 

@@ -54,7 +54,7 @@ def test_operations_keep_their_contracts(name: str, double: bool) -> None:
         (OPS.linear, (x, parts, bias, label, size)),
         (OPS.linear, (x[:0].detach(), parts, None, label, size)),
         (OPS.linear_grad_input, (grad, parts, label, size)),
-        (OPS.dense, (parts, label, size, torch.bfloat16)),
+        (OPS.dequantize, (parts, label, size, torch.bfloat16)),
         (OPS.embedding, (torch.tensor([[0, 39], [1, 1]]), parts, label, size, torch.float16)),
     ]
     for operation, arguments in calls:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bnbx.kernels import int8
 from bnbx.layers.int8 import Linear8bitLt
-from bnbx.layers.int8_matmul import MatmulLtState, matmul
+from bnbx.layers.matmul import MatmulLtState, matmul
 from compiled import shared_cache
 from int8_layers import error, layer, numbers
 

@@ -47,9 +47,9 @@ def samples() -> list[tuple[str, tuple[Any, ...]]]:
         ("llm_int8_linear", (x, codes, absmax, master, bias, 6.0, True)),
         ("llm_int8_linear", (narrow, codes, absmax, master, bias, 6.0, False)),
         ("llm_int8_grad_input", (torch.randn(2, 8, requires_grad=True), codes, absmax)),
-        ("llm_int8_rows", (x, 0.0)),
-        ("llm_int8_rows", (x, 1.0)),
-        ("llm_int8_dense", (codes, absmax, torch.bfloat16)),
+        ("int8_quantize_rows", (x, 0.0)),
+        ("int8_quantize_rows", (x, 1.0)),
+        ("int8_dequantize_rows", (codes, absmax, torch.bfloat16)),
     ]
 
 

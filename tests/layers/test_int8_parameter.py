@@ -15,8 +15,8 @@ from torch import nn
 from bnbx.errors import OptionError, QuantizedDataError, UnsupportedTensorError
 from bnbx.kernels import int8
 from bnbx.layers.int8 import Linear8bitLt
-from bnbx.layers.int8_matmul import MatmulLtState, matmul
 from bnbx.layers.int8_params import Int8Params
+from bnbx.layers.matmul import MatmulLtState, matmul
 from compiled import shared_cache
 from int8_layers import error, layer, numbers
 

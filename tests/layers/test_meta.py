@@ -114,11 +114,11 @@ def _calls() -> list[tuple[Any, tuple[Any, ...]]]:
     return [
         (OPS.linear, (X, parts, torch.ones(40), label, size)),
         (OPS.linear_grad_input, (torch.ones(3, 40), parts, label, size)),
-        (OPS.dense, (parts, label, size, torch.float32)),
+        (OPS.dequantize, (parts, label, size, torch.float32)),
         (OPS.embedding, (TOKENS[:1], parts, label, size, torch.float32)),
         (OPS.llm_int8_linear, (X, int8, absmax, torch.ones(40, 64), torch.ones(40), 6.0, True)),
         (OPS.llm_int8_grad_input, (torch.ones(3, 40), int8, absmax)),
-        (OPS.llm_int8_dense, (int8, absmax, torch.float32)),
+        (OPS.int8_dequantize_rows, (int8, absmax, torch.float32)),
     ]
 
 

@@ -11,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnbx
 from bnbx.errors import NotYetError
-from bnbx.layers import operation
+from bnbx.functional.registration import names as functions
+from bnbx.kernels import operation
+from bnbx.kernels.fakes import registered
 
 CPU = torch.profiler.ProfilerActivity.CPU
 OPERATIONS = {
@@ -157,6 +159,34 @@ def test_who_may_watch() -> None:
             assert not operation.unwatched((x,))
     with torch.inference_mode():
         assert operation.unwatched((torch.randn(3),))
+
+
+def test_functions_leave_the_dispatcher_out_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what they write to counts as written either way."""
+    x, out = torch.randn(4, 64), torch.empty(4, 64)
+    found = []
+    for direct in (True, False):
+        if not direct:
+            monkeypatch.setattr(operation, "unwatched", lambda arguments: False)
+        tensor = bnbx.functional.quantize(x, "nf4")
+        written = out._version
+        bnbx.functional.dequantize(tensor, out=out)
+        assert out._version > written
+        found.append(out.tolist())
+        found.append(bnbx.functional.int8_vectorwise_quant(x)[1].tolist())
+    assert found[:2] == found[2:]
+    with Calls() as calls:
+        bnbx.functional.quantize(x, "nf4").dequantize()
+    assert [name for name in calls.names if "bnbx" in name] == [
+        "bnbx.quantize.default",
+        "bnbx.dequantize.default",
+    ]
+
+
+def test_layers_and_functions_share_their_operations() -> None:
+    shared = {"bnbx::dequantize", "bnbx::int8_quantize_rows", "bnbx::int8_dequantize_rows"}
+    assert shared <= set(registered)
+    assert not {f"bnbx::{name}" for name in functions} & shared
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own use

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from typing import Any
 
 import numpy as np
@@ -9,10 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from bnbx.errors import OptionError, UnsupportedTensorError
+from bnbx import functional
+from bnbx.errors import BnbxError, OptionError, UnsupportedTensorError
 from bnbx.kernels import coding_reference, quantiles
+from bnbx.kernels import encoding as encoding_module
 from bnbx.kernels.encoding import from_label, make_encoding
 from bnbx.kernels.quantiles import fit_quantiles
+from bnbx.nn import QuantLinear
 from bnbx.quant_types.nf4 import nf4
 from bnbx.registry import QuantType
 
@@ -143,6 +148,54 @@ def test_the_type_works_where_types_do() -> None:
     parts = coding_reference.encode(encoding, torch.tensor(found.values * 8))
     decoded = coding_reference.decode(encoding, parts, (128,), torch.float32)
     assert decoded.tolist() == list(found.values * 8)
+
+
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that this process keeps of types that are not registered."""
+    monkeypatch.setattr(encoding_module, "_ANONYMOUS", {})
+    for kept in (encoding_module.from_label, encoding_module._interned):
+        kept.cache_clear()
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_functions_keep_nothing_of_fitted_types(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = len(encoding_module._ANONYMOUS)
+    made = [
+        functional.quantize(data(kind, 4096), fit_quantiles(data(kind), bits)) for kind in KINDS
+    ]
+    numbers = [tensor.dequantize() for tensor in made]
+    assert len(encoding_module._ANONYMOUS) == before
+    forget(monkeypatch)
+    for tensor, expected in zip(made, numbers, strict=True):
+        assert torch.equal(tensor.dequantize(), expected)
+        assert pickle.loads(pickle.dumps(tensor)) == tensor
+    second = make_encoding("nf4", second=fit_quantiles(data("skewed"), 8))
+    assert from_label(second.label) is second
+
+
+def test_graphs_and_pickles_tell_fitted_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also to a process that never saw the type."""
+    layer = QuantLinear(64, 8, quant_type=fit_quantiles(data("skewed"), 4)).to("cpu").eval()
+    x, file = torch.randn(2, 64), io.BytesIO()
+    expected = layer(x)
+    torch.export.save(torch.export.export(layer, (x,)), file)
+    pickled = pickle.dumps(layer)
+    del layer
+    forget(monkeypatch)
+    again = pickle.loads(pickled)
+    assert torch.equal(again(x), expected)
+    assert again.weight.encoding.quant_type.name == "quantile4"
+    forget(monkeypatch)
+    file.seek(0)
+    assert torch.equal(torch.export.load(file).module()(x), expected)
+
+
+@pytest.mark.parametrize(
+    "text", ["nf4=/64", "nf4=!/64", "nf4=AAAA/64", "nf4=eJwDAAAAAAE/64", "=/64"]
+)
+def test_a_label_that_tells_of_no_type(text: str) -> None:
+    with pytest.raises(BnbxError):
+        from_label(text)
 
 
 @pytest.mark.parametrize(

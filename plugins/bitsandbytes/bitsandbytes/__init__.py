@@ -13,7 +13,7 @@ from types import ModuleType
 import bnbx
 from bitsandbytes import optim
 from bnbx import nn
-from bnbx.layers import int8_matmul
+from bnbx.layers import matmul as products  # not the function, which is among the names below
 
 __version__ = "0.50.2"  # of the interface that this stands for; bnbx.__version__ is the code's
 features = {"multi_backend"}  # transformers and diffusers ask: there are more devices than CUDA
@@ -39,8 +39,8 @@ for _path, _module in sorted(sys.modules.items()):
 
 # Modules that only bitsandbytes has: those of its optimizers are called as the rules are.
 for _path, _module in {
-    "autograd": int8_matmul,
-    "autograd._functions": int8_matmul,
+    "autograd": products,
+    "autograd._functions": products,
     "nn.modules": nn,
     "optim.optimizer": optim,
     "utils": nn,

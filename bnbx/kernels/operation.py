@@ -3,8 +3,8 @@
 The dispatcher takes 45 microseconds to pass a call through two functions in Python, one for
 gradients and one for the result: a third of a product of one row with a small weight, and a model
 that writes one token after the other makes hundreds of these. So where nobody asks for gradients,
-traces or profiles, the function is called as it is. (Operations of `bnbx.functional` may write to
-their arguments, which torch has to be told of: see registration.py there.)
+traces or profiles, the function is called as it is. An operation is one node of a compiled graph,
+whatever happens inside; its fake form gives what torch.compile may know of a result.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ except ImportError:
     _TELLING = False
 
 NAMESPACE = "bnbx"
+COMPLIANT = (torch.Tag.pt2_compliant_tag,)
+_library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 _unpack: Any = forward_ad.unpack_dual
 Function = Callable[..., Any]
 _TENSORS = frozenset({Tensor, Parameter})
@@ -43,38 +45,55 @@ _OTHERS = frozenset({type(None), bool, int, float, str, torch.dtype, torch.Size}
 
 
 def define(
-    library: Any,
     schema: str,
     run: Function,
     fake: Function,
     *,
     anywhere: Collection[str] = (),
-    tags: tuple[torch.Tag, ...] = (torch.Tag.pt2_compliant_tag,),
+    gradient: bool = True,
+    tags: tuple[torch.Tag, ...] = COMPLIANT,
 ) -> Function:
     """Registers an operation, for every device; gives what calls it.
 
     Args:
-        library: the `torch.library.Library` to define it in.
-        schema: as `torch.library.Library.define` takes it.
-        run: the arguments to results. It may not change its arguments.
+        schema: as `torch.library.define` takes it, the name of the operation first.
+        run: the arguments to results. What it writes to, of what the schema says it writes to,
+            is for it to tell autograd.
         fake: the arguments to results without numbers.
         anywhere: see `bnbx.kernels.fakes.register_fake`.
+        gradient: False where no result has one: they are codes and scales.
         tags: of the operation.
     """
     name = schema.partition("(")[0]
-    library.define(schema, tags=tags)
-    library.impl(f"{NAMESPACE}::{name}", run, "CompositeExplicitAutograd")
-    register_fake(f"{NAMESPACE}::{name}", fake, library, anywhere)
+    _library.define(schema, tags=tags)
+    _library.impl(f"{NAMESPACE}::{name}", run, "CompositeExplicitAutograd")
+    register_fake(f"{NAMESPACE}::{name}", fake, _library, anywhere)
     operation = getattr(getattr(torch.ops, NAMESPACE), name).default
+    if not gradient:
+        _without_gradient(name, len(operation._schema.arguments))
 
     def call(*arguments: Any) -> Any:
         if unwatched(arguments):
             return run(*arguments)
-        if not torch.compiler.is_compiling():
+        if gradient and not torch.compiler.is_compiling():
             _refuse_tangents(name, arguments)
         return operation(*arguments)
 
     return call
+
+
+def differentiate(name: str, backward: Function, setup: Function | None = None) -> None:
+    """Says how an operation is differentiated, as `torch.library.register_autograd` takes it."""
+    name = f"{NAMESPACE}::{name}"
+    torch.library.register_autograd(name, backward, setup_context=setup, lib=_library)
+
+
+def _without_gradient(name: str, arguments: int) -> None:
+    def setup(ctx: Any, inputs: Any, output: Any) -> None:
+        del inputs
+        ctx.mark_non_differentiable(*(output if isinstance(output, (tuple, list)) else (output,)))
+
+    differentiate(name, lambda ctx, *grads: (None,) * arguments, setup)
 
 
 def unwatched(arguments: Iterable[Any]) -> bool:
@@ -129,5 +148,5 @@ def _refuse_tangents(name: str, arguments: Iterable[Any]) -> None:
         if isinstance(each, Tensor) and _unpack(each).tangent is not None:
             raise NotYetError(
                 f"{NAMESPACE}::{name} has no forward-mode derivative: torch.func.jvp and dual "
-                "tensors cannot go through a quantized layer; backward() and autograd.grad can"
+                "tensors cannot go through it; backward() and autograd.grad can"
             )

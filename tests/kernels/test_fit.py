@@ -13,7 +13,7 @@ from bnbx.errors import OptionError, QuantizedDataError, UnsupportedTensorError
 from bnbx.kernels import fit as kernels_fit
 from bnbx.kernels.coding import decode, encode
 from bnbx.kernels.encoding import Encoding, check_parts, make_encoding
-from bnbx.layers.fit import fit_scales
+from bnbx.kernels.fit import fit_scales
 from scale_kinds import ENCODINGS, KINDS, SCALES, block_errors, blocks_of, even, float4
 
 kinds = pytest.mark.parametrize("encoding", KINDS.values(), ids=KINDS)

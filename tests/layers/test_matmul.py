@@ -13,7 +13,7 @@ from bnbx.errors import BnbxError, OptionError, UnsupportedTensorError
 from bnbx.kernels.coding import decode, encode
 from bnbx.kernels.encoding import make_encoding
 from bnbx.kernels.quant_state import QuantState
-from bnbx.layers.int8_matmul import matmul_4bit
+from bnbx.layers.matmul import matmul_4bit
 from compiled import shared_cache
 
 HOW = (("nf4", False), ("nf4", True), ("fp4", False), ("mxfp4", False))
