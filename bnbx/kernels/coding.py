@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from bnbx.errors import QuantizedDataError, UnsupportedTensorError
-from bnbx.kernels import coding_cpu, coding_cuda, coding_reference, targets
+from bnbx.kernels import coding_cpu, coding_cuda, coding_reference, dtypes, targets
 from bnbx.kernels.coding_source import CodingPlan
 from bnbx.kernels.encoding import Encoding, check_memory_for, check_parts
 from bnbx.kernels.memory import check_memory, in_large_pages
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = dtypes.FLOATS  # what is quantized, for those who ask here
 
 
 @lru_cache(maxsize=1024)
