@@ -19,7 +19,7 @@ FLOATS = dtypes.FLOATS  # what is quantized, for those who ask here
 
 
 @lru_cache(maxsize=1024)
-def choose(encoding: Encoding, device: str) -> str:
+def target_for(encoding: Encoding, device: str) -> str:
     """The target that runs an encoding on a type of device; makes its kernel ready."""
     plan = CodingPlan(encoding, "float32")
     ready = {"cpu": lambda: coding_cpu.kernel(plan), "cuda": lambda: coding_cuda.ready(encoding)}
@@ -90,7 +90,7 @@ def _encode(
     seed: int | None = None,
     out: Sequence[Tensor] = (),
 ) -> list[Tensor]:
-    target = choose(encoding, x.device.type)
+    target = target_for(encoding, x.device.type)
     if target == "cpu":
         return coding_cpu.encode(encoding, x, rand, seed, out)
     if target == "cuda":
@@ -179,7 +179,7 @@ def decode_rows(
 def _decode(
     encoding: Encoding, parts: Sequence[Tensor], shape: Sequence[int], out: Tensor, start: int
 ) -> None:
-    target = choose(encoding, out.device.type)
+    target = target_for(encoding, out.device.type)
     if target == "cpu":
         coding_cpu.decode(encoding, parts, shape, out, start)
         return

@@ -31,6 +31,9 @@ JOB = (
 )
 # Of CUDA's kernels: rows of x that there is one for, and rows of the weight that a warp takes.
 INPUTS, ROWS = (1, 2, 4), 2
+# Of a CPU's tiles: outputs of a panel are a multiple of SIDE, or of SIDE_ACROSS for gradients, and
+# MOST_OUTPUTS at most.
+SIDE, SIDE_ACROSS, MOST_OUTPUTS = 32, 128, 384
 
 
 @dataclass(frozen=True)
@@ -104,4 +107,7 @@ def render_linear(plan: LinearPlan, template: str) -> str:
         job=JOB,
         inputs=INPUTS,
         rows=ROWS,
+        side=SIDE,
+        side_across=SIDE_ACROSS,
+        most_outputs=MOST_OUTPUTS,
     )

@@ -2148,7 +2148,7 @@ extern "C" i64 bnbx_room_for_tiles(i64 rows, i64 panel) {
 // y = x times the weight, transposed, plus bias, or where `across`, x times the weight; only where there are tiles.
 extern "C" void bnbx_multiply_tiles(const Job* job, i64 stride, i64 rows, i64 panel, i64 across, i64 threads, Parallel parallel) {
 #if BFLOAT16_TILES
-  if (across && panel > MOST_ACROSS) panel = MOST_ACROSS;  // what a line of the weight has room for
+  if (across && panel > MOST_OUTPUTS) panel = MOST_OUTPUTS;  // what a line of the weight has room for
   run_in_slices(TileWork{job, stride, rows, panel, across != 0}, threads * SLICES_PER_THREAD, threads, parallel);
 #endif
 }

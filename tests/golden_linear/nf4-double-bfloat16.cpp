@@ -1806,13 +1806,14 @@ static inline void turn(const void* from, i64 stride, void* to, i64 to_stride) {
 }
 #endif
 
+// A panel's outputs: what they are a multiple of, also where they are columns of the weight, and the most.
+enum { TILE_SIDE = 32, SIDE_ACROSS = 128, MOST_OUTPUTS = 384 };
+
 // The weight as tiles that rows of bfloat16 meet (cpu_linear_tiles.h): whole groups of codes are decoded in registers and
 // turned 16 x 16 pairs at a time, 0.14 ns for a number of nf4; what is left of a row, number by number.
 
 #if BFLOAT16_TILES
-enum { TILE_SIDE = 32, TILE_NUMBERS = TILE_SIDE * TILE_ROWS, DEPTH = 256 };
-// Outputs of a panel, and what they are a multiple of where they are columns of the weight.
-enum { MOST_ACROSS = 384, SIDE_ACROSS = 128 };
+enum { TILE_NUMBERS = TILE_SIDE * TILE_ROWS, DEPTH = 256 };
 
 #if (defined(TABLE_IN_REGISTERS) || defined(BYTE_PLANES)) && defined(__AVX512BF16__)
 enum { WHOLE_GROUPS = 1 };
@@ -1935,7 +1936,7 @@ static void decode_tiles(const Job* job, const Levels& levels, i64 at, i64 outs,
 static void decode_across(const Job* job, const Levels& levels, i64 at, i64 outs, i64 from, i64 to, bfloat16* tiles) {
   const bool in_groups = WHOLE_GROUPS && (PER == ROW || job->columns % ALIGNMENT == 0) && at % GROUP == 0;
   const i64 groups = in_groups ? outs / GROUP : 0, rest = groups * GROUP;
-  alignas(64) bfloat16 numbers[2][MOST_ACROSS + TILE_ROWS] = {};
+  alignas(64) bfloat16 numbers[2][MOST_OUTPUTS + TILE_ROWS] = {};
   for (i64 k = from; (k - from) % TILE_SIDE || k < to; k += 2) {
     for (int i = 0; i < 2; ++i) {
       if (k + i >= to) {
@@ -2688,7 +2689,7 @@ extern "C" i64 bnbx_room_for_tiles(i64 rows, i64 panel) {
 // y = x times the weight, transposed, plus bias, or where `across`, x times the weight; only where there are tiles.
 extern "C" void bnbx_multiply_tiles(const Job* job, i64 stride, i64 rows, i64 panel, i64 across, i64 threads, Parallel parallel) {
 #if BFLOAT16_TILES
-  if (across && panel > MOST_ACROSS) panel = MOST_ACROSS;  // what a line of the weight has room for
+  if (across && panel > MOST_OUTPUTS) panel = MOST_OUTPUTS;  // what a line of the weight has room for
   run_in_slices(TileWork{job, stride, rows, panel, across != 0}, threads * SLICES_PER_THREAD, threads, parallel);
 #endif
 }
