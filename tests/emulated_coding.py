@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from bnbx.kernels import coding_cuda
-from bnbx.kernels.coding_cpu import NUMBERS, ascending_numbers
+from bnbx.kernels.coding_cpu import ascending_numbers
 from bnbx.kernels.coding_source import CodingPlan
 from bnbx.kernels.cuda_module import THREADS
+from bnbx.kernels.dtypes import DTYPE_NAMES
 from bnbx.kernels.encoding import Encoding
 from cuda_on_cpu import compile_source
 from cuda_on_cpu.build import Mode
@@ -46,7 +47,7 @@ def encode(
     grid: int = 2,
 ) -> list[Tensor]:
     """What `coding_cuda.encode` does; a grid smaller than the work makes warps go around."""
-    plan = CodingPlan(encoding, NUMBERS[x.dtype], rand is not None or seed is not None)
+    plan = CodingPlan(encoding, DTYPE_NAMES[x.dtype], rand is not None or seed is not None)
     parts = [part.fill_(0) for part in encoding.empty(x.shape, x.device)]
     numbers = ascending_numbers(encoding)
     whole = np.array(coding_cuda.NOTHING, np.int32)
@@ -76,7 +77,7 @@ def decode(
     """Elements from number `start` on, as `coding_cuda.decode` writes them."""
     count = int(np.prod(shape)) - start if count is None else count
     out = torch.full((count,), -7.0, dtype=dtype)
-    plan = CodingPlan(encoding, NUMBERS[dtype])
+    plan = CodingPlan(encoding, DTYPE_NAMES[dtype])
     launch = coding_cuda.decode_launch(plan, shape, out, start, count, held_parts(encoding, parts))
     module(plan, mode, 800).kernel("bnbx_decode")(
         grid, THREADS, list(launch.arguments), schedule=schedule

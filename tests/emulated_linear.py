@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bnbx.kernels import linear_cuda
-from bnbx.kernels.coding_cpu import NUMBERS
 from bnbx.kernels.cuda_module import THREADS, Launch
+from bnbx.kernels.dtypes import DTYPE_NAMES
 from bnbx.kernels.encoding import Encoding
 from bnbx.kernels.linear_source import LinearPlan, plan_for
 from cuda_on_cpu import compile_source
@@ -42,7 +42,7 @@ def multiply(
     grid: int = 2,
 ) -> Tensor:
     """What `linear_cuda.multiply` does; a grid smaller than the work makes blocks go around."""
-    plan = plan_for(encoding, NUMBERS[x.dtype])
+    plan = plan_for(encoding, DTYPE_NAMES[x.dtype])
     y = torch.full((len(x), shape[0]), -7.0, dtype=x.dtype)
     held = held_parts(encoding, parts)
     for each in linear_cuda.multiply_launches(shape, x, bias, y, held):
@@ -62,4 +62,4 @@ def decode_columns(
 ) -> None:
     """What `linear_cuda.decode_columns` does."""
     each = linear_cuda.decode_launch(shape, first, out, held_parts(encoding, parts))
-    _run(plan_for(encoding, NUMBERS[out.dtype]), each, mode, 0, grid)
+    _run(plan_for(encoding, DTYPE_NAMES[out.dtype]), each, mode, 0, grid)

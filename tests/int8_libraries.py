@@ -9,7 +9,6 @@ import pytest
 from bnbx.kernels import int8_cpu
 from bnbx.kernels.compiler import find_compiler
 from bnbx.kernels.library import compiled
-from bnbx.kernels.source import fill
 
 # What a processor has and lacks: this one's instructions but some; and a matrix unit in plain C++.
 EMULATED, REFUSED = "-DBNBX_EMULATE_TILES", "-DBNBX_REFUSE_TILES"
@@ -29,4 +28,4 @@ def library_for(flags: str) -> ctypes.CDLL:
     """The kernels, compiled with more flags."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BNBX_CXX", f"{find_compiler().command[0]} {flags}".strip())
-        return compiled(fill(int8_cpu.TEMPLATE), int8_cpu.FUNCTIONS)
+        return compiled(int8_cpu.source(), int8_cpu.FUNCTIONS)

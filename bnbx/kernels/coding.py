@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from bnbx.errors import QuantizedDataError, UnsupportedTensorError
-from bnbx.kernels import coding_cpu, coding_cuda, coding_reference, targets
+from bnbx.kernels import coding_cpu, coding_cuda, coding_reference, dtypes, targets
 from bnbx.kernels.coding_source import CodingPlan
 from bnbx.kernels.encoding import Encoding, check_memory_for, check_parts
 from bnbx.kernels.memory import check_memory, in_large_pages
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = dtypes.FLOATS  # what is quantized, for those who ask here
 
 
 @lru_cache(maxsize=1024)
-def choose(encoding: Encoding, device: str) -> str:
+def target_for(encoding: Encoding, device: str) -> str:
     """The target that runs an encoding on a type of device; makes its kernel ready."""
     plan = CodingPlan(encoding, "float32")
     ready = {"cpu": lambda: coding_cpu.kernel(plan), "cuda": lambda: coding_cuda.ready(encoding)}
@@ -90,7 +90,7 @@ def _encode(
     seed: int | None = None,
     out: Sequence[Tensor] = (),
 ) -> list[Tensor]:
-    target = choose(encoding, x.device.type)
+    target = target_for(encoding, x.device.type)
     if target == "cpu":
         return coding_cpu.encode(encoding, x, rand, seed, out)
     if target == "cuda":
@@ -179,7 +179,7 @@ def decode_rows(
 def _decode(
     encoding: Encoding, parts: Sequence[Tensor], shape: Sequence[int], out: Tensor, start: int
 ) -> None:
-    target = choose(encoding, out.device.type)
+    target = target_for(encoding, out.device.type)
     if target == "cpu":
         coding_cpu.decode(encoding, parts, shape, out, start)
         return

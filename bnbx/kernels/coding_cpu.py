@@ -8,12 +8,13 @@ from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from bnbx.kernels import threads
-from bnbx.kernels.coding_source import CodingPlan, render_coding
+from bnbx.kernels.c_struct import ctypes_fields
+from bnbx.kernels.coding_source import JOB, PARTS, CodingPlan, render_coding
 from bnbx.kernels.cpu import aligned
+from bnbx.kernels.dtypes import DTYPE_NAMES
 from bnbx.kernels.encoding import Encoding
 from bnbx.kernels.library import RUN, address, compiled
 from bnbx.kernels.memory import in_large_pages
@@ -21,32 +22,12 @@ from bnbx.kernels.memory import in_large_pages
 TEMPLATE = "coding.cpp.j2"
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
-PARTS = ("codes", "scale", "center", "tensor_scale", "second_scale", "mean")
-NUMBERS = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
 
 
 class Job(ctypes.Structure):
     """The struct `Job` of coding.cpp.j2."""
 
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in (*PARTS, "tables", "second_tables", "numbers")),
-        *((name, ctypes.c_int64) for name in ("start", "count", "columns")),
-        ("rand", ctypes.c_void_p),
-        ("rand_count", ctypes.c_int64),
-        ("ascending", ctypes.c_void_p),
-        ("written", ctypes.c_int64),
-        ("seed", ctypes.c_uint32),
-        ("largest", ctypes.c_uint32),
-        ("high", ctypes.c_int32),
-        ("low", ctypes.c_int32),
-        ("row_count", ctypes.c_int64),
-        ("chunk_count", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("update", "measure", "reduce")),
-    )
+    _fields_ = ctypes_fields(JOB, Parts=PARTS)
 
 
 class Kernel:
@@ -111,7 +92,7 @@ def encode(
     parts = encoding.empty(x.shape, x.device, out)
     parts[len(out) :] = map(in_large_pages, parts[len(out) :])
     x = x.contiguous()
-    plan = CodingPlan(encoding, NUMBERS[x.dtype], rand is not None or seed is not None)
+    plan = CodingPlan(encoding, DTYPE_NAMES[x.dtype], rand is not None or seed is not None)
     job = _job(encoding, parts, x.shape)
     rows, columns = encoding.grid(x.shape)
     job.numbers, job.count = x.data_ptr(), x.numel()
@@ -138,7 +119,7 @@ def decode(
     """Decode the elements from number `start` on to `out`; see `coding.decode_rows`."""
     if out.numel() == 0:
         return
-    plan = CodingPlan(encoding, NUMBERS[out.dtype])
+    plan = CodingPlan(encoding, DTYPE_NAMES[out.dtype])
     job = _job(encoding, parts, shape)
     job.numbers, job.start, job.count = out.data_ptr(), start, out.numel()
     if encoding.per == "row":

@@ -14,16 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnbx.kernels.coding_cpu import NUMBERS, PARTS, ascending_numbers
-from bnbx.kernels.coding_source import CodingPlan, render_coding
-from bnbx.kernels.cuda_module import THREADS, CudaModule, Launch
+from bnbx.kernels.coding_cpu import ascending_numbers
+from bnbx.kernels.coding_source import CodingPlan, arguments, render_coding
+from bnbx.kernels.cuda_module import PIECE, WARPS, CudaModule, Launch
+from bnbx.kernels.dtypes import DTYPE_NAMES
 from bnbx.kernels.encoding import Encoding
 from bnbx.kernels.sent_once import sent_once
 
 TEMPLATE = "coding.cu.j2"
 NOTHING = (0, -(2**31), -(2**31))  # the struct Whole of a tensor before it is measured
-PIECE = 256  # elements that a warp takes at a time, as in cuda_pieces.h
-WARPS = THREADS // 32
 NAMES = ("measure", "encode", "decode")
 
 
@@ -57,10 +56,11 @@ def encode_launches(
         pieces = -(-count // PIECE)
         found.append(Launch("measure", _blocks(pieces), (numbers, np.int64(count), whole)))
     units = rows if encoding.per == "row" else -(-columns // PIECE)
-    held = [parts.get(name) for name in (*PARTS, "tables", "second_tables")]
     sizes = map(np.int64, (rows, columns))
     noisy = (rand, np.int64(rand_count), ascending, np.int64(written), np.int64(seed))
-    found.append(Launch("encode", _blocks(units), (numbers, *sizes, whole, *noisy, *held)))
+    found.append(
+        Launch("encode", _blocks(units), (numbers, *sizes, whole, *noisy, *arguments(parts)))
+    )
     return found
 
 
@@ -77,9 +77,8 @@ def decode_launch(
     pieces = -(-count // PIECE) + 1
     if plan.encoding.per == "row":
         pieces = count // max(columns, 1) * -(-columns // PIECE)
-    held = [parts.get(name) for name in (*PARTS, "tables", "second_tables")]
     sizes = map(np.int64, (columns, start, count))
-    return Launch("decode", _blocks(pieces), (numbers, *sizes, *held))
+    return Launch("decode", _blocks(pieces), (numbers, *sizes, *arguments(parts)))
 
 
 def _measures(encoding: Encoding) -> bool:
@@ -138,7 +137,7 @@ def encode(
     assert encoding.second is None
     x = x.contiguous()
     parts = encoding.empty(x.shape, x.device, out)
-    plan = CodingPlan(encoding, NUMBERS[x.dtype], rand is not None or seed is not None)
+    plan = CodingPlan(encoding, DTYPE_NAMES[x.dtype], rand is not None or seed is not None)
     whole = _nothing(x.device.index).clone() if _measures(encoding) else None
     rand = None if rand is None else rand.contiguous()
     numbers = _ascending(encoding, x.device.index) if plan.stochastic else None
@@ -155,7 +154,7 @@ def decode(
     """Decode the elements from number `start` on to `out`; see `coding.decode_rows`."""
     if out.numel() == 0:
         return
-    plan = CodingPlan(encoding, NUMBERS[out.dtype])
+    plan = CodingPlan(encoding, DTYPE_NAMES[out.dtype])
     held = held_parts(encoding, parts, out.device.index)
     _run(plan, out, [decode_launch(plan, shape, out, start, out.numel(), held)])
 

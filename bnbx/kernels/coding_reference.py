@@ -17,8 +17,8 @@ from bnbx.kernels.packing import pack, unpack
 from bnbx.kernels.sent_once import sent_once
 
 SMALLEST = 1e-38  # a block's absmax below this is scaled as if it were this; 1 / SMALLEST is finite
-LARGEST_FLOAT = 3.4028234663852886e38
-LARGEST_BFLOAT16 = 3.3895313892515355e38
+LARGEST_FLOAT = torch.finfo(torch.float32).max
+LARGEST_BFLOAT16 = torch.finfo(torch.bfloat16).max
 E4M3_MOST = 448.0
 
 

@@ -7,16 +7,47 @@ of it, so that all such tables of a width share one kernel.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from bnbx.kernels.c_code import comment
+from bnbx.kernels.c_struct import PHASES, Field
+from bnbx.kernels.dtypes import C_TYPES
 from bnbx.kernels.encoding import Encoding
-from bnbx.kernels.source import C_TYPES, codebook_traits, fill
+from bnbx.kernels.source import codebook_traits, fill
 from bnbx.registry import quant_types
 
 MIN_CHUNK = 256
 CHUNK = 1024  # elements that a worker takes at a time; a whole number of blocks and of bytes
+# What of a tensor kernels are given: the parts of an encoding by their names, then its tables.
+PARTS = (
+    Field("codes", "u8*"),
+    Field("scale", "void*"),
+    Field("center", "float*"),
+    Field("tensor_scale", "float*"),
+    Field("second_scale", "float*"),
+    Field("mean", "float*"),
+    Field("tables", "const Tables*", "of the codes"),
+    Field("second_tables", "const Tables*", "of quantized scales"),
+)
+# What a CPU's kernel is given.
+JOB = (
+    Field("parts", "Parts"),
+    Field("numbers", "Number*", "read by encode, written by decode"),
+    Field("start", "i64", "first of the elements to decode, which goes to numbers[0]"),
+    Field("count", "i64", "of the elements to encode or to decode"),
+    Field("columns", "i64"),
+    Field("rand", "const float*", "to round stochastically with, or null: then noise by seed"),
+    Field("rand_count", "i64"),
+    Field("ascending", "const float*", "the table's numbers in ascending order"),
+    Field("written", "i64", "how many those are"),
+    Field("seed", "u32"),
+    Field("largest", "u32", "magnitude in the whole tensor, as float bits; found by measure"),
+    Field("high", "i32", "end of its range, as an integer in the order of floats"),
+    Field("low", "i32", "the other end, inverted"),
+    *PHASES,
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +67,11 @@ class CodingPlan:
         """One line."""
         rounding = ", rounded stochastically" if self.stochastic else ""
         return f"{self.encoding.describe()}, {self.dtype} numbers{rounding}"
+
+
+def arguments(held: Mapping[str, Any]) -> list[Any]:
+    """PARTS as the arguments of a CUDA kernel, of what there is by name."""
+    return [held.get(part.name) for part in PARTS]
 
 
 def code_traits(encoding: Encoding) -> dict[str, Any]:
@@ -84,4 +120,6 @@ def render_coding(plan: CodingPlan, template: str) -> str:
         chunk=plan.chunk,
         per=encoding.per.upper(),
         stochastic=plan.stochastic,
+        parts=PARTS,
+        job=JOB,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -11,14 +12,21 @@ import numpy.typing as npt
 
 from bnbx.kernels import threads
 from bnbx.kernels.batch import Batch
+from bnbx.kernels.c_struct import ctypes_fields
 from bnbx.kernels.codebook import tables
 from bnbx.kernels.library import RUN, address, compiled
 from bnbx.kernels.plan import Plan
-from bnbx.kernels.signature import make_signature
+from bnbx.kernels.signature import JOB, make_signature
 from bnbx.kernels.source import render
 
 TEMPLATE = "optimizer.cpp.j2"
 ALIGNMENT = 64  # a cache line, and the widest vector
+
+
+class Job(ctypes.Structure):
+    """The struct `Job` of optimizer.cpp.j2."""
+
+    _fields_ = ctypes_fields(JOB)
 
 
 class Kernel:
@@ -59,22 +67,23 @@ def run(batches: Sequence[Batch]) -> None:
     for batch, native in zip(batches, kernels, strict=True):
         rows, chunks = batch.rows()
         room = (native.part_bytes * chunks, native.values_bytes * (len(rows) - 1))
-        jobs.append(
-            [
-                address(rows),
-                len(rows) - 1,
-                chunks,
-                address(batch.scalars),
-                address(batch.packed_inputs()),
-                native.table_pointers.ctypes.data,
-                *(address(np.empty(-(-size // 8), np.float64)) for size in room),
-                *(native.entries.get(name, 0) for name in ("update", "measure", "reduce")),
-            ]
+        parts, values = (address(np.empty(-(-size // 8), np.float64)) for size in room)
+        job = Job(
+            rows=address(rows),
+            row_count=len(rows) - 1,
+            chunk_count=chunks,
+            scalars=address(batch.scalars),
+            inputs=address(batch.packed_inputs()),
+            tables=native.table_pointers.ctypes.data,
+            parts=parts,
+            values=values,
+            **native.entries,
         )
+        jobs.append(job)
     if jobs:
-        table = np.array(jobs, np.int64)
+        table = (Job * len(jobs))(*jobs)
         count, parallel = threads.threads_for(sum(t[0].numel() for b in batches for t in b.tensors))
-        kernels[0].library.bnbx_run(table.ctypes.data, len(jobs), count, parallel)
+        kernels[0].library.bnbx_run(table, len(jobs), count, parallel)
 
 
 def aligned(array: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

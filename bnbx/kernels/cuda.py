@@ -17,14 +17,12 @@ from torch import Tensor
 
 from bnbx.kernels.batch import Batch
 from bnbx.kernels.codebook import tables
-from bnbx.kernels.cuda_module import CudaModule, Launch
+from bnbx.kernels.cuda_module import LANES, PIECE, CudaModule, Launch, warps
 from bnbx.kernels.plan import Plan
 from bnbx.kernels.signature import make_signature
 from bnbx.kernels.source import render
 
 TEMPLATE = "optimizer.cu.j2"
-LEAST_THREADS = 256  # of a launched block
-PIECE = 256  # elements that a warp takes at a time; a longer block of a state has several
 
 
 def source(plan: Plan) -> str:
@@ -33,8 +31,8 @@ def source(plan: Plan) -> str:
 
 
 def threads(plan: Plan) -> int:
-    """Threads of a launched block: the warps whose pieces are a state's block are in one."""
-    return max(LEAST_THREADS, plan.longest // PIECE * 32)
+    """Threads of a launched block."""
+    return warps(plan.longest) * LANES
 
 
 class Kernel:
@@ -78,7 +76,7 @@ def launches(
     `counts` are those of rows and chunks, `room` is for parts and values (`measured_bytes`).
     """
     row_count, chunk_count = map(np.int64, counts)
-    blocks = -(-counts[1] * plan.chunk // (threads(plan) // 32 * PIECE))
+    blocks = -(-counts[1] * plan.chunk // (warps(plan.longest) * PIECE))
     start = (rows, row_count, chunk_count, scalars, inputs, found_inf)
     if not plan.measured:
         return [Launch("update", blocks, (*start, *codebooks))]

@@ -30,7 +30,12 @@ from bnbx.kernels.cache import key_of, load_or_build
 # No multiply-add contraction, no flushing to zero, quotients and roots as IEEE 754 has them:
 # element-wise kernels have the same bits on every target.
 OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
-THREADS = 256
+# How kernels share out their work; templates have it from here.
+LANES = 32  # of a warp
+THREADS = 256  # of a block, if no more are asked for
+WARPS = THREADS // LANES
+PIECE = 256  # elements that a warp takes at a time
+SHAPE = {"lanes": LANES, "threads": THREADS, "warps": WARPS, "piece": PIECE}
 BLOCKS_PER_MULTIPROCESSOR = 8
 # What torch.cuda.current_stream wraps in an object, where this torch shows it.
 _raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
@@ -47,6 +52,11 @@ class Launch:
     name: str
     blocks: int
     arguments: tuple[Any, ...]
+
+
+def warps(longest: int) -> int:
+    """Of a block, where `longest` elements are encoded together: all that take a part are in it."""
+    return max(WARPS, longest // PIECE)
 
 
 def import_cupy() -> Any:

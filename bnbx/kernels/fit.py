@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bnbx.errors import OptionError
 from bnbx.kernels import fit_cpu, fit_cuda, fit_reference
-from bnbx.kernels.coding import check_numbers, choose, encode
+from bnbx.kernels.coding import check_numbers, encode, target_for
 from bnbx.kernels.coding_reference import (
     LARGEST_FLOAT,
     SMALLEST,
@@ -176,7 +176,7 @@ class _Fit:
         self.found = dict(zip(encoding.parts, parts, strict=True))
         self.factors = factors(encoding, parts, shape)
         device = parts[0].device
-        chosen = choose(encoding, device.type)
+        chosen = target_for(encoding, device.type)
         self.target = TARGETS.get(chosen, fit_reference)
         self.piece = PIECE * MORE.get(chosen, 1)
         powers = encoding.quant_type.scale.dtype == "e8m0"

@@ -11,32 +11,37 @@ from torch import Tensor
 
 from bnbx.kernels import threads
 from bnbx.kernels.c_code import comment
+from bnbx.kernels.c_struct import PHASES, Field, ctypes_fields
 from bnbx.kernels.coding_cpu import packed_tables
 from bnbx.kernels.coding_source import code_traits
 from bnbx.kernels.encoding import Encoding
-from bnbx.kernels.library import RUN, compiled
+from bnbx.kernels.library import RUN, address, compiled
 from bnbx.kernels.source import fill
 
 TEMPLATE = "fit.cpp.j2"
-SUMS = 5
+SUMS = 5  # of a block: the error, and what least squares need
+TAKEN = 8  # elements that a lane takes at a time on CUDA
+JOB = (
+    Field("numbers", "const float*"),
+    Field("columns", "i64"),
+    Field("factor", "const float*", "one a block, as the next three"),
+    Field("inverse", "const float*"),
+    Field("center", "const float*"),
+    Field("norm", "const float*", "keeps squares in range"),
+    Field("codes", "u8*", "packed"),
+    Field("stride", "i64", "bytes of a block's codes"),
+    Field("changed", "const u8*", "which blocks to write codes of"),
+    Field("sums", "float*", "SUMS rows, one number a block"),
+    Field("given", "i64", "whether the sums are for the codes as they are, not for the nearest"),
+    Field("tables", "const Tables*"),
+    *PHASES,
+)
 
 
 class Job(ctypes.Structure):
     """The struct `Job` of fit.cpp.j2."""
 
-    _fields_ = (
-        ("numbers", ctypes.c_void_p),
-        ("columns", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("factor", "inverse", "center", "norm", "codes")),
-        ("stride", ctypes.c_int64),
-        ("changed", ctypes.c_void_p),
-        ("sums", ctypes.c_void_p),
-        ("given", ctypes.c_int64),
-        ("tables", ctypes.c_void_p),
-        ("row_count", ctypes.c_int64),
-        ("chunk_count", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("update", "measure", "reduce")),
-    )
+    _fields_ = ctypes_fields(JOB)
 
 
 def render_fit(encoding: Encoding, template: str) -> str:
@@ -47,6 +52,9 @@ def render_fit(encoding: Encoding, template: str) -> str:
         title=comment(f"fit scales: {encoding.describe()}"),
         subtitle=comment(f"{spec.summary} ({spec.source or 'no source given'})."),
         code=code_traits(encoding),
+        job=JOB,
+        sums=SUMS,
+        taken=TAKEN,
     )
 
 
@@ -121,6 +129,6 @@ def plain(x: Tensor) -> Tensor:
 
 def _run(encoding: Encoding, job: Job, work: str, elements: int) -> None:
     found = library(encoding)
-    job.update = ctypes.cast(getattr(found, f"bnbx_{work}"), ctypes.c_void_p).value
+    job.update = address(found, work)
     count, parallel = threads.threads_for(elements)
     found.bnbx_run(ctypes.byref(job), 1, count, parallel)

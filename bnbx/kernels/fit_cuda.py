@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from bnbx.kernels.coding_cuda import packed_tables
-from bnbx.kernels.cuda_module import THREADS, CudaModule, Launch
+from bnbx.kernels.cuda_module import LANES, THREADS, CudaModule, Launch
 from bnbx.kernels.encoding import Encoding
-from bnbx.kernels.fit_cpu import SUMS, plain, render_fit
+from bnbx.kernels.fit_cpu import SUMS, TAKEN, plain, render_fit
 
 TEMPLATE = "fit.cu.j2"
 NAMES = ("sums", "write")
-LANES, TAKEN = 32, 8  # of a warp, and elements that a lane takes at a time, as in the template
 SPAN = 1024  # elements of a long block that a warp takes; few enough for sums in float32
 
 

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from bnbx.kernels import threads
+from bnbx.kernels.c_struct import Field, ctypes_fields
+from bnbx.kernels.dtypes import FLOATS
 from bnbx.kernels.library import INTEGER, POINTER, Functions, compiled
 from bnbx.kernels.source import fill
 
 TEMPLATE = "int8.cpp.j2"
-NUMBERS = (torch.float32, torch.bfloat16, torch.float16)  # in the order that the source counts them
 VECTOR = 64  # rows of codes are filled up to the widest vector
-GROUP = 64  # outputs that a thread takes at a time, as in the source
+GROUP = 64  # outputs that a thread takes at a time
 # Rows of input that are in codes at a time: those that take so much of a dense weight's bytes.
 BLOCK_SHARE = 0.04
 LEAST_ROWS = 64
@@ -34,22 +35,72 @@ FUNCTIONS: Functions = {
 }
 
 
-def _structure(name: str, fields: str) -> type[ctypes.Structure]:
-    """A struct of the source: pointers (`*x`), 64-bit integers, and doubles (`.x`)."""
-    kinds = {"*": POINTER, ".": ctypes.c_double}
-    found = [(f.lstrip("*."), kinds.get(f[0], INTEGER)) for f in fields.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": found})
+# What the kernels are given. A `number` is the place of a dtype in FLOATS.
+ROWS = (
+    Field("x", "const void*"),
+    Field("number", "i64", "its dtype"),
+    Field("rows", "i64"),
+    Field("columns", "i64"),
+    Field("stride", "i64"),
+    Field("threshold", "double"),
+    Field("codes", "i8*"),
+    Field("code_stride", "i64"),
+    Field("absmax", "float*", "null where only outliers are looked for"),
+    Field("outlier", "u8*", "1 for each column that holds one; null without a threshold"),
+)
+DECODE = (
+    Field("codes", "const i8*"),
+    Field("absmax", "const float*"),
+    Field("to", "void*"),
+    Field("number", "i64", "its dtype"),
+    Field("rows", "i64"),
+    Field("columns", "i64"),
+    Field("stride", "i64"),
+    Field("to_stride", "i64"),
+)
+PRODUCT = (
+    Field("x", "i8*", "codes, `stride` to a row, filled up to whole vectors here"),
+    Field("stride", "i64"),
+    Field("absmax", "const float*"),
+    Field("sums", "i32*", "room for one per row"),
+    Field("numbers", "const void*", "x itself, for its outlier columns"),
+    Field("number", "i64", "their dtype"),
+    Field("numbers_stride", "i64"),
+    Field("rows", "i64"),
+    Field("weight", "const i8*"),
+    Field("weight_absmax", "const float*"),
+    Field("bias", "const float*", "null for none"),
+    Field("y", "void*"),
+    Field("outs", "i64"),
+    Field("depth", "i64"),
+    Field("columns", "const i32*", "those of outliers"),
+    Field("outliers", "i64"),
+    Field("x_outliers", "float*", "room for (rows, outliers)"),
+    Field("weight_outliers", "float*", "room for (slices, GROUP, outliers)"),
+)
 
 
-Rows = _structure(
-    "Rows", "*x number rows columns stride .threshold *codes code_stride *absmax *outlier"
-)
-Decode = _structure("Decode", "*codes *absmax *to number rows columns stride to_stride")
-Product = _structure(
-    "Product",
-    "*x stride *absmax *sums *numbers number numbers_stride rows *weight *weight_absmax *bias *y "
-    "outs depth *columns outliers *x_outliers *weight_outliers",
-)
+class Rows(ctypes.Structure):
+    """The struct `Rows` of int8.cpp.j2."""
+
+    _fields_ = ctypes_fields(ROWS)
+
+
+class Decode(ctypes.Structure):
+    """The struct `Decode` of int8.cpp.j2."""
+
+    _fields_ = ctypes_fields(DECODE)
+
+
+class Product(ctypes.Structure):
+    """The struct `Product` of int8.cpp.j2."""
+
+    _fields_ = ctypes_fields(PRODUCT)
+
+
+def source() -> str:
+    """C++ source of the kernels."""
+    return fill(TEMPLATE, rows=ROWS, decode=DECODE, product=PRODUCT, group=GROUP)
 
 
 @lru_cache(maxsize=1)
@@ -59,7 +110,7 @@ def library() -> ctypes.CDLL:
     Raises:
         CompileError: there is no compiler, or it refuses the source.
     """
-    return compiled(fill(TEMPLATE), FUNCTIONS)
+    return compiled(source(), FUNCTIONS)
 
 
 def quantize_rows(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +130,7 @@ def _quantize(
 ) -> None:
     job = Rows(
         x.data_ptr(),
-        NUMBERS.index(x.dtype),
+        FLOATS.index(x.dtype),
         *x.shape,
         x.stride(0),
         threshold,
@@ -98,7 +149,7 @@ def dequantize_rows(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor
         codes.data_ptr(),
         absmax.data_ptr(),
         to.data_ptr(),
-        NUMBERS.index(dtype),
+        FLOATS.index(dtype),
         *codes.shape,
         codes.stride(0),
         codes.shape[1],
@@ -160,7 +211,7 @@ def _multiply(
         absmax.data_ptr(),
         sums.data_ptr(),
         numbers.data_ptr(),
-        NUMBERS.index(numbers.dtype),
+        FLOATS.index(numbers.dtype),
         numbers.stride(0),
         rows,
         weight_codes.data_ptr(),

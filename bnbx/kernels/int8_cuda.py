@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnbx.kernels import cuda_module, int8_reference
-from bnbx.kernels.cuda_module import CudaModule
+from bnbx.kernels import int8_reference
+from bnbx.kernels.cuda_module import CudaModule, Launch
+from bnbx.kernels.dtypes import DTYPE_NAMES
 from bnbx.kernels.source import fill
 
 TEMPLATE = "int8.cu.j2"
-ROWS, OUTS = 32, 64  # a tile of results, as in the source
+ROWS, OUTS = 32, 64  # a tile of results
 LEAST_ROWS = 32  # of codes in a product: cuBLAS takes more than 16
 MULTIPLE = 8  # of codes in a row, and of outputs
 NAMES = (
@@ -28,12 +29,17 @@ NAMES = (
     *(
         f"int8_{name}_{dtype}"
         for name in ("rows", "decode", "finish")
-        for dtype in ("float32", "bfloat16", "float16")
+        for dtype in DTYPE_NAMES.values()
     ),
 )
 
-# Name of a kernel, how many blocks it has work for, and its arguments: tensors and numbers.
-Launch = Callable[[str, int, tuple[Any, ...]], None]
+# Runs a kernel: its name, how many blocks it has work for, its arguments (tensors and numbers).
+Launcher = Callable[[str, int, tuple[Any, ...]], None]
+
+
+def source() -> str:
+    """CUDA source of the kernels."""
+    return fill(TEMPLATE, rows=ROWS, outs=OUTS)
 
 
 @lru_cache(maxsize=16)
@@ -43,17 +49,17 @@ def kernels(device: int) -> CudaModule:
     Raises:
         TargetError: CuPy is missing, or NVRTC refuses the source.
     """
-    return CudaModule(fill(TEMPLATE), NAMES, torch.device("cuda", device), "LLM.int8()")
+    return CudaModule(source(), NAMES, torch.device("cuda", device), "LLM.int8()")
 
 
 def launch(name: str, blocks: int, arguments: tuple[Any, ...]) -> None:
     """Run a kernel on torch's current stream of the device that the tensors are on."""
     device = next(a.device for a in arguments if isinstance(a, Tensor))
-    kernels(device.index).launch([cuda_module.Launch(f"int8_{name}", blocks, arguments)])
+    kernels(device.index).launch([Launch(f"int8_{name}", blocks, arguments)])
 
 
 def quantize_rows(
-    x: Tensor, threshold: float, launch: Launch = launch
+    x: Tensor, threshold: float, launch: Launcher = launch
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `bnbx.kernels.int8.quantize_rows`; x is (rows, columns) with neighbors side by side."""
     codes, absmax, outlier = _quantize(x, threshold, launch)
@@ -63,13 +69,13 @@ def quantize_rows(
 
 
 def dequantize_rows(
-    codes: Tensor, absmax: Tensor, dtype: torch.dtype, launch: Launch = launch
+    codes: Tensor, absmax: Tensor, dtype: torch.dtype, launch: Launcher = launch
 ) -> Tensor:
     """See `bnbx.kernels.int8.dequantize_rows`; codes is (rows, columns), neighbors side by side."""
     to = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     sizes = (*map(np.int64, codes.shape), np.int64(codes.stride(0)))
     if to.numel():
-        launch(f"decode_{_name(dtype)}", len(codes), (codes, absmax, *sizes, to))
+        launch(f"decode_{DTYPE_NAMES[dtype]}", len(codes), (codes, absmax, *sizes, to))
     return to
 
 
@@ -79,7 +85,7 @@ def linear(
     weight_absmax: Tensor,
     bias: Tensor | None,
     threshold: float,
-    launch: Launch = launch,
+    launch: Launcher = launch,
 ) -> tuple[Tensor, Tensor]:
     """See `bnbx.kernels.int8.linear`; x is (rows, columns) with neighbors side by side."""
     rows, outs, columns = len(x), *weight.shape
@@ -95,7 +101,7 @@ def linear(
         tiles = -(-rows // ROWS) * -(-outs // OUTS)
         sizes = map(np.int64, (rows, outs, columns))
         launch(
-            f"finish_{_name(x.dtype)}",
+            f"finish_{DTYPE_NAMES[x.dtype]}",
             tiles,
             (
                 *(sums, x, np.int64(x.stride(0)), absmax, weight, weight_absmax, offset),
@@ -105,7 +111,7 @@ def linear(
     return y, outlier.bool() if threshold > 0 else outlier[:0].bool()
 
 
-def _quantize(x: Tensor, threshold: float, launch: Launch) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize(x: Tensor, threshold: float, launch: Launcher) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, absmax, and marks (int32) of the columns with outliers, which still have codes."""
     rows, columns = x.shape
     codes = torch.empty((rows, columns), dtype=torch.int8, device=x.device)
@@ -113,11 +119,11 @@ def _quantize(x: Tensor, threshold: float, launch: Launch) -> tuple[Tensor, Tens
     outlier = torch.zeros(columns, dtype=torch.int32, device=x.device)
     sizes = (np.int64(rows), np.int64(columns), np.int64(x.stride(0)), np.float32(threshold))
     if codes.numel():
-        launch(f"rows_{_name(x.dtype)}", rows, (x, *sizes, codes, absmax, outlier))
+        launch(f"rows_{DTYPE_NAMES[x.dtype]}", rows, (x, *sizes, codes, absmax, outlier))
     return codes, absmax, outlier
 
 
-def _columns(outlier: Tensor, launch: Launch) -> tuple[Tensor, Tensor]:
+def _columns(outlier: Tensor, launch: Launcher) -> tuple[Tensor, Tensor]:
     """The marked columns, in order, and how many they are: both on the device."""
     list_ = torch.empty_like(outlier)
     count = torch.zeros(1, dtype=torch.int32, device=outlier.device)
@@ -126,7 +132,7 @@ def _columns(outlier: Tensor, launch: Launch) -> tuple[Tensor, Tensor]:
     return list_, count
 
 
-def _clear(codes: Tensor, list_: Tensor, count: Tensor, launch: Launch) -> None:
+def _clear(codes: Tensor, list_: Tensor, count: Tensor, launch: Launcher) -> None:
     if codes.numel():
         sizes = map(np.int64, codes.shape)
         launch("clear", len(codes), (codes, *sizes, list_, count))
@@ -141,7 +147,3 @@ def _products(codes: Tensor, weight: Tensor) -> Tensor:
         codes = torch.nn.functional.pad(codes, (0, 0, 0, LEAST_ROWS - rows))
     sums: Tensor = torch._int_mm(codes, weight.t())
     return sums[:rows]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -127,7 +127,7 @@ def _multiply(
     if x.numel() == 0 or shape[0] == 0:
         y = x.new_zeros((x.shape[0], shape[0]))
         return y if bias is None else y + bias
-    native = NATIVE.get(choose(encoding, x.device.type))
+    native = NATIVE.get(target_for(encoding, x.device.type))
     if native is not None:
         few = x.shape[0] < native.few_rows(encoding, x.dtype, shape[1])
         multiply = native.multiply if few else native.multiply_many
@@ -138,7 +138,7 @@ def _multiply(
 def _grad_input(encoding: Encoding, parts: Sequence[Tensor], shape: Shape, grad: Tensor) -> Tensor:
     if grad.numel() == 0 or shape[1] == 0:
         return grad.new_zeros((len(grad), shape[1]))
-    native = NATIVE.get(choose(encoding, grad.device.type))
+    native = NATIVE.get(target_for(encoding, grad.device.type))
     if native is None or not native.fast_panels(grad.dtype):
         return linear_panels.multiply_rows(encoding, parts, shape, grad)
     found = native.multiply_across(encoding, parts, shape, grad)
@@ -149,7 +149,7 @@ def _grad_input(encoding: Encoding, parts: Sequence[Tensor], shape: Shape, grad:
 
 
 @lru_cache(maxsize=1024)
-def choose(encoding: Encoding, device: str) -> str:
+def target_for(encoding: Encoding, device: str) -> str:
     """The target that runs products with a weight in an encoding on a type of device."""
     ready = {name: partial(native.ready, encoding) for name, native in NATIVE.items()}
     return targets.choose(device, ready, "Products with a quantized weight run").name

@@ -16,10 +16,13 @@ from torch import Tensor
 
 from bnbx.errors import CompileError
 from bnbx.kernels import processor, threads
-from bnbx.kernels.coding_cpu import NUMBERS, PARTS, packed_tables
+from bnbx.kernels.c_struct import ctypes_fields
+from bnbx.kernels.coding_cpu import packed_tables
+from bnbx.kernels.coding_source import PARTS
+from bnbx.kernels.dtypes import DTYPE_NAMES
 from bnbx.kernels.encoding import Encoding
 from bnbx.kernels.library import INTEGER, POINTER, Functions, compiled
-from bnbx.kernels.linear_source import LinearPlan, plan_for, render_linear
+from bnbx.kernels.linear_source import JOB, LinearPlan, plan_for, render_linear
 
 TEMPLATE = "linear.cpp.j2"
 FUNCTIONS: Functions = {
@@ -95,15 +98,9 @@ WORK = 16  # a product takes about so much less time than an element of what thr
 
 
 class Job(ctypes.Structure):
-    """The struct `Job` of templates/cpu_linear.h."""
+    """The struct `Job` of linear.cpp.j2."""
 
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in (*PARTS, "tables", "second_tables")),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "inputs")),
-        *((name, ctypes.c_void_p) for name in ("x", "bias", "y")),
-        *((name, ctypes.c_int64) for name in ("first", "last")),
-        ("room", ctypes.c_void_p),
-    )
+    _fields_ = ctypes_fields(JOB, Parts=PARTS)
 
 
 @lru_cache(maxsize=512)
@@ -183,9 +180,9 @@ def compiled_for(encoding: Encoding, dtype: torch.dtype) -> _Compiled:
     codes, scales = packed_tables(encoding)
     second = scales.ctypes.data if scales is not None else None
     number = {name: i for i, name in enumerate(encoding.parts)}
-    order = tuple(map(number.get, PARTS))
-    found = kernel(plan_for(encoding, NUMBERS[dtype]))
-    return _Compiled(found, codes.ctypes.data, second, order, (codes, scales))
+    *order, _, _ = (number.get(field.name) for field in PARTS)  # the last two are the tables
+    found = kernel(plan_for(encoding, DTYPE_NAMES[dtype]))
+    return _Compiled(found, codes.ctypes.data, second, tuple(order), (codes, scales))
 
 
 def job_for(

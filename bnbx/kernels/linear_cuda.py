@@ -10,17 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnbx.kernels.coding_cpu import NUMBERS, PARTS
 from bnbx.kernels.coding_cuda import held_parts
-from bnbx.kernels.cuda_module import THREADS, CudaModule, Launch
+from bnbx.kernels.coding_source import arguments
+from bnbx.kernels.cuda_module import THREADS, WARPS, CudaModule, Launch
+from bnbx.kernels.dtypes import DTYPE_NAMES
 from bnbx.kernels.encoding import Encoding
-from bnbx.kernels.linear_source import LinearPlan, plan_for, render_linear
+from bnbx.kernels.linear_source import INPUTS, ROWS, LinearPlan, plan_for, render_linear
 
 TEMPLATE = "linear.cu.j2"
-INPUTS = (1, 2, 4)  # rows of x that there are kernels for, as in the template
-ROWS = 2  # of the weight, that a warp takes at once
 NAMES = (*(f"multiply_{count}" for count in INPUTS), "decode_columns")
-WARPS = THREADS // 32
 # Fewer are multiplied as codes are read; more take two launches, and a panel as many (H100).
 FEW_ROWS = 5
 
@@ -40,15 +38,15 @@ def multiply_launches(
     """The kernels that multiply all rows of x, both (rows, in) and y (rows, out) contiguous."""
     found = []
     sizes = tuple(map(np.int64, shape))
-    parts = [held.get(name) for name in (*PARTS, "tables", "second_tables")]
+    parts = arguments(held)
     blocks = -(-shape[0] // (WARPS * ROWS))
     most, count = max(INPUTS), x.shape[0]
     for first in range(0, count, most):
         rows = min(count - first, most)
         some, to = (x, y) if rows == count else (x[first : first + rows], y[first : first + rows])
         kernel = next(inputs for inputs in INPUTS if inputs >= rows)
-        arguments = (*sizes, some, np.int64(rows), bias, to, *parts)
-        found.append(Launch(f"multiply_{kernel}", blocks, arguments))
+        given = (*sizes, some, np.int64(rows), bias, to, *parts)
+        found.append(Launch(f"multiply_{kernel}", blocks, given))
     return found
 
 
@@ -56,9 +54,8 @@ def decode_launch(
     shape: tuple[int, int], first: int, out: Tensor, held: Mapping[str, Any]
 ) -> Launch:
     """The kernel that fills `out` (rows of the weight, some columns) from column `first` on."""
-    parts = [held.get(name) for name in (*PARTS, "tables", "second_tables")]
     sizes = map(np.int64, (*shape, first, out.shape[1]))
-    return Launch("decode_columns", -(-out.numel() // THREADS), (*sizes, out, *parts))
+    return Launch("decode_columns", -(-out.numel() // THREADS), (*sizes, out, *arguments(held)))
 
 
 @lru_cache(maxsize=512)
@@ -100,7 +97,7 @@ def multiply(
     bias = bias if bias is None else bias.contiguous()
     y = x.new_empty((x.shape[0], shape[0]))
     held = held_parts(encoding, parts, index)
-    compiled = _kernel(plan_for(encoding, NUMBERS[x.dtype]), index)
+    compiled = _kernel(plan_for(encoding, DTYPE_NAMES[x.dtype]), index)
     compiled.launch(multiply_launches(shape, x, bias, y, held))
     return y
 
@@ -111,5 +108,5 @@ def decode_columns(
     """Fill `out` (rows of the weight, some columns) with the columns from number `first` on."""
     index = out.device.index
     each = decode_launch(shape, first, out, held_parts(encoding, parts, index))
-    plan = plan_for(encoding, NUMBERS[out.dtype])
+    plan = plan_for(encoding, DTYPE_NAMES[out.dtype])
     _kernel(plan, index).launch([each])

@@ -10,9 +10,30 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from bnbx.kernels.c_code import comment
-from bnbx.kernels.coding_source import code_traits
+from bnbx.kernels.c_struct import Field
+from bnbx.kernels.coding_source import PARTS, code_traits
+from bnbx.kernels.dtypes import C_TYPES
 from bnbx.kernels.encoding import Encoding
-from bnbx.kernels.source import C_TYPES, fill
+from bnbx.kernels.source import fill
+
+# What a CPU's kernel is given.
+JOB = (
+    Field("parts", "Parts"),
+    Field("rows", "i64", "of the weight"),
+    Field("columns", "i64"),
+    Field("inputs", "i64", "rows of x"),
+    Field("x", "const Number*", "inputs * columns"),
+    Field("bias", "const Number*", "rows of them, or null"),
+    Field("y", "Number*", "inputs * rows; or the columns that are decoded"),
+    Field("first", "i64", "of these"),
+    Field("last", "i64", "one past them"),
+    Field("room", "float*", "for rows of x as they are multiplied: see bnbx_room_for"),
+)
+# Of CUDA's kernels: rows of x that there is one for, and rows of the weight that a warp takes.
+INPUTS, ROWS = (1, 2, 4), 2
+# Of a CPU's tiles: outputs of a panel are a multiple of SIDE, or of SIDE_ACROSS for gradients, and
+# MOST_OUTPUTS at most.
+SIDE, SIDE_ACROSS, MOST_OUTPUTS = 32, 128, 384
 
 
 @dataclass(frozen=True)
@@ -82,4 +103,11 @@ def render_linear(plan: LinearPlan, template: str) -> str:
         code=code,
         number=C_TYPES[plan.dtype],
         per=plan.per.upper(),
+        parts=PARTS,
+        job=JOB,
+        inputs=INPUTS,
+        rows=ROWS,
+        side=SIDE,
+        side_across=SIDE_ACROSS,
+        most_outputs=MOST_OUTPUTS,
     )

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from bnbx.kernels import linear_cpu, linear_panels, threads
 from bnbx.kernels.encoding import Encoding
+from bnbx.kernels.linear_source import MOST_OUTPUTS, SIDE, SIDE_ACROSS
 
 MOST_ROWS = 512  # of x at a time: their sums with a panel of the weight fit into the second cache
 LEAST_ROWS = 64
-# A panel's outputs: a multiple of SIDE, or of SIDE_ACROSS for gradients, and at most MOST_OUTPUTS.
-SIDE, SIDE_ACROSS, MOST_OUTPUTS = 32, 128, 384
 WORK = 4  # a row of outputs takes about so much less time than elements that threads count by
 
 

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from bnbx.kernels.dtypes import C_TYPES
 from bnbx.kernels.lower import Lowered, lower
 from bnbx.registry.optimizer import Optimizer, State
 from bnbx.registry.quant_type import Codebook, QuantType
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = tuple(C_TYPES)
 MIN_CHUNK = 256
 FLOAT_CHUNK = 1024  # elements a worker takes at a time where no state has blocks
 

@@ -29,12 +29,12 @@ from bnbx.kernels.encoding import (
 from bnbx.kernels.memory import check_memory, moved
 from bnbx.kernels.state_checks import check_sizes, check_table, checked_encoding
 from bnbx.kernels.state_dict import (
-    DTYPES,
     PACKED,
     alone,
     checked_fields,
     checked_keys,
     dtype_name,
+    dtype_of,
     pack_json,
     packed_entry,
     scales_entry,
@@ -288,7 +288,7 @@ class QuantState:
                 absmax=scales_entry(what, fields, "nested_absmax", torch.float32, device),
                 code=tensor_entry(what, fields, "nested_quant_map", torch.float32, device),
                 blocksize=found["nested_blocksize"],
-                dtype=DTYPES[found["nested_dtype"]],
+                dtype=dtype_of(found["nested_dtype"]),
             )
             second.quant_type = intern(type_of_table(second.code))
         state = cls(
@@ -297,7 +297,7 @@ class QuantState:
             code=tensor_entry(what, fields, "quant_map", torch.float32, device),
             blocksize=found["blocksize"],
             quant_type=found["quant_type"] if spec is None else intern(spec),
-            dtype=DTYPES[found["dtype"]],
+            dtype=dtype_of(found["dtype"]),
             offset=offset,
             state2=second,
             signed=found["signed"],

@@ -10,11 +10,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bnbx.kernels.c_struct import PHASES, Field
 from bnbx.kernels.plan import Plan
 from bnbx.registry.rule import Expression
 
 RESIDUAL = "residual"
 RESIDUAL_TYPES = {"kahan": "Parameter", "residual": "i8"}
+# What a CPU's kernel is given. The same for all plans, since jobs of several kernels run together.
+JOB = (
+    Field("rows", "const Row*"),
+    Field("scalars", "const void*", "Scalars"),
+    Field("inputs", "const double*"),
+    Field("tables", "const void* const*"),
+    Field("parts", "void*", "a Part for each chunk"),
+    Field("values", "void*", "a Values for each row"),
+    *PHASES,
+)
 
 
 @dataclass(frozen=True)
@@ -26,16 +37,11 @@ class Column:
     writable: bool = True
 
     @property
-    def c_name(self) -> str:
-        """The field's name. A rule's names end in no underscore, so it is never a type's name."""
-        return f"{self.name}_" if self.points_to else self.name
-
-    @property
-    def c_type(self) -> str:
-        """The field's type in C++ and CUDA."""
+    def field(self) -> Field:
+        """The field in C++ and CUDA. A rule's names end in no underscore: none is a type's name."""
         if not self.points_to:
-            return "i64"
-        return f"{'' if self.writable else 'const '}{self.points_to}*"
+            return Field(self.name, "i64")
+        return Field(f"{self.name}_", f"{'' if self.writable else 'const '}{self.points_to}*")
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ def make_signature(plan: Plan) -> Signature:
             columns.append(Column(name, "float"))
         else:
             columns += [Column(name, "u8"), Column(absmax_name(name), "float")]
-    columns.append(Column("gradient_scale", "float", writable=False))
+    columns.append(Column("Gradient_scale", "float", writable=False))
     columns += [Column("Numel", ""), Column("FirstChunk", "")]
     norms, whole = len(plan.lowered.norms), len(plan.whole)
     return Signature(

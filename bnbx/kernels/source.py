@@ -11,13 +11,14 @@ from typing import Any
 
 import jinja2
 
+from bnbx.kernels import cuda_module
 from bnbx.kernels.c_code import c_expression, c_statements, comment, literal, literal64
+from bnbx.kernels.c_struct import declaration
 from bnbx.kernels.codebook import Tables, tables
+from bnbx.kernels.dtypes import C_TYPES
 from bnbx.kernels.lower import text
 from bnbx.kernels.plan import Plan, Storage
-from bnbx.kernels.signature import RESIDUAL_TYPES, make_signature
-
-C_TYPES = {"float32": "float", "bfloat16": "bfloat16", "float16": "float16"}
+from bnbx.kernels.signature import JOB, RESIDUAL_TYPES, make_signature
 
 
 @lru_cache(maxsize=1)
@@ -33,6 +34,11 @@ def _templates() -> jinja2.Environment:
     loader = environment.loader
     assert loader is not None
     environment.globals["include"] = lambda name: loader.get_source(environment, name)[0]
+    environment.globals |= {
+        "struct": declaration,
+        "c_types": C_TYPES,
+        "cuda": cuda_module.SHAPE,
+    }
     return environment
 
 
@@ -57,6 +63,9 @@ def _names(plan: Plan) -> dict[str, Any]:
         "title": comment(plan.describe()),
         "subtitle": comment(f"{plan.spec.summary} ({plan.spec.source or 'no source given'})."),
         "signature": signature,
+        "row": [column.field for column in signature.columns],
+        "job": JOB,
+        "warps": cuda_module.warps(plan.longest),
         "parameter": C_TYPES[plan.parameter],
         "gradient": C_TYPES[plan.gradient],
         "residual": RESIDUAL_TYPES.get(plan.master, ""),

@@ -64,7 +64,7 @@ class Piece:
         return sum(part.nbytes for part in self.parts)
 
 
-Launch = Callable[[Piece, Sequence[tuple[Tensor, ...]]], None]
+Launcher = Callable[[Piece, Sequence[tuple[Tensor, ...]]], None]
 
 
 def cut(
@@ -267,7 +267,7 @@ class Stager:
         self._do = operations
         self._slots = (_Slot(), _Slot())
 
-    def run(self, work: Sequence[Piece], launch: Launch) -> None:
+    def run(self, work: Sequence[Piece], launch: Launcher) -> None:
         """Update all pieces in order; on return their host states are written.
 
         Args:
@@ -315,7 +315,7 @@ class Stager:
         self._do.copy(slot.device[: piece.nbytes], slot.pinned[: piece.nbytes])
         slot.arrived = self._do.record("side")
 
-    def _launch(self, slot: _Slot, launch: Launch) -> None:
+    def _launch(self, slot: _Slot, launch: Launcher) -> None:
         assert slot.piece is not None
         views = _views(slot.device, slot.piece)
         states = [tuple(next(views)[0] for _ in part.states) for part in slot.piece.parts]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bnbx.errors import BnbxError, QuantizedDataError, UnknownNameError
+from bnbx.kernels.dtypes import BY_NAME
 from bnbx.kernels.memory import lost
 from bnbx.registry import QuantType, quant_types
 from bnbx.registry.names import nearest
@@ -23,12 +24,6 @@ from bnbx.registry.names import nearest
 PACKED = "quant_state.bitsandbytes__"
 """What the key of the packed entry ends in, but for the name of the type."""
 
-DTYPES: Mapping[str | None, torch.dtype | None] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    None: None,
-}
 TENSORS = (
     "absmax",
     "quant_map",
@@ -46,6 +41,11 @@ LARGEST_SIDE = 1 << 62
 def dtype_name(dtype: torch.dtype | None) -> str | None:
     """A dtype as files spell it: "bfloat16"."""
     return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The dtype that a file means, whose entries are checked."""
+    return None if name is None else BY_NAME[name]
 
 
 def alone(part: Tensor) -> Tensor:
@@ -220,7 +220,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_dtype(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and value in DTYPES)
+    return value is None or (isinstance(value, str) and value in BY_NAME)
 
 
 def _is_shape(value: Any) -> bool:

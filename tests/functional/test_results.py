@@ -159,7 +159,7 @@ def test_memory_for_the_first_parts(name: str, monkeypatch: pytest.MonkeyPatch) 
     x = torch.randn(16, 64)
     expected = coding.encode(encoding, x)
     for target in ("cpu", "reference"):
-        monkeypatch.setattr(coding, "choose", lambda *_, target=target: target)
+        monkeypatch.setattr(coding, "target_for", lambda *_, target=target: target)
         for count in range(len(expected) + 1):
             out = [torch.empty_like(part) for part in expected[:count]]
             parts = coding.encode(encoding, x, out=out)

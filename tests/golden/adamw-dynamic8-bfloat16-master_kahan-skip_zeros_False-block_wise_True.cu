@@ -1,6 +1,8 @@
 // adamw, no amsgrad, bfloat16 parameters, bfloat16 gradients, m: dynamic8, v: dynamic8, master: kahan
 // Adam with decoupled weight decay (arXiv:1711.05101). Rendered from its spec by bnbx; change the spec, not this file.
 
+// What numbers.h asks of a target: CUDA.
+
 #define DEVICE __device__ __forceinline__ static
 #define DEVICE_MEMBER __device__ __forceinline__
 DEVICE unsigned int bits_of(float x) { return __float_as_uint(x); }
@@ -152,13 +154,11 @@ DEVICE void store_parameter(float x, u32 random, T& p, i8& error) {
   error = (i8)(i32)((part + 12582912.0f) - 12582912.0f);  // 1.5 * 2**23: rounds to a whole number
 }
 
-// Helpers of CUDA kernels: a warp works on PIECE elements, four neighbors of each lane at a time.
+enum { LANES = 32, WARPS = 8, PIECE = 256 };
+// Helpers of CUDA kernels: a warp, one of WARPS in a block, works on PIECE elements, four neighbors of each
+// of its LANES at a time. The template defines these three before this, as cuda_module.py has them.
 
-#ifndef WARPS_OF_BLOCK
-#define WARPS_OF_BLOCK 8
-#endif
-enum { LANES = 32, WARPS = WARPS_OF_BLOCK, VECTOR = 4, STRIDE = LANES * VECTOR, VECTORS = 2, PIECE = VECTORS * STRIDE };
-enum { PER_LANE = VECTORS * VECTOR };
+enum { VECTOR = 4, STRIDE = LANES * VECTOR, VECTORS = PIECE / STRIDE, PER_LANE = VECTORS * VECTOR };
 
 template <class T>
 struct alignas(VECTOR * sizeof(T)) Four {
@@ -497,7 +497,7 @@ struct Row {
   float* m_absmax_;
   u8* v_;
   float* v_absmax_;
-  const float* gradient_scale_;
+  const float* Gradient_scale_;
   i64 Numel;
   i64 FirstChunk;
 };
@@ -542,7 +542,7 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
     const i64 Start = (Chunk - Here.FirstChunk) * CHUNK + Piece % pieces * PIECE;
     const i64 Left = Here.Numel - Start;
     if (Left <= 0) continue;
-    const float Gradient_scale = *Here.gradient_scale_;
+    const float Gradient_scale = *Here.Gradient_scale_;
     const bool Aligned = is_aligned(Here.p_) && is_aligned(Here.g_) && is_aligned(Here.residual_) && is_aligned(Here.m_) && is_aligned(Here.v_);
     Parameter P[PER_LANE];
     Gradient G[PER_LANE];

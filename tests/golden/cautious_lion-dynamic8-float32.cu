@@ -1,6 +1,8 @@
 // cautious_lion, float32 parameters, float32 gradients, m: dynamic8
 // Lion without the updates that oppose their gradient (arXiv:2411.16085). Rendered from its spec by bnbx; change the spec, not this file.
 
+// What numbers.h asks of a target: CUDA.
+
 #define DEVICE __device__ __forceinline__ static
 #define DEVICE_MEMBER __device__ __forceinline__
 DEVICE unsigned int bits_of(float x) { return __float_as_uint(x); }
@@ -72,13 +74,11 @@ DEVICE double rule_sign(double x) { return x > 0.0 ? 1.0 : (x < 0.0 ? -1.0 : x);
 DEVICE double rule_min(double a, double b) { return a < b ? a : b; }
 DEVICE double rule_max(double a, double b) { return a > b ? a : b; }
 
-// Helpers of CUDA kernels: a warp works on PIECE elements, four neighbors of each lane at a time.
+enum { LANES = 32, WARPS = 8, PIECE = 256 };
+// Helpers of CUDA kernels: a warp, one of WARPS in a block, works on PIECE elements, four neighbors of each
+// of its LANES at a time. The template defines these three before this, as cuda_module.py has them.
 
-#ifndef WARPS_OF_BLOCK
-#define WARPS_OF_BLOCK 8
-#endif
-enum { LANES = 32, WARPS = WARPS_OF_BLOCK, VECTOR = 4, STRIDE = LANES * VECTOR, VECTORS = 2, PIECE = VECTORS * STRIDE };
-enum { PER_LANE = VECTORS * VECTOR };
+enum { VECTOR = 4, STRIDE = LANES * VECTOR, VECTORS = PIECE / STRIDE, PER_LANE = VECTORS * VECTOR };
 
 template <class T>
 struct alignas(VECTOR * sizeof(T)) Four {
@@ -405,7 +405,7 @@ struct Row {
   const Gradient* g_;
   u8* m_;
   float* m_absmax_;
-  const float* gradient_scale_;
+  const float* Gradient_scale_;
   i64 Numel;
   i64 FirstChunk;
 };
@@ -468,7 +468,7 @@ bnbx_measure(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_
     const i64 Start = (Chunk - Here.FirstChunk) * CHUNK + Piece % pieces * PIECE;
     const i64 Left = Here.Numel - Start;
     if (Left <= 0) continue;
-    const float Gradient_scale = *Here.gradient_scale_;
+    const float Gradient_scale = *Here.Gradient_scale_;
     const bool Aligned = is_aligned(Here.p_) && is_aligned(Here.g_) && is_aligned(Here.m_);
     Parameter P[PER_LANE];
     Gradient G[PER_LANE];
@@ -545,7 +545,7 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
     const i64 Start = (Chunk - Here.FirstChunk) * CHUNK + Piece % pieces * PIECE;
     const i64 Left = Here.Numel - Start;
     if (Left <= 0) continue;
-    const float Gradient_scale = *Here.gradient_scale_;
+    const float Gradient_scale = *Here.Gradient_scale_;
     const bool Aligned = is_aligned(Here.p_) && is_aligned(Here.g_) && is_aligned(Here.m_);
     const Values& Found = values[&Here - rows];
     const float lr_over_share_ = Found.lr_over_share_;  // lr / share

@@ -1,6 +1,8 @@
 // lars, momentum, nesterov, no max_unorm, float32 parameters, float32 gradients, m: dynamic8
 // SGD with momentum, the norm of updates bound to that of the parameter (arXiv:1708.03888). Rendered from its spec by bnbx; change the spec, not this file.
 
+// What numbers.h asks of a target: C++ on a CPU.
+
 #define DEVICE static inline
 DEVICE unsigned int bits_of(float x) { unsigned int bits; __builtin_memcpy(&bits, &x, 4); return bits; }
 DEVICE float float_of(unsigned int bits) { float x; __builtin_memcpy(&x, &bits, 4); return x; }
@@ -744,6 +746,45 @@ static inline void pack_codes(const u8* codes, int count, u8* packed) {
   }
 }
 
+// Work on the threads of the host process: each takes the next slice of it until there are none.
+
+// The host's GOMP_parallel, so that kernels and torch share one pool of threads.
+typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
+
+enum { SLICES_PER_THREAD = 4 };  // a thread that is interrupted holds up the others less
+
+// A slice, one of `count`, and which of the threads that take part has it.
+struct Slice {
+  i64 number, count, worker;
+  i64 first_of(i64 items) const { return items * number / count; }
+  i64 last_of(i64 items) const { return items * (number + 1) / count; }  // one past it
+};
+
+template <class Work>
+struct Pool {
+  const Work* work;
+  i64 slices, next, workers;
+};
+
+template <class Work>
+static void take_slices(void* data) {
+  Pool<Work>* pool = (Pool<Work>*)data;
+  const i64 worker = __atomic_fetch_add(&pool->workers, 1, __ATOMIC_RELAXED);
+  for (;;) {
+    const i64 number = __atomic_fetch_add(&pool->next, 1, __ATOMIC_RELAXED);
+    if (number >= pool->slices) return;
+    pool->work->take({number, pool->slices, worker});
+  }
+}
+
+// Work is a struct that says what to do with a slice: `void take(Slice slice) const`.
+template <class Work>
+static void run_in_slices(const Work& work, i64 slices, i64 threads, Parallel parallel) {
+  Pool<Work> pool = {&work, threads > 1 && parallel ? slices : 1, 0, 0};
+  if (pool.slices > 1) parallel(take_slices<Work>, &pool, (unsigned)threads, 0);
+  else take_slices<Work>(&pool);
+}
+
 // What this plan works on: its dtypes, the traits of its codebooks, and a row of the launch's table.
 typedef float Parameter;
 typedef float Gradient;
@@ -763,7 +804,7 @@ struct Row {
   const Gradient* g_;
   u8* m_;
   float* m_absmax_;
-  const float* gradient_scale_;
+  const float* Gradient_scale_;
   i64 Numel;
   i64 FirstChunk;
 };
@@ -790,15 +831,16 @@ struct Scalars {
 
 struct Job {
   const Row* rows;
-  i64 row_count, chunk_count;
-  const Scalars* scalars;
+  const void* scalars;  // Scalars
   const double* inputs;
   const void* const* tables;
   void* parts;   // a Part for each chunk
   void* values;  // a Values for each row
-  void (*update)(const Job*, i64, i64);
-  void (*measure)(const Job*, i64, i64);  // these two null where one pass is enough
-  void (*reduce)(const Job*, i64, i64);
+  i64 row_count;
+  i64 chunk_count;
+  void (*update)(const Job*, i64, i64);   // chunks [first, last) of the job
+  void (*measure)(const Job*, i64, i64);  // the same before that, or null
+  void (*reduce)(const Job*, i64, i64);   // and rows of it in between, or null
 };
 
 // Whether work of different kinds is done at once: see cpu_stage.h. Of 16.8 M elements on a thread of a Granite Rapids,
@@ -951,7 +993,7 @@ const Scalars& Given, const float Gradient_scale, const int Count, i32& Largest_
 // Chunks [first, last) of a job.
 extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
   const Row* row = &find_row(job->rows, job->row_count, first);
-  const Scalars scalars = *job->scalars;  // a copy that no store can change, so that it stays in registers
+  const Scalars scalars = *(const Scalars*)job->scalars;  // a copy that no store can change, so that it stays in registers
   const Tables* tables_dynamic8_signed = (const Tables*)job->tables[0];
   Stage<dynamic8_signed> stage_m(tables_dynamic8_signed);
   for (i64 chunk = first; chunk < last; ++chunk) {
@@ -959,7 +1001,7 @@ extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
     const i64 start = (chunk - row->FirstChunk) * CHUNK;
     const i64 left = row->Numel - start;
     const int count = (int)(left < CHUNK ? left : CHUNK);
-    const float gradient_scale = *row->gradient_scale_;
+    const float gradient_scale = *row->Gradient_scale_;
     u8* codes_m = row->m_ + start * dynamic8_signed::BITS / 8;
     float* absmax_m = row->m_absmax_ + start / dynamic8_signed::BLOCK;
     stage_m.open(codes_m, absmax_m, count);
@@ -983,47 +1025,30 @@ extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
   stage_m.flush();
 }
 
-// ---- running jobs on the threads of the host process
+// ---- the entry of the library: the phases of some jobs, one after the other
 
 enum Phase { MEASURE, REDUCE, UPDATE };
 
 struct Work {
   const Job* jobs;
-  i64 job_count, slices, next;
+  i64 job_count;
   Phase phase;
-};
 
-static void work_on(void* data) {
-  Work* work = (Work*)data;
-  for (;;) {
-    const i64 slice = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED);
-    if (slice >= work->slices) return;
-    for (i64 j = 0; j < work->job_count; ++j) {
-      const Job* job = work->jobs + j;
-      void (*const run)(const Job*, i64, i64) =
-          work->phase == UPDATE ? job->update : work->phase == MEASURE ? job->measure : job->reduce;
-      const i64 count = work->phase == REDUCE ? job->row_count : job->chunk_count;
-      const i64 first = count * slice / work->slices;
-      const i64 last = count * (slice + 1) / work->slices;
+  void take(Slice slice) const {
+    for (i64 j = 0; j < job_count; ++j) {
+      const Job* job = jobs + j;
+      void (*const run)(const Job*, i64, i64) = phase == UPDATE ? job->update : phase == MEASURE ? job->measure : job->reduce;
+      const i64 count = phase == REDUCE ? job->row_count : job->chunk_count;
+      const i64 first = slice.first_of(count), last = slice.last_of(count);
       if (run && first < last) run(job, first, last);
     }
   }
-}
+};
 
-// `parallel` is the host's GOMP_parallel, so that kernels and torch share one pool of threads.
-// More slices than threads: a thread that is interrupted holds up the others less.
-extern "C" void bnbx_run(const Job* jobs, i64 job_count, i64 threads,
-                         void (*parallel)(void (*)(void*), void*, unsigned, unsigned)) {
+extern "C" void bnbx_run(const Job* jobs, i64 job_count, i64 threads, Parallel parallel) {
   bool measured = false;
   for (i64 j = 0; j < job_count; ++j) measured = measured || jobs[j].measure;
-  for (int phase = measured ? MEASURE : UPDATE; phase <= UPDATE; ++phase) {
-    Work work = {jobs, job_count, 1, 0, (Phase)phase};
-    if (threads > 1 && parallel) {
-      work.slices = threads * 4;
-      parallel(work_on, &work, (unsigned)threads, 0);
-    } else {
-      work_on(&work);
-    }
-  }
+  for (int phase = measured ? MEASURE : UPDATE; phase <= UPDATE; ++phase)
+    run_in_slices(Work{jobs, job_count, (Phase)phase}, threads * SLICES_PER_THREAD, threads, parallel);
 }
 

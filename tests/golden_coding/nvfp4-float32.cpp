@@ -1,6 +1,8 @@
 // quantize and dequantize: nvfp4, blocks of 16, float32 numbers
 // E2M1, an E4M3 scale per 16, and one per tensor (arXiv:2509.25149). Rendered from its spec by bnbx; change the spec, not this file.
 
+// What numbers.h asks of a target: C++ on a CPU.
+
 #define DEVICE static inline
 DEVICE unsigned int bits_of(float x) { unsigned int bits; __builtin_memcpy(&bits, &x, 4); return bits; }
 DEVICE float float_of(unsigned int bits) { float x; __builtin_memcpy(&x, &bits, 4); return x; }
@@ -744,12 +746,6 @@ static inline void pack_codes(const u8* codes, int count, u8* packed) {
   }
 }
 
-// Scales of blocks, as C++ and CUDA kernels share them: how they are found, kept and read.
-// bnbx/kernels/coding_reference.py says the same with torch operations; the bits are equal.
-// `Code` is the encoding's traits: those of its codebook, and of its scales (scale_traits.j2).
-
-enum ScaleKind { FLOAT32, BFLOAT16, E4M3, E8M0, SECOND };
-
 // The parts of a tensor; see bnbx/kernels/encoding.py. Those that an encoding lacks are null.
 struct Parts {
   u8* codes;
@@ -761,6 +757,13 @@ struct Parts {
   const Tables* tables;         // of the codes
   const Tables* second_tables;  // of quantized scales
 };
+
+// Scales of blocks, as C++ and CUDA kernels share them: how they are found, kept and read.
+// bnbx/kernels/coding_reference.py says the same with torch operations; the bits are equal.
+// `Code` is the encoding's traits: those of its codebook, and of its scales (scale_traits.j2). `Parts` is
+// made from PARTS of coding_source.py (parts.j2).
+
+enum ScaleKind { FLOAT32, BFLOAT16, E4M3, E8M0, SECOND };
 
 // ---- e4m3 without its sign: 4 bits of exponent (bias 7), 3 of fraction, 0x7f is NaN
 
@@ -922,26 +925,41 @@ DEVICE u8 encode_stochastically(float x, float uniform, const u32* entries, cons
   return order[low + (uniform < part ? 1 : 0)];
 }
 
-// float16 on a CPU: spans of it are converted on the way in and out of the update loop, by the
-// processor's own instructions where it has them; compilers do not vectorize those by themselves.
+// Numbers of any dtype on a CPU, to floats and back. float16 goes by the processor's own instructions
+// where it has them: compilers do not vectorize its conversions by themselves.
 
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
-static inline void load_floats(const float16* from, int count, float* to) {
+// Where they are floats: `from` itself, or in `room`.
+static inline const float* load_numbers(const float* from, int, float*) { return from; }
+
+static inline const float* load_numbers(const bfloat16* from, int count, float* room) {
+  for (int i = 0; i < count; ++i) room[i] = to_float(from[i]);
+  return room;
+}
+
+static inline const float* load_numbers(const float16* from, int count, float* room) {
   int i = 0;
 #if defined(__AVX512F__)
   for (; i + 16 <= count; i += 16)
-    _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(from + i))));
+    _mm512_storeu_ps(room + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(from + i))));
 #elif defined(__F16C__)
   for (; i + 8 <= count; i += 8)
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
+    _mm256_storeu_ps(room + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
 #endif
-  for (; i < count; ++i) to[i] = to_float(from[i]);
+  for (; i < count; ++i) room[i] = to_float(from[i]);
+  return room;
 }
 
-static inline void store_floats(const float* from, int count, float16* to) {
+static inline void store_numbers(const float* from, int count, float* to) { __builtin_memcpy(to, from, count * sizeof(float)); }
+
+static inline void store_numbers(const float* from, int count, bfloat16* to) {
+  for (int i = 0; i < count; ++i) from_float(from[i], to[i]);
+}
+
+static inline void store_numbers(const float* from, int count, float16* to) {
   int i = 0;
 #if defined(__AVX512F__)
   for (; i + 16 <= count; i += 16)
@@ -951,6 +969,45 @@ static inline void store_floats(const float* from, int count, float16* to) {
     _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
 #endif
   for (; i < count; ++i) from_float(from[i], to[i]);
+}
+
+// Work on the threads of the host process: each takes the next slice of it until there are none.
+
+// The host's GOMP_parallel, so that kernels and torch share one pool of threads.
+typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
+
+enum { SLICES_PER_THREAD = 4 };  // a thread that is interrupted holds up the others less
+
+// A slice, one of `count`, and which of the threads that take part has it.
+struct Slice {
+  i64 number, count, worker;
+  i64 first_of(i64 items) const { return items * number / count; }
+  i64 last_of(i64 items) const { return items * (number + 1) / count; }  // one past it
+};
+
+template <class Work>
+struct Pool {
+  const Work* work;
+  i64 slices, next, workers;
+};
+
+template <class Work>
+static void take_slices(void* data) {
+  Pool<Work>* pool = (Pool<Work>*)data;
+  const i64 worker = __atomic_fetch_add(&pool->workers, 1, __ATOMIC_RELAXED);
+  for (;;) {
+    const i64 number = __atomic_fetch_add(&pool->next, 1, __ATOMIC_RELAXED);
+    if (number >= pool->slices) return;
+    pool->work->take({number, pool->slices, worker});
+  }
+}
+
+// Work is a struct that says what to do with a slice: `void take(Slice slice) const`.
+template <class Work>
+static void run_in_slices(const Work& work, i64 slices, i64 threads, Parallel parallel) {
+  Pool<Work> pool = {&work, threads > 1 && parallel ? slices : 1, 0, 0};
+  if (pool.slices > 1) parallel(take_slices<Work>, &pool, (unsigned)threads, 0);
+  else take_slices<Work>(&pool);
 }
 
 struct Codebook {
@@ -976,48 +1033,27 @@ enum { PER = BLOCK };      // what shares a scale
 // or a row.
 struct Job {
   Parts parts;
-  Number* numbers;       // read by encode, written by decode
-  i64 start, count;      // of the elements to decode; their first goes to numbers[0]
+  Number* numbers;  // read by encode, written by decode
+  i64 start;        // first of the elements to decode, which goes to numbers[0]
+  i64 count;        // of the elements to encode or to decode
   i64 columns;
-  const float* rand;     // numbers to round stochastically with, or null: then noise by seed
+  const float* rand;  // to round stochastically with, or null: then noise by seed
   i64 rand_count;
-  const float* ascending;  // the table's numbers in ascending order, `written` of them
-  i64 written;
+  const float* ascending;  // the table's numbers in ascending order
+  i64 written;             // how many those are
   u32 seed;
-  u32 largest;           // magnitude in the whole tensor, as float bits; found by measure
-  i32 high, low;         // ends of its range, as integers in the order of floats
-  i64 row_count, chunk_count;
-  void (*update)(const Job*, i64, i64);
-  void (*measure)(const Job*, i64, i64);
-  void (*reduce)(const Job*, i64, i64);
+  u32 largest;  // magnitude in the whole tensor, as float bits; found by measure
+  i32 high;     // end of its range, as an integer in the order of floats
+  i32 low;      // the other end, inverted
+  i64 row_count;
+  i64 chunk_count;
+  void (*update)(const Job*, i64, i64);   // chunks [first, last) of the job
+  void (*measure)(const Job*, i64, i64);  // the same before that, or null
+  void (*reduce)(const Job*, i64, i64);   // and rows of it in between, or null
 };
 
 static inline i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
 static inline i64 bytes_for(i64 count) { return (count * Code::BITS + 7) / 8; }
-
-// ---- numbers to floats and back
-
-static inline const float* load_numbers(const float* from, int, float*) { return from; }
-
-static inline const float* load_numbers(const bfloat16* from, int count, float* to) {
-  for (int i = 0; i < count; ++i) to[i] = to_float(from[i]);
-  return to;
-}
-
-static inline const float* load_numbers(const float16* from, int count, float* to) {
-  load_floats(from, count, to);
-  return to;
-}
-
-static inline void store_numbers(const float* from, int count, float* to) {
-  if (from != to) __builtin_memcpy(to, from, count * sizeof(float));
-}
-
-static inline void store_numbers(const float* from, int count, bfloat16* to) {
-  for (int i = 0; i < count; ++i) from_float(from[i], to[i]);
-}
-
-static inline void store_numbers(const float* from, int count, float16* to) { store_floats(from, count, to); }
 
 // ---- encoding
 
@@ -1201,51 +1237,34 @@ extern "C" void bnbx_decode(const Job* job, i64 first, i64 last) {
     Number* to = job->numbers + (begin + skipped - job->start);
     float* x = skipped == 0 && wanted == CHUNK && direct(to) ? direct(to) : room;
     decode_numbers(job->parts, chunk, PER == ROW ? at : begin, count, packed, x);
-    store_numbers(x + skipped, wanted, to);
+    if (x == room) store_numbers(x + skipped, wanted, to);
   }
 }
 
-// ---- running jobs on the threads of the host process
+// ---- the entry of the library: the phases of some jobs, one after the other
 
 enum Phase { MEASURE, REDUCE, UPDATE };
 
 struct Work {
   const Job* jobs;
-  i64 job_count, slices, next;
+  i64 job_count;
   Phase phase;
-};
 
-static void work_on(void* data) {
-  Work* work = (Work*)data;
-  for (;;) {
-    const i64 slice = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED);
-    if (slice >= work->slices) return;
-    for (i64 j = 0; j < work->job_count; ++j) {
-      const Job* job = work->jobs + j;
-      void (*const run)(const Job*, i64, i64) =
-          work->phase == UPDATE ? job->update : work->phase == MEASURE ? job->measure : job->reduce;
-      const i64 count = work->phase == REDUCE ? job->row_count : job->chunk_count;
-      const i64 first = count * slice / work->slices;
-      const i64 last = count * (slice + 1) / work->slices;
+  void take(Slice slice) const {
+    for (i64 j = 0; j < job_count; ++j) {
+      const Job* job = jobs + j;
+      void (*const run)(const Job*, i64, i64) = phase == UPDATE ? job->update : phase == MEASURE ? job->measure : job->reduce;
+      const i64 count = phase == REDUCE ? job->row_count : job->chunk_count;
+      const i64 first = slice.first_of(count), last = slice.last_of(count);
       if (run && first < last) run(job, first, last);
     }
   }
-}
+};
 
-// `parallel` is the host's GOMP_parallel, so that kernels and torch share one pool of threads.
-// More slices than threads: a thread that is interrupted holds up the others less.
-extern "C" void bnbx_run(const Job* jobs, i64 job_count, i64 threads,
-                         void (*parallel)(void (*)(void*), void*, unsigned, unsigned)) {
+extern "C" void bnbx_run(const Job* jobs, i64 job_count, i64 threads, Parallel parallel) {
   bool measured = false;
   for (i64 j = 0; j < job_count; ++j) measured = measured || jobs[j].measure;
-  for (int phase = measured ? MEASURE : UPDATE; phase <= UPDATE; ++phase) {
-    Work work = {jobs, job_count, 1, 0, (Phase)phase};
-    if (threads > 1 && parallel) {
-      work.slices = threads * 4;
-      parallel(work_on, &work, (unsigned)threads, 0);
-    } else {
-      work_on(&work);
-    }
-  }
+  for (int phase = measured ? MEASURE : UPDATE; phase <= UPDATE; ++phase)
+    run_in_slices(Work{jobs, job_count, (Phase)phase}, threads * SLICES_PER_THREAD, threads, parallel);
 }
 

@@ -1,6 +1,8 @@
 // quantize and dequantize: nvfp4, blocks of 16, float32 numbers
 // E2M1, an E4M3 scale per 16, and one per tensor (arXiv:2509.25149). Rendered from its spec by bnbx; change the spec, not this file.
 
+// What numbers.h asks of a target: CUDA.
+
 #define DEVICE __device__ __forceinline__ static
 #define DEVICE_MEMBER __device__ __forceinline__
 DEVICE unsigned int bits_of(float x) { return __float_as_uint(x); }
@@ -72,13 +74,11 @@ DEVICE double rule_sign(double x) { return x > 0.0 ? 1.0 : (x < 0.0 ? -1.0 : x);
 DEVICE double rule_min(double a, double b) { return a < b ? a : b; }
 DEVICE double rule_max(double a, double b) { return a > b ? a : b; }
 
-// Helpers of CUDA kernels: a warp works on PIECE elements, four neighbors of each lane at a time.
+enum { LANES = 32, WARPS = 8, PIECE = 256 };
+// Helpers of CUDA kernels: a warp, one of WARPS in a block, works on PIECE elements, four neighbors of each
+// of its LANES at a time. The template defines these three before this, as cuda_module.py has them.
 
-#ifndef WARPS_OF_BLOCK
-#define WARPS_OF_BLOCK 8
-#endif
-enum { LANES = 32, WARPS = WARPS_OF_BLOCK, VECTOR = 4, STRIDE = LANES * VECTOR, VECTORS = 2, PIECE = VECTORS * STRIDE };
-enum { PER_LANE = VECTORS * VECTOR };
+enum { VECTOR = 4, STRIDE = LANES * VECTOR, VECTORS = PIECE / STRIDE, PER_LANE = VECTORS * VECTOR };
 
 template <class T>
 struct alignas(VECTOR * sizeof(T)) Four {
@@ -386,12 +386,6 @@ DEVICE void encode_whole_piece(const float (&x)[PER_LANE], u32 largest, const Sh
   }
 }
 
-// Scales of blocks, as C++ and CUDA kernels share them: how they are found, kept and read.
-// bnbx/kernels/coding_reference.py says the same with torch operations; the bits are equal.
-// `Code` is the encoding's traits: those of its codebook, and of its scales (scale_traits.j2).
-
-enum ScaleKind { FLOAT32, BFLOAT16, E4M3, E8M0, SECOND };
-
 // The parts of a tensor; see bnbx/kernels/encoding.py. Those that an encoding lacks are null.
 struct Parts {
   u8* codes;
@@ -403,6 +397,16 @@ struct Parts {
   const Tables* tables;         // of the codes
   const Tables* second_tables;  // of quantized scales
 };
+
+#define PARTS u8* codes, void* scale, float* center, float* tensor_scale, float* second_scale, float* mean, const Tables* tables, const Tables* second_tables
+#define GATHER_PARTS const Parts parts = {codes, scale, center, tensor_scale, second_scale, mean, tables, second_tables}
+
+// Scales of blocks, as C++ and CUDA kernels share them: how they are found, kept and read.
+// bnbx/kernels/coding_reference.py says the same with torch operations; the bits are equal.
+// `Code` is the encoding's traits: those of its codebook, and of its scales (scale_traits.j2). `Parts` is
+// made from PARTS of coding_source.py (parts.j2).
+
+enum ScaleKind { FLOAT32, BFLOAT16, E4M3, E8M0, SECOND };
 
 // ---- e4m3 without its sign: 4 bits of exponent (bias 7), 3 of fraction, 0x7f is NaN
 
@@ -625,9 +629,6 @@ DEVICE void join_lanes(Range& range) {
     range.low = low < range.low ? low : range.low;
   }
 }
-
-#define PARTS u8* codes, void* scale, float* center, float* tensor_scale, float* second_scale, float* mean, const Tables* tables, const Tables* second_tables
-#define GATHER_PARTS const Parts parts = {codes, scale, center, tensor_scale, second_scale, mean, tables, second_tables}
 
 // The first pass where a scale depends on the whole tensor.
 extern "C" __global__ void __launch_bounds__(LANES * WARPS, 2)

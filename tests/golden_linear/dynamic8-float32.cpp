@@ -1,6 +1,8 @@
 // products with a quantized weight: 8-bit codes, blocks of 256, float32 scales, float32 numbers
 // Rendered by bnbx; change the templates, not this file.
 
+// What numbers.h asks of a target: C++ on a CPU.
+
 #define DEVICE static inline
 DEVICE unsigned int bits_of(float x) { unsigned int bits; __builtin_memcpy(&bits, &x, 4); return bits; }
 DEVICE float float_of(unsigned int bits) { float x; __builtin_memcpy(&x, &bits, 4); return x; }
@@ -744,12 +746,6 @@ static inline void pack_codes(const u8* codes, int count, u8* packed) {
   }
 }
 
-// Scales of blocks, as C++ and CUDA kernels share them: how they are found, kept and read.
-// bnbx/kernels/coding_reference.py says the same with torch operations; the bits are equal.
-// `Code` is the encoding's traits: those of its codebook, and of its scales (scale_traits.j2).
-
-enum ScaleKind { FLOAT32, BFLOAT16, E4M3, E8M0, SECOND };
-
 // The parts of a tensor; see bnbx/kernels/encoding.py. Those that an encoding lacks are null.
 struct Parts {
   u8* codes;
@@ -761,6 +757,13 @@ struct Parts {
   const Tables* tables;         // of the codes
   const Tables* second_tables;  // of quantized scales
 };
+
+// Scales of blocks, as C++ and CUDA kernels share them: how they are found, kept and read.
+// bnbx/kernels/coding_reference.py says the same with torch operations; the bits are equal.
+// `Code` is the encoding's traits: those of its codebook, and of its scales (scale_traits.j2). `Parts` is
+// made from PARTS of coding_source.py (parts.j2).
+
+enum ScaleKind { FLOAT32, BFLOAT16, E4M3, E8M0, SECOND };
 
 // ---- e4m3 without its sign: 4 bits of exponent (bias 7), 3 of fraction, 0x7f is NaN
 
@@ -922,26 +925,41 @@ DEVICE u8 encode_stochastically(float x, float uniform, const u32* entries, cons
   return order[low + (uniform < part ? 1 : 0)];
 }
 
-// float16 on a CPU: spans of it are converted on the way in and out of the update loop, by the
-// processor's own instructions where it has them; compilers do not vectorize those by themselves.
+// Numbers of any dtype on a CPU, to floats and back. float16 goes by the processor's own instructions
+// where it has them: compilers do not vectorize its conversions by themselves.
 
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
-static inline void load_floats(const float16* from, int count, float* to) {
+// Where they are floats: `from` itself, or in `room`.
+static inline const float* load_numbers(const float* from, int, float*) { return from; }
+
+static inline const float* load_numbers(const bfloat16* from, int count, float* room) {
+  for (int i = 0; i < count; ++i) room[i] = to_float(from[i]);
+  return room;
+}
+
+static inline const float* load_numbers(const float16* from, int count, float* room) {
   int i = 0;
 #if defined(__AVX512F__)
   for (; i + 16 <= count; i += 16)
-    _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(from + i))));
+    _mm512_storeu_ps(room + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(from + i))));
 #elif defined(__F16C__)
   for (; i + 8 <= count; i += 8)
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
+    _mm256_storeu_ps(room + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
 #endif
-  for (; i < count; ++i) to[i] = to_float(from[i]);
+  for (; i < count; ++i) room[i] = to_float(from[i]);
+  return room;
 }
 
-static inline void store_floats(const float* from, int count, float16* to) {
+static inline void store_numbers(const float* from, int count, float* to) { __builtin_memcpy(to, from, count * sizeof(float)); }
+
+static inline void store_numbers(const float* from, int count, bfloat16* to) {
+  for (int i = 0; i < count; ++i) from_float(from[i], to[i]);
+}
+
+static inline void store_numbers(const float* from, int count, float16* to) {
   int i = 0;
 #if defined(__AVX512F__)
   for (; i + 16 <= count; i += 16)
@@ -951,6 +969,45 @@ static inline void store_floats(const float* from, int count, float16* to) {
     _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
 #endif
   for (; i < count; ++i) from_float(from[i], to[i]);
+}
+
+// Work on the threads of the host process: each takes the next slice of it until there are none.
+
+// The host's GOMP_parallel, so that kernels and torch share one pool of threads.
+typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
+
+enum { SLICES_PER_THREAD = 4 };  // a thread that is interrupted holds up the others less
+
+// A slice, one of `count`, and which of the threads that take part has it.
+struct Slice {
+  i64 number, count, worker;
+  i64 first_of(i64 items) const { return items * number / count; }
+  i64 last_of(i64 items) const { return items * (number + 1) / count; }  // one past it
+};
+
+template <class Work>
+struct Pool {
+  const Work* work;
+  i64 slices, next, workers;
+};
+
+template <class Work>
+static void take_slices(void* data) {
+  Pool<Work>* pool = (Pool<Work>*)data;
+  const i64 worker = __atomic_fetch_add(&pool->workers, 1, __ATOMIC_RELAXED);
+  for (;;) {
+    const i64 number = __atomic_fetch_add(&pool->next, 1, __ATOMIC_RELAXED);
+    if (number >= pool->slices) return;
+    pool->work->take({number, pool->slices, worker});
+  }
+}
+
+// Work is a struct that says what to do with a slice: `void take(Slice slice) const`.
+template <class Work>
+static void run_in_slices(const Work& work, i64 slices, i64 threads, Parallel parallel) {
+  Pool<Work> pool = {&work, threads > 1 && parallel ? slices : 1, 0, 0};
+  if (pool.slices > 1) parallel(take_slices<Work>, &pool, (unsigned)threads, 0);
+  else take_slices<Work>(&pool);
 }
 
 #define CODE_BITS 8
@@ -966,6 +1023,19 @@ struct Code : Codebook {
 typedef float Number;  // what x and y are made of
 enum { BLOCK, ROW, TENSOR };
 enum { PER = BLOCK };  // what shares a scale
+
+struct Job {
+  Parts parts;
+  i64 rows;  // of the weight
+  i64 columns;
+  i64 inputs;          // rows of x
+  const Number* x;     // inputs * columns
+  const Number* bias;  // rows of them, or null
+  Number* y;           // inputs * rows; or the columns that are decoded
+  i64 first;           // of these
+  i64 last;            // one past them
+  float* room;         // for rows of x as they are multiplied: see bnbx_room_for
+};
 
 // Vectors of LANES floats. Arithmetic on these types is the compiler's own, for any processor; what
 // needs an instruction of its own is here, once for each instruction set that has it.
@@ -1333,17 +1403,6 @@ enum { CODES_AHEAD = 2048 };
 enum { ROWS_AHEAD = 2 };
 enum { SCALE_BYTES = Code::SCALE == FLOAT32 ? 4 : Code::SCALE == BFLOAT16 ? 2 : 1 };
 
-struct Job {
-  Parts parts;
-  i64 rows, columns;   // of the weight
-  i64 inputs;          // rows of x
-  const Number* x;     // inputs * columns
-  const Number* bias;  // rows of them, or null
-  Number* y;           // inputs * rows; or the columns that are decoded
-  i64 first, last;     // which those are, [first, last)
-  float* room;         // for rows of x as they are multiplied: see bnbx_room_for
-};
-
 // A row of the weight from its aligned beginning on; its elements are [phase, end).
 struct Row {
   const u8* codes;
@@ -1563,14 +1622,6 @@ static void multiply(const Job* job, i64 input, i64 first, i64 last) {
 
 // Some columns of the weight as numbers: what many rows of a gradient are multiplied with.
 
-static inline void store_numbers(const float* from, i64 count, float* to) { __builtin_memcpy(to, from, count * sizeof(float)); }
-
-static inline void store_numbers(const float* from, i64 count, bfloat16* to) {
-  for (i64 i = 0; i < count; ++i) from_float(from[i], to[i]);
-}
-
-static inline void store_numbers(const float* from, i64 count, float16* to) { store_floats(from, (int)count, to); }
-
 // The numbers of a row's elements [from, to), with the bits that dequantizing gives.
 static void decode_elements(const Parts& parts, const Row& row, const Levels& levels, i64 from, i64 to, Number* numbers) {
   for (i64 tile = from / GROUP * GROUP; tile < to; tile += TILE) {
@@ -1592,7 +1643,7 @@ static void decode_elements(const Parts& parts, const Row& row, const Levels& le
         for (int j = i; j < i + ALIGNMENT; ++j) x[j] += center;
       }
       const i64 low = from > group ? from - group : 0, high = end - group < GROUP ? end - group : GROUP;
-      store_numbers(x + low, high - low, numbers + (group + low - from));
+      store_numbers(x + low, (int)(high - low), numbers + (group + low - from));
     }
   }
 }
@@ -2010,36 +2061,20 @@ static void multiply_fixed(const Job* job, i64 input, i64 first, i64 last) {
 struct Work {
   const Job* job;
   void (*run)(const Job*, i64, i64, i64);
-  i64 what, slices, next;
+  i64 what;
+
+  void take(Slice slice) const {
+    const i64 first = slice.first_of(job->rows), last = slice.last_of(job->rows);
+    if (first < last) run(job, what, first, last);
+  }
 };
 
-static void work_on(void* data) {
-  Work* work = (Work*)data;
-  for (;;) {
-    const i64 slice = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED);
-    if (slice >= work->slices) return;
-    const i64 first = work->job->rows * slice / work->slices, last = work->job->rows * (slice + 1) / work->slices;
-    if (first < last) work->run(work->job, work->what, first, last);
-  }
-}
-
-// `parallel` is the host's GOMP_parallel, so that kernels and torch share one pool of threads. More slices
-// than threads: one that is interrupted holds up the others less.
-typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
-
-static void run(Work work, i64 threads, Parallel parallel) {
-  if (threads > 1 && parallel) {
-    work.slices = threads * 4;
-    parallel(work_on, &work, (unsigned)threads, 0);
-  } else {
-    work_on(&work);
-  }
-}
+static void run(const Work& work, i64 threads, Parallel parallel) { run_in_slices(work, threads * SLICES_PER_THREAD, threads, parallel); }
 
 template <int M>
 static void multiply_inputs(const Job* job, i64 input, i64 threads, Parallel parallel) {
   for (i64 phase = 0; phase < ALIGNMENT; phase += phase_step(job->columns)) lay_out<M>(job, input, phase, laid_out(job, phase));
-  run({job, multiply<M>, input, 1, 0}, threads, parallel);
+  run({job, multiply<M>, input}, threads, parallel);
 }
 
 // Multiplies some rows of x, from `input` on; how many.
@@ -2047,14 +2082,14 @@ static i64 multiply_some(const Job* job, i64 input, i64 threads, Parallel parall
   const i64 left = job->inputs - input;
 #ifdef FIXED_POINT
   if (const i64 rows = lay_out_fixed(job, input)) {
-    run({job, multiply_fixed, input, 1, 0}, threads, parallel);
+    run({job, multiply_fixed, input}, threads, parallel);
     return rows;
   }
 #endif
 #ifdef PAIRS
   if (left == 1 && in_pairs(job, input)) {
     lay_out_pairs(job, input, (bfloat16*)job->room);
-    run({job, multiply_in_pairs, input, 1, 0}, threads, parallel);
+    run({job, multiply_in_pairs, input}, threads, parallel);
     return left;
   }
 #endif
@@ -2089,7 +2124,7 @@ extern "C" i64 bnbx_room_for(i64 columns, i64 inputs) {
 
 // y = columns [first, last) of the weight.
 extern "C" void bnbx_decode_columns(const Job* job, i64 threads, Parallel parallel) {
-  run({job, decode_columns, 0, 1, 0}, threads, parallel);
+  run({job, decode_columns, 0}, threads, parallel);
 }
 
 // Whether the processor and the system let tiles be used.
@@ -2113,15 +2148,8 @@ extern "C" i64 bnbx_room_for_tiles(i64 rows, i64 panel) {
 // y = x times the weight, transposed, plus bias, or where `across`, x times the weight; only where there are tiles.
 extern "C" void bnbx_multiply_tiles(const Job* job, i64 stride, i64 rows, i64 panel, i64 across, i64 threads, Parallel parallel) {
 #if BFLOAT16_TILES
-  if (across && panel > MOST_ACROSS) panel = MOST_ACROSS;  // what a line of the weight has room for
-  TileWork work = {job, stride, rows, panel, across != 0, 1, 0, 0};
-  if (threads > 1 && parallel) {
-    work.slices = threads * 4;
-    parallel(work_on_tiles, &work, (unsigned)threads, 0);
-  } else {
-    work.slices = 1;
-    work_on_tiles(&work);
-  }
+  if (across && panel > MOST_OUTPUTS) panel = MOST_OUTPUTS;  // what a line of the weight has room for
+  run_in_slices(TileWork{job, stride, rows, panel, across != 0}, threads * SLICES_PER_THREAD, threads, parallel);
 #endif
 }
 

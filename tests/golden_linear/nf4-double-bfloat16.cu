@@ -1,7 +1,10 @@
 // products with a quantized weight: 4-bit codes, blocks of 64, quantized scales, bfloat16 numbers
 // Rendered by bnbx; change the templates, not this file.
 
+// What numbers.h asks of a target: CUDA.
+
 #define DEVICE __device__ __forceinline__ static
+#define DEVICE_MEMBER __device__ __forceinline__
 DEVICE unsigned int bits_of(float x) { return __float_as_uint(x); }
 DEVICE float float_of(unsigned int bits) { return __uint_as_float(bits); }
 DEVICE float root(float x) { return sqrtf(x); }
@@ -142,12 +145,6 @@ DEVICE u8 encode(float x, const u32* entries, const float* thresholds, const u8*
   return (u8)(Type::ORDERED ? rank : order[rank]);
 }
 
-// Scales of blocks, as C++ and CUDA kernels share them: how they are found, kept and read.
-// bnbx/kernels/coding_reference.py says the same with torch operations; the bits are equal.
-// `Code` is the encoding's traits: those of its codebook, and of its scales (scale_traits.j2).
-
-enum ScaleKind { FLOAT32, BFLOAT16, E4M3, E8M0, SECOND };
-
 // The parts of a tensor; see bnbx/kernels/encoding.py. Those that an encoding lacks are null.
 struct Parts {
   u8* codes;
@@ -159,6 +156,16 @@ struct Parts {
   const Tables* tables;         // of the codes
   const Tables* second_tables;  // of quantized scales
 };
+
+#define PARTS u8* codes, void* scale, float* center, float* tensor_scale, float* second_scale, float* mean, const Tables* tables, const Tables* second_tables
+#define GATHER_PARTS const Parts parts = {codes, scale, center, tensor_scale, second_scale, mean, tables, second_tables}
+
+// Scales of blocks, as C++ and CUDA kernels share them: how they are found, kept and read.
+// bnbx/kernels/coding_reference.py says the same with torch operations; the bits are equal.
+// `Code` is the encoding's traits: those of its codebook, and of its scales (scale_traits.j2). `Parts` is
+// made from PARTS of coding_source.py (parts.j2).
+
+enum ScaleKind { FLOAT32, BFLOAT16, E4M3, E8M0, SECOND };
 
 // ---- e4m3 without its sign: 4 bits of exponent (bias 7), 3 of fraction, 0x7f is NaN
 
@@ -333,22 +340,20 @@ typedef bfloat16 Number;  // what x and y are made of
 enum { BLOCK, ROW, TENSOR };
 enum { PER = BLOCK };  // what shares a scale
 
+enum { LANES = 32, WARPS = 8, ROWS = 2 };
 // Products of a few rows of x with a quantized weight on CUDA. A warp takes ROWS rows of the weight at
 // once, and each of its lanes SPAN neighbors of a row, whose codes it holds in registers; x waits in shared memory.
 //
 // Spans are counted from a multiple of SPAN in the flattened weight, at or before the row's first element.
 // How far before is the row's phase; 0 in every row where the columns are a multiple of SPAN.
 
-enum { LANES = 32, WARPS = 8, ROWS = 2, SPAN = 32, HALF = SPAN / 2, TILE = LANES * SPAN };
+enum { SPAN = 32, HALF = SPAN / 2, TILE = LANES * SPAN };
 enum { WORDS = SPAN * Code::BITS / 32 };  // of a span's codes
 enum { LOAD = WORDS % 4 == 0 ? 4 : WORDS % 2 == 0 ? 2 : 1 };  // words that are loaded together
 
 struct alignas(LOAD * 4) Together {
   u32 word[LOAD];
 };
-
-#define PARTS u8* codes, void* scale, float* center, float* tensor_scale, float* second_scale, float* mean, const Tables* tables, const Tables* second_tables
-#define GATHER_PARTS const Parts parts = {codes, scale, center, tensor_scale, second_scale, mean, tables, second_tables}
 
 // Values by code in shared memory. Those of scales that are codes stay where they are: a lane asks for one
 // of them for each span, long before it needs it.

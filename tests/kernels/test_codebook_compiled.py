@@ -30,13 +30,6 @@ from codebooks import _full, _made, codebooks, full_codebooks, probes
 
 F32 = npt.NDArray[np.float32]
 
-BEFORE = """
-#define DEVICE static inline
-DEVICE unsigned int bits_of(float x) { unsigned int b; __builtin_memcpy(&b, &x, 4); return b; }
-DEVICE float float_of(unsigned int b) { float x; __builtin_memcpy(&x, &b, 4); return x; }
-DEVICE float root(float x) { return __builtin_sqrtf(x); }
-DEVICE double root64(double x) { return __builtin_sqrt(x); }
-"""
 AFTER = """
 struct Type {
   static int BLOCK, SHIFT, HALF, ZERO_CODE, BITS;
@@ -92,10 +85,15 @@ def library(
         pytest.skip("has no such instructions to do without")
     folder = tmp_path_factory.mktemp("codebook")
     templates = files("bnbx.kernels") / "templates"
-    names = ("numbers.h", "codebook.h", *(f"cpu_codebook{x}.h" for x in ("", "_avx512", "_avx2")))
+    names = (
+        "cpu_target.h",
+        "numbers.h",
+        "codebook.h",
+        *(f"cpu_codebook{x}.h" for x in ("", "_avx512", "_avx2")),
+    )
     headers = [(templates / name).read_text(encoding="utf-8") for name in names]
     source, binary = folder / "search.cpp", folder / "search.so"
-    source.write_text("\n".join([BEFORE, *headers, AFTER]), encoding="utf-8")
+    source.write_text("\n".join([*headers, AFTER]), encoding="utf-8")
     return ctypes.CDLL(str(compiled(source, binary, WITHOUT[request.param])))
 
 

@@ -19,8 +19,9 @@ from torch import Tensor
 import emulated_coding
 import nvrtc
 from bnbx.errors import InputError, OptionError, QuantizedDataError, UnsupportedTensorError
-from bnbx.kernels import coding, coding_cpu, coding_cuda, coding_reference
+from bnbx.kernels import coding, coding_cuda, coding_reference
 from bnbx.kernels.coding_source import CodingPlan
+from bnbx.kernels.dtypes import DTYPE_NAMES
 from bnbx.kernels.encoding import Encoding, from_label, make_encoding
 from bnbx.registry import QuantType, quant_types
 from codebooks import codebooks
@@ -257,7 +258,7 @@ def test_compiles_to_machine_code_without_spills(
 ) -> None:
     if reason := nvrtc.available():
         pytest.skip(reason)
-    plan = CodingPlan(encoding, coding_cpu.NUMBERS[dtype], stochastic and encoding.second is None)
+    plan = CodingPlan(encoding, DTYPE_NAMES[dtype], stochastic and encoding.second is None)
     cubin = nvrtc.compile_cubin(coding_cuda.source(plan), arch)
     assert (cubin.spill_stores, cubin.spill_loads, cubin.stack_bytes) == (0, 0, 0), cubin.log
     assert cubin.registers <= 128, cubin.log

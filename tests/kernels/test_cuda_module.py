@@ -19,7 +19,6 @@ from bnbx.kernels.coding_source import CodingPlan
 from bnbx.kernels.cuda_module import CudaModule, Launch
 from bnbx.kernels.encoding import make_encoding
 from bnbx.kernels.linear_source import plan_for
-from bnbx.kernels.source import fill
 from cuda_on_cpu.source import find_kernels
 from plans import cases
 
@@ -189,7 +188,7 @@ def test_sources_have_the_kernels_that_are_asked_for(recorder: Recorder, name: s
     encoding = make_encoding(name)
     module(coding_cuda.source(CodingPlan(encoding, "float32")), coding_cuda.NAMES)
     module(linear_cuda.source(plan_for(encoding, "float32")), linear_cuda.NAMES)
-    module(fill(int8_cuda.TEMPLATE), int8_cuda.NAMES)
+    module(int8_cuda.source(), int8_cuda.NAMES)
 
 
 def test_the_kernel_of_an_optimizer_is_compiled_with_its_passes(

@@ -145,7 +145,7 @@ def test_the_target_is_that_of_quantizing(monkeypatch: pytest.MonkeyPatch) -> No
     parts = encode(encoding, x := torch.randn(4, 64))
     found = {}
     for name in ("cpu", "cuda", "reference"):
-        monkeypatch.setattr(fit, "choose", lambda *_, name=name: name)
+        monkeypatch.setattr(fit, "target_for", lambda *_, name=name: name)
         found[name] = fit._Fit(encoding, parts, x.shape, 0, again=False)
     assert {name: each.target for name, each in found.items()} == {
         "cpu": fit_cpu,

@@ -13,7 +13,6 @@ from torch import Tensor
 import nvrtc
 from bnbx.kernels import int8, int8_cuda, int8_reference
 from bnbx.kernels.cuda_module import OPTIONS, THREADS
-from bnbx.kernels.source import fill
 from cuda_on_cpu import SCHEDULES, compile_source
 from cuda_on_cpu.build import Mode
 from cuda_on_cpu.launch import Module
@@ -30,10 +29,10 @@ SMALL = ((1, 5, 3), (5, 70, 66))
 
 @lru_cache(maxsize=4)
 def module(mode: Mode) -> Module:
-    return compile_source(fill(int8_cuda.TEMPLATE), mode)
+    return compile_source(int8_cuda.source(), mode)
 
 
-def emulated(mode: Mode = "plain", schedule: int = 0, grid: int = 2) -> int8_cuda.Launch:
+def emulated(mode: Mode = "plain", schedule: int = 0, grid: int = 2) -> int8_cuda.Launcher:
     """A launcher that runs kernels here; a grid smaller than the work makes blocks go around."""
 
     def launch(name: str, blocks: int, arguments: Sequence[Any]) -> None:
@@ -77,7 +76,9 @@ def assert_same(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
         assert torch.equal(a.view(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
-def run(x: Tensor, made: tuple[Tensor, Tensor], threshold: float, launch: int8_cuda.Launch) -> None:
+def run(
+    x: Tensor, made: tuple[Tensor, Tensor], threshold: float, launch: int8_cuda.Launcher
+) -> None:
     """Everything there is, against the reference."""
     assert_same(
         int8_cuda.quantize_rows(x, threshold, launch), int8_reference.quantize_rows(x, threshold)
@@ -97,7 +98,7 @@ def run(x: Tensor, made: tuple[Tensor, Tensor], threshold: float, launch: int8_c
 def test_compiles_to_machine_code_without_spills(arch: int) -> None:
     if reason := nvrtc.available():
         pytest.skip(reason)
-    cubin = nvrtc.compile_cubin(fill(int8_cuda.TEMPLATE), arch, options=OPTIONS)
+    cubin = nvrtc.compile_cubin(int8_cuda.source(), arch, options=OPTIONS)
     assert (cubin.spill_stores, cubin.spill_loads, cubin.stack_bytes) == (0, 0, 0), cubin.log
     assert cubin.registers <= MOST_REGISTERS, cubin.log
     assert cubin.shared_bytes <= MOST_SHARED_BYTES, cubin.log

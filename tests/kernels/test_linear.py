@@ -361,7 +361,7 @@ def test_without_a_compiler_torch_does_it_and_says_so(monkeypatch: pytest.Monkey
         "cpu",
         replace(linear.NATIVE["cpu"], ready=missing),
     )
-    linear.choose.cache_clear()
+    linear.target_for.cache_clear()
     try:
         with pytest.warns(BnbxWarning, match="no compiler for 4 bits.*\n.*quantized weight"):
             got = linear.linear(weight.encoding, weight.parts, (20, 50), torch.ones(1, 50))
@@ -369,7 +369,7 @@ def test_without_a_compiler_torch_does_it_and_says_so(monkeypatch: pytest.Monkey
         back = linear.grad_input(weight.encoding, weight.parts, (20, 50), got)
         assert torch.equal(back, got @ weight.dense.float())
     finally:
-        linear.choose.cache_clear()
+        linear.target_for.cache_clear()
 
 
 @pytest.mark.parametrize(

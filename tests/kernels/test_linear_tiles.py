@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bnbx.kernels import coding, linear, linear_cpu, linear_panels, linear_tiles
+from bnbx.kernels import coding, linear, linear_cpu, linear_panels, linear_source, linear_tiles
 from bnbx.kernels.encoding import Encoding, make_encoding
 from bnbx.registry import quant_types
 from compiled import shared_cache
@@ -242,7 +242,7 @@ def test_room_is_shared_by_threads(flags: str) -> None:
     most = 4096 * 4096 * BFLOAT16.itemsize * linear_panels.SHARE
     for count in (1, 2, 4, 8):
         for rows in (1, 40, 512, 5000):
-            for side in (linear_tiles.SIDE, linear_tiles.SIDE_ACROSS):
+            for side in (linear_source.SIDE, linear_source.SIDE_ACROSS):
                 pieces = linear_tiles.cut(library, (4096, 4096), rows, count, 4096, side)
                 assert pieces.room * count * 4 <= most
-                assert pieces.outputs % side == 0 < pieces.outputs <= linear_tiles.MOST_OUTPUTS
+                assert pieces.outputs % side == 0 < pieces.outputs <= linear_source.MOST_OUTPUTS

@@ -196,7 +196,7 @@ def update(p: Tensor, codes: Tensor, scales: Tensor, floats: Tensor) -> None:
     scales.mul_(0.75).add_(codes[::BLOCK])
 
 
-def launcher(enqueue: Callable[[Callable[[], Any]], Any]) -> staging.Launch:
+def launcher(enqueue: Callable[[Callable[[], Any]], Any]) -> staging.Launcher:
     def launch(piece: Piece, states: Sequence[tuple[Tensor, ...]]) -> None:
         for part, tensors in zip(piece.parts, states, strict=True):
             p = part.owner.p[part.start : part.stop]

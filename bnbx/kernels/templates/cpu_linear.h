@@ -19,17 +19,6 @@ enum { CODES_AHEAD = 2048 };
 enum { ROWS_AHEAD = 2 };
 enum { SCALE_BYTES = Code::SCALE == FLOAT32 ? 4 : Code::SCALE == BFLOAT16 ? 2 : 1 };
 
-struct Job {
-  Parts parts;
-  i64 rows, columns;   // of the weight
-  i64 inputs;          // rows of x
-  const Number* x;     // inputs * columns
-  const Number* bias;  // rows of them, or null
-  Number* y;           // inputs * rows; or the columns that are decoded
-  i64 first, last;     // which those are, [first, last)
-  float* room;         // for rows of x as they are multiplied: see bnbx_room_for
-};
-
 // A row of the weight from its aligned beginning on; its elements are [phase, end).
 struct Row {
   const u8* codes;

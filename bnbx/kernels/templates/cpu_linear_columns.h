@@ -1,13 +1,5 @@
 // Some columns of the weight as numbers: what many rows of a gradient are multiplied with.
 
-static inline void store_numbers(const float* from, i64 count, float* to) { __builtin_memcpy(to, from, count * sizeof(float)); }
-
-static inline void store_numbers(const float* from, i64 count, bfloat16* to) {
-  for (i64 i = 0; i < count; ++i) from_float(from[i], to[i]);
-}
-
-static inline void store_numbers(const float* from, i64 count, float16* to) { store_floats(from, (int)count, to); }
-
 // The numbers of a row's elements [from, to), with the bits that dequantizing gives.
 static void decode_elements(const Parts& parts, const Row& row, const Levels& levels, i64 from, i64 to, Number* numbers) {
   for (i64 tile = from / GROUP * GROUP; tile < to; tile += TILE) {
@@ -29,7 +21,7 @@ static void decode_elements(const Parts& parts, const Row& row, const Levels& le
         for (int j = i; j < i + ALIGNMENT; ++j) x[j] += center;
       }
       const i64 low = from > group ? from - group : 0, high = end - group < GROUP ? end - group : GROUP;
-      store_numbers(x + low, high - low, numbers + (group + low - from));
+      store_numbers(x + low, (int)(high - low), numbers + (group + low - from));
     }
   }
 }

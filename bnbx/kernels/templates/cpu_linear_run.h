@@ -3,36 +3,20 @@
 struct Work {
   const Job* job;
   void (*run)(const Job*, i64, i64, i64);
-  i64 what, slices, next;
+  i64 what;
+
+  void take(Slice slice) const {
+    const i64 first = slice.first_of(job->rows), last = slice.last_of(job->rows);
+    if (first < last) run(job, what, first, last);
+  }
 };
 
-static void work_on(void* data) {
-  Work* work = (Work*)data;
-  for (;;) {
-    const i64 slice = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED);
-    if (slice >= work->slices) return;
-    const i64 first = work->job->rows * slice / work->slices, last = work->job->rows * (slice + 1) / work->slices;
-    if (first < last) work->run(work->job, work->what, first, last);
-  }
-}
-
-// `parallel` is the host's GOMP_parallel, so that kernels and torch share one pool of threads. More slices
-// than threads: one that is interrupted holds up the others less.
-typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
-
-static void run(Work work, i64 threads, Parallel parallel) {
-  if (threads > 1 && parallel) {
-    work.slices = threads * 4;
-    parallel(work_on, &work, (unsigned)threads, 0);
-  } else {
-    work_on(&work);
-  }
-}
+static void run(const Work& work, i64 threads, Parallel parallel) { run_in_slices(work, threads * SLICES_PER_THREAD, threads, parallel); }
 
 template <int M>
 static void multiply_inputs(const Job* job, i64 input, i64 threads, Parallel parallel) {
   for (i64 phase = 0; phase < ALIGNMENT; phase += phase_step(job->columns)) lay_out<M>(job, input, phase, laid_out(job, phase));
-  run({job, multiply<M>, input, 1, 0}, threads, parallel);
+  run({job, multiply<M>, input}, threads, parallel);
 }
 
 // Multiplies some rows of x, from `input` on; how many.
@@ -40,14 +24,14 @@ static i64 multiply_some(const Job* job, i64 input, i64 threads, Parallel parall
   const i64 left = job->inputs - input;
 #ifdef FIXED_POINT
   if (const i64 rows = lay_out_fixed(job, input)) {
-    run({job, multiply_fixed, input, 1, 0}, threads, parallel);
+    run({job, multiply_fixed, input}, threads, parallel);
     return rows;
   }
 #endif
 #ifdef PAIRS
   if (left == 1 && in_pairs(job, input)) {
     lay_out_pairs(job, input, (bfloat16*)job->room);
-    run({job, multiply_in_pairs, input, 1, 0}, threads, parallel);
+    run({job, multiply_in_pairs, input}, threads, parallel);
     return left;
   }
 #endif
@@ -82,7 +66,7 @@ extern "C" i64 bnbx_room_for(i64 columns, i64 inputs) {
 
 // y = columns [first, last) of the weight.
 extern "C" void bnbx_decode_columns(const Job* job, i64 threads, Parallel parallel) {
-  run({job, decode_columns, 0, 1, 0}, threads, parallel);
+  run({job, decode_columns, 0}, threads, parallel);
 }
 
 // Whether the processor and the system let tiles be used.
@@ -106,14 +90,7 @@ extern "C" i64 bnbx_room_for_tiles(i64 rows, i64 panel) {
 // y = x times the weight, transposed, plus bias, or where `across`, x times the weight; only where there are tiles.
 extern "C" void bnbx_multiply_tiles(const Job* job, i64 stride, i64 rows, i64 panel, i64 across, i64 threads, Parallel parallel) {
 #if BFLOAT16_TILES
-  if (across && panel > MOST_ACROSS) panel = MOST_ACROSS;  // what a line of the weight has room for
-  TileWork work = {job, stride, rows, panel, across != 0, 1, 0, 0};
-  if (threads > 1 && parallel) {
-    work.slices = threads * 4;
-    parallel(work_on_tiles, &work, (unsigned)threads, 0);
-  } else {
-    work.slices = 1;
-    work_on_tiles(&work);
-  }
+  if (across && panel > MOST_OUTPUTS) panel = MOST_OUTPUTS;  // what a line of the weight has room for
+  run_in_slices(TileWork{job, stride, rows, panel, across != 0}, threads * SLICES_PER_THREAD, threads, parallel);
 #endif
 }

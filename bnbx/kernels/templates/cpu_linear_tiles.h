@@ -14,7 +14,8 @@ struct TileWork {
   i64 rows;    // of x at a time
   i64 panel;   // outputs at a time, a multiple of `side`
   bool across; // whether outputs are columns of the weight: of a gradient
-  i64 slices, next, workers;
+
+  void take(Slice slice) const;
 };
 
 struct TileRoom {
@@ -145,15 +146,9 @@ static void multiply_slice(const TileWork& work, const TileRoom& room, i64 begin
   give_up_tiles();
 }
 
-static void work_on_tiles(void* data) {
-  TileWork* work = (TileWork*)data;
-  const TileRoom room = find_tile_room(*work, __atomic_fetch_add(&work->workers, 1, __ATOMIC_RELAXED));
-  const i64 outputs = outputs_of(*work), side = work->across ? (i64)SIDE_ACROSS : (i64)TILE_SIDE, pieces = (outputs + side - 1) / side;
-  for (;;) {
-    const i64 slice = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED);
-    if (slice >= work->slices) return;
-    const i64 begin = pieces * slice / work->slices * side, end = pieces * (slice + 1) / work->slices * side;
-    if (begin < end) multiply_slice(*work, room, begin, end < outputs ? end : outputs);
-  }
+inline void TileWork::take(Slice slice) const {
+  const i64 outputs = outputs_of(*this), side = across ? (i64)SIDE_ACROSS : (i64)TILE_SIDE, pieces = (outputs + side - 1) / side;
+  const i64 begin = slice.first_of(pieces) * side, end = slice.last_of(pieces) * side;
+  if (begin < end) multiply_slice(*this, find_tile_room(*this, slice.worker), begin, end < outputs ? end : outputs);
 }
 #endif

@@ -2,9 +2,7 @@
 // turned 16 x 16 pairs at a time, 0.14 ns for a number of nf4; what is left of a row, number by number.
 
 #if BFLOAT16_TILES
-enum { TILE_SIDE = 32, TILE_NUMBERS = TILE_SIDE * TILE_ROWS, DEPTH = 256 };
-// Outputs of a panel, and what they are a multiple of where they are columns of the weight.
-enum { MOST_ACROSS = 384, SIDE_ACROSS = 128 };
+enum { TILE_NUMBERS = TILE_SIDE * TILE_ROWS, DEPTH = 256 };
 
 #if (defined(TABLE_IN_REGISTERS) || defined(BYTE_PLANES)) && defined(__AVX512BF16__)
 enum { WHOLE_GROUPS = 1 };
@@ -127,7 +125,7 @@ static void decode_tiles(const Job* job, const Levels& levels, i64 at, i64 outs,
 static void decode_across(const Job* job, const Levels& levels, i64 at, i64 outs, i64 from, i64 to, bfloat16* tiles) {
   const bool in_groups = WHOLE_GROUPS && (PER == ROW || job->columns % ALIGNMENT == 0) && at % GROUP == 0;
   const i64 groups = in_groups ? outs / GROUP : 0, rest = groups * GROUP;
-  alignas(64) bfloat16 numbers[2][MOST_ACROSS + TILE_ROWS] = {};
+  alignas(64) bfloat16 numbers[2][MOST_OUTPUTS + TILE_ROWS] = {};
   for (i64 k = from; (k - from) % TILE_SIDE || k < to; k += 2) {
     for (int i = 0; i < 2; ++i) {
       if (k + i >= to) {

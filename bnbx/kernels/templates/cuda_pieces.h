@@ -1,10 +1,7 @@
-// Helpers of CUDA kernels: a warp works on PIECE elements, four neighbors of each lane at a time.
+// Helpers of CUDA kernels: a warp, one of WARPS in a block, works on PIECE elements, four neighbors of each
+// of its LANES at a time. The template defines these three before this, as cuda_module.py has them.
 
-#ifndef WARPS_OF_BLOCK
-#define WARPS_OF_BLOCK 8
-#endif
-enum { LANES = 32, WARPS = WARPS_OF_BLOCK, VECTOR = 4, STRIDE = LANES * VECTOR, VECTORS = 2, PIECE = VECTORS * STRIDE };
-enum { PER_LANE = VECTORS * VECTOR };
+enum { VECTOR = 4, STRIDE = LANES * VECTOR, VECTORS = PIECE / STRIDE, PER_LANE = VECTORS * VECTOR };
 
 template <class T>
 struct alignas(VECTOR * sizeof(T)) Four {

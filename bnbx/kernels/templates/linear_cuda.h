@@ -4,16 +4,13 @@
 // Spans are counted from a multiple of SPAN in the flattened weight, at or before the row's first element.
 // How far before is the row's phase; 0 in every row where the columns are a multiple of SPAN.
 
-enum { LANES = 32, WARPS = 8, ROWS = 2, SPAN = 32, HALF = SPAN / 2, TILE = LANES * SPAN };
+enum { SPAN = 32, HALF = SPAN / 2, TILE = LANES * SPAN };
 enum { WORDS = SPAN * Code::BITS / 32 };  // of a span's codes
 enum { LOAD = WORDS % 4 == 0 ? 4 : WORDS % 2 == 0 ? 2 : 1 };  // words that are loaded together
 
 struct alignas(LOAD * 4) Together {
   u32 word[LOAD];
 };
-
-#define PARTS u8* codes, void* scale, float* center, float* tensor_scale, float* second_scale, float* mean, const Tables* tables, const Tables* second_tables
-#define GATHER_PARTS const Parts parts = {codes, scale, center, tensor_scale, second_scale, mean, tables, second_tables}
 
 // Values by code in shared memory. Those of scales that are codes stay where they are: a lane asks for one
 // of them for each span, long before it needs it.

@@ -1,20 +1,9 @@
 // Scales of blocks, as C++ and CUDA kernels share them: how they are found, kept and read.
 // bnbx/kernels/coding_reference.py says the same with torch operations; the bits are equal.
-// `Code` is the encoding's traits: those of its codebook, and of its scales (scale_traits.j2).
+// `Code` is the encoding's traits: those of its codebook, and of its scales (scale_traits.j2). `Parts` is
+// made from PARTS of coding_source.py (parts.j2).
 
 enum ScaleKind { FLOAT32, BFLOAT16, E4M3, E8M0, SECOND };
-
-// The parts of a tensor; see bnbx/kernels/encoding.py. Those that an encoding lacks are null.
-struct Parts {
-  u8* codes;
-  void* scale;
-  float* center;
-  float* tensor_scale;
-  float* second_scale;
-  float* mean;
-  const Tables* tables;         // of the codes
-  const Tables* second_tables;  // of quantized scales
-};
 
 // ---- e4m3 without its sign: 4 bits of exponent (bias 7), 3 of fraction, 0x7f is NaN
 
