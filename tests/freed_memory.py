@@ -201,6 +201,7 @@ CALLS: dict[str, Callable[[], Call]] = {
             bias=_ones(64),
         ),
     ),
+    "fit_quantiles": lambda: (F.fit_quantiles, dict(x=_x(), bits=4)),
     "estimate_quantiles": lambda: (F.estimate_quantiles, dict(A=_x(), out=_ones(256))),
     "create_quantile_map": lambda: (F.create_quantile_map, dict(A=_x())),
     "histogram_scatter_add_2d": lambda: (

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bnbx.errors import OptionError, UnsupportedTensorError
 from bnbx.kernels.coding import check_numbers
+from bnbx.kernels.memory import check_memory
 from bnbx.registry import QuantType
 from bnbx.registry.quant_type import BLOCK_SIZES
 
@@ -42,6 +43,7 @@ def fit_quantiles(
         OptionError: no such number of bits, or block size.
     """
     check_numbers("x", x)
+    check_memory((x,))
     if type(bits) is not int or not 2 <= bits <= 8:
         raise OptionError(f"bits={bits!r}; expected a whole number from 2 to 8")
     if type(block_size) is not int or block_size not in BLOCK_SIZES:

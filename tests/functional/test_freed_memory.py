@@ -28,7 +28,7 @@ def test_every_tensor_of_every_function() -> None:
 NONE_TO_READ = {
     "QuantState", "QuantTensor", "double_quant", "get_ptr", "has_avx512bf16", "is_on_gpu",
     "create_dynamic_map", "create_fp8_map", "create_linear_map", "create_normal_map",
-    "dequantize_fp4", "dequantize_nf4", "quantize_fp4", "quantize_nf4",
+    "dequantize_fp4", "dequantize_nf4", "get_4bit_type", "quantize_fp4", "quantize_nf4",
 }  # fmt: skip
 
 
