@@ -63,6 +63,7 @@ DOCUMENTED: dict[str, dict[str, str]] = {
         "optimizer_update_8bit_blockwise": "optimizer_name g p state1 state2 beta1 beta2 beta3 "
         "alpha eps step lr qmap1 qmap2 absmax1 absmax2 weight_decay gnorm_scale skip_zeros",
         "create_quantile_map": "A total_bits",
+        "get_4bit_type": "typename device blocksize",
     },
 }
 METHODS = {"as_dict": "packed", "from_dict": "qs_dict device", "to": "device"}
@@ -142,7 +143,7 @@ def test_block_sizes_of_4bit_functions_default_to_64() -> None:
 
 def test_everything_is_listed() -> None:
     documented = {name for names in DOCUMENTED.values() for name in names}
-    own = {"QuantTensor", "fake_quantize", "double_quant"}
+    own = {"QuantTensor", "fake_quantize", "fit_quantiles", "double_quant"}
     assert set(bnbx.functional.__all__) == documented | own
     for name in bnbx.functional.__all__:
         assert inspect.getdoc(getattr(functional, name))
