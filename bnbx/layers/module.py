@@ -76,7 +76,11 @@ class QuantizedModule(MovingModule):
                 'a device, such as .to("cpu") or .cuda(), after its weights are loaded'
             )
         found: QuantState = state
-        return found
+        codes = self.weight.device
+        # accelerate brings codes to another device for a call, and what belongs to them only where
+        # a parameter's class is called Params4bit.
+        stays = codes == found.absmax.device or "meta" in (codes.type, found.absmax.device.type)
+        return found if stays else found.on(codes)
 
     def dequantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, in the dtype that it had or in another."""

@@ -235,7 +235,10 @@ class QuantParameter(StateNames, Moving, Coded, torch.nn.Parameter):
         parsed: tuple[Any, ...] = torch._C._nn._parse_to(*args, **kwargs)
         device, dtype, non_blocking, *_ = parsed
         if not self.bnb_quantized:
-            if device is not None and device.type != "meta":
+            numbers = (
+                self.dtype.is_floating_point
+            )  # else codes, whose settings somebody has dropped
+            if numbers and device is not None and device.type != "meta":
                 if dtype is not None and dtype in FLOATS:
                     self.data = self.detach().to(dtype)
                 return self.quantize(device, getattr(self.module, "fit", None))

@@ -266,3 +266,17 @@ def test_parameters_are_remade_on_the_meta_device(name: str) -> None:
     for copied in (copy.copy(found.weight), copy.deepcopy(found.weight)):
         assert copied.requires_grad == found.weight.requires_grad
         assert torch.equal(copied, found.weight)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "int8", "nf3", "mxfp4", "fp8_e4m3"])
+@pytest.mark.parametrize("kind", [QuantLinear, QuantEmbedding])
+def test_codes_come_back_without_their_settings(kind: Any, quant_type: str) -> None:
+    """As accelerate's cpu_offload brings them where their class is not called Params4bit."""
+    found = kind(64, 128, quant_type=quant_type).to("cpu")
+    x = X if kind is QuantLinear else TOKENS
+    expected, codes = found(x), found.weight.detach().clone()
+    for device, data in (("meta", codes.to("meta")), ("cpu", codes)):
+        made = QuantParameter(data, requires_grad=False).to(device)
+        assert made.dtype == codes.dtype  # not taken for numbers
+        found._parameters["weight"] = made
+    assert torch.equal(found(x), expected)
