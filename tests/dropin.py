@@ -10,16 +10,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-SOURCE = ROOT / "plugins" / "bitsandbytes"
+PLUGINS = Path(__file__).parent.parent / "plugins"
 RUNS = Path(__file__).parent / "dropin_runs.py"
 
 
-def install(folder: Path) -> Path:
-    """Install the drop-in as a user does, but for its dependencies and for where it goes."""
+def install(folder: Path, package: str = "bitsandbytes") -> Path:
+    """Install one of our packages as a user does, but for its dependencies and where it goes."""
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
     pip = [sys.executable, "-m", "pip", "install", "--quiet", *options]
-    subprocess.run([*pip, "--target", str(folder), str(SOURCE)], check=True, capture_output=True)
+    subprocess.run(
+        [*pip, "--target", str(folder), str(PLUGINS / package)], check=True, capture_output=True
+    )
     return folder
 
 
