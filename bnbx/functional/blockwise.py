@@ -63,7 +63,7 @@ def quantize_blockwise(
     checks.floats("A", A)
     size = checks.block_size(blocksize)
     table = default_table(A.device) if code is None else checks.dense("code", code)
-    coded.check_table(table)
+    coded.check_table(table, to=A.device)
     _check_memory(A, absmax, out, size, nested)
     _check_rand(rand, exact)
     checks.together([("A", A), ("absmax", absmax), ("out", out), ("rand", rand)])
@@ -166,7 +166,7 @@ def dequantize_blockwise(
     check_state("dequantize_blockwise", A, state)
     checks.of_size("absmax", state.absmax, checks.blocks(A.numel(), size), "one per block")
     table = default_table(A.device) if state.code is None else state.code
-    coded.check_table(table)
+    coded.check_table(table, to=A.device)
     table, second = table.to(A.device), second_of(state)
     if out is None:
         dtype = torch.float32 if state.dtype is None else state.dtype

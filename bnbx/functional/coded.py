@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from bnbx.errors import InputError, QuantizedDataError
+from bnbx.errors import DeviceError, InputError, QuantizedDataError
 from bnbx.functional import checks
 from bnbx.functional.maps import numbers_in
 from bnbx.kernels import coding
@@ -37,9 +37,15 @@ NO_SECOND: Second = (None, None, None, 256)
 # ---- tables
 
 
-def check_table(code: Tensor) -> None:
-    """Raise InputError unless `code` may be a table: 2 to 256 float numbers, a power of two."""
+def check_table(code: Tensor, to: torch.device | None = None) -> None:
+    """Raise InputError unless `code` may be a table: 2 to 256 float numbers, a power of two.
+
+    Raises:
+        DeviceError: it is to be brought `to` a device, and has no numbers to bring.
+    """
     checks.dense("code", code)
+    if code.is_meta and to is not None and to.type != "meta":
+        raise DeviceError(f"code is on the meta device, which holds no numbers; A is on {to}")
     count = code.numel()
     if not code.is_floating_point() or not 2 <= count <= MOST_ENTRIES or count & (count - 1):
         raise InputError(

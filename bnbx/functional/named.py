@@ -86,6 +86,8 @@ def get_4bit_type(
 ) -> Tensor:
     """The numbers of a 4-bit type by code, over the largest: (16,), float32.
 
+    A code that stands for no number, as a linear type has one, is NaN.
+
     Args:
         typename: any registered type of 4 bits.
         device: of the result; the default device if None.
@@ -100,8 +102,8 @@ def get_4bit_type(
     if spec.bits != 4:
         raise InputError(f"{typename!r} has {spec.bits} bits; expected a type of 4 bits")
     checks.block_size(blocksize)
-    codebook = spec.codebook(signed=True)
-    return torch.tensor(codebook.levels, dtype=torch.float32, device=device)
+    levels = spec.codebook(signed=True).levels
+    return torch.tensor(levels, dtype=torch.float32, device=device)
 
 
 def _dequantize(

@@ -68,6 +68,7 @@ def dequantize_rows(codes: Tensor, absmax: Tensor, dtype: torch.dtype = torch.fl
     """
     if dtype not in FLOATS:
         raise UnsupportedTensorError(f"dequantized to {dtype}; expected one of {FLOATS}")
+    check_memory((codes, absmax))
     if codes.dim() == 0:
         raise UnsupportedTensorError("codes are a scalar; expected (..., columns)")
     columns = codes.shape[-1]
@@ -75,7 +76,6 @@ def dequantize_rows(codes: Tensor, absmax: Tensor, dtype: torch.dtype = torch.fl
     rows = codes.reshape(count, columns)
     rows = rows if rows.stride(1) == 1 or columns < 2 else rows.contiguous()
     check_weight(rows, absmax)
-    check_memory((codes, absmax))
     target, scales = choose(codes.device.type), absmax.reshape(-1).contiguous()
     found: Tensor = target.dequantize_rows(rows, scales, dtype)
     return found.view(codes.shape)
@@ -112,6 +112,7 @@ def linear(
         OptionError: the threshold is negative or NaN.
     """
     check_threshold(threshold)
+    check_memory((x, codes, absmax, bias))
     check_weight(codes, absmax)
     outs, columns = codes.shape
     if x.dim() and x.shape[-1] != columns:
@@ -156,6 +157,7 @@ def grad_input(grad: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
     Raises:
         UnsupportedTensorError: a tensor has another dtype, shape, layout or device.
     """
+    check_memory((grad, codes, absmax))
     check_weight(codes, absmax)
     outs, columns = codes.shape
     rows = _rows("grad", grad)

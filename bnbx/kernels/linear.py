@@ -207,6 +207,7 @@ def _check_input(what: str, x: Tensor, size: int, device: torch.device) -> None:
 
 
 def _check_bias(bias: Tensor, out: int, x: Tensor) -> None:
+    check_memory((bias,))
     if bias.dtype != x.dtype or bias.device != x.device or tuple(bias.shape) != (out,):
         raise UnsupportedTensorError(
             f"bias is {bias.dtype} of shape {tuple(bias.shape)} on {bias.device}; expected "

@@ -95,8 +95,8 @@ class QuantState:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if self._labeled is not None:
-            found = from_label(self._labeled[1])  # an error if such a type has other numbers here
+        if labeled := self.__dict__.setdefault("_labeled"):  # not in what bitsandbytes pickled
+            found = from_label(labeled[1])  # an error if such a type has other numbers here
             for each in filter(None, (found.quant_type, found.second)):
                 intern(each)  # it may be unknown here
 

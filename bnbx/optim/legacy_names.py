@@ -37,14 +37,17 @@ def rule_of(name: object) -> Optimizer:
     Raises:
         UnknownNameError: there is neither.
     """
-    if isinstance(name, str):
-        called = optimizers().find(
-            lambda spec: (f := format_of(spec)) is not None and f.called == name
-        )
-        if called is not None:
-            return called
-        if name in optimizers():
+
+    def called(spec: Optimizer) -> bool:
+        return called_by(spec) == name
+
+    if isinstance(name, str) and name:
+        found = optimizers().find(called, loading=False)
+        if found is None and name in optimizers():
             return optimizers().get(name)
+        found = found or optimizers().find(called)
+        if found is not None:
+            return found
     names = legacy_names()
     known = dict.fromkeys([*names, *optimizers().names()])
     raise UnknownNameError(

@@ -64,14 +64,17 @@ class Catalog(Generic[S]):
             raise UnknownNameError(self._miss(name))
         return self._specs[name]
 
-    def find(self, wanted: Callable[[S], bool]) -> S | None:
-        """The first spec that `wanted` accepts, loading plugins only while there is none."""
+    def find(self, wanted: Callable[[S], bool], *, loading: bool = True) -> S | None:
+        """The first spec that `wanted` accepts, loading plugins only while there is none.
+
+        Without `loading`, it is among those that are loaded.
+        """
         while True:
             specs = list(self._specs.values())  # other threads may add some meanwhile
             for spec in specs:
                 if wanted(spec):
                     return spec
-            if not self._more() and len(specs) == len(self._specs):
+            if not loading or (not self._more() and len(specs) == len(self._specs)):
                 return None
 
     def holds(self, spec: S) -> bool:

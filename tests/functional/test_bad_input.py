@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bnbx import functional
-from bnbx.errors import BnbxError, QuantizedDataError
+from bnbx.errors import BnbxError, DeviceError, QuantizedDataError
 from bnbx.functional import QuantState, QuantTensor
 
 F = functional
@@ -432,3 +432,11 @@ def test_no_crash() -> None:
     )
     assert done.returncode == 0, done.stderr or done.stdout
     assert done.stdout.startswith("alive")
+
+
+def test_tables_without_numbers() -> None:
+    table, codes = torch.zeros(16, device="meta"), torch.zeros(8, dtype=torch.uint8)
+    with pytest.raises(DeviceError, match="code is on the meta device"):
+        F.quantize_blockwise(torch.ones(8), code=table)
+    with pytest.raises(DeviceError, match="code is on the meta device"):
+        F.dequantize_blockwise(codes, absmax=torch.ones(1), code=table)

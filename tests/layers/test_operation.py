@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -165,9 +167,15 @@ def test_functions_leave_the_dispatcher_out_too(monkeypatch: pytest.MonkeyPatch)
     """And what they write to counts as written either way."""
     x, out = torch.randn(4, 64), torch.empty(4, 64)
     found = []
+    answers: list[bool] = []
+    ask = operation.unwatched
+
+    def asked(arguments: Any) -> bool:
+        answers.append(ask(arguments))
+        return answers[-1]
+
     for direct in (True, False):
-        if not direct:
-            monkeypatch.setattr(operation, "unwatched", lambda arguments: False)
+        monkeypatch.setattr(operation, "unwatched", asked if direct else lambda arguments: False)
         tensor = bnbx.functional.quantize(x, "nf4")
         written = out._version
         bnbx.functional.dequantize(tensor, out=out)
@@ -175,6 +183,9 @@ def test_functions_leave_the_dispatcher_out_too(monkeypatch: pytest.MonkeyPatch)
         found.append(out.tolist())
         found.append(bnbx.functional.int8_vectorwise_quant(x)[1].tolist())
     assert found[:2] == found[2:]
+    assert len(answers) == 3
+    assert all(answers)
+    monkeypatch.setattr(operation, "unwatched", ask)
     with Calls() as calls:
         bnbx.functional.quantize(x, "nf4").dequantize()
     assert [name for name in calls.names if "bnbx" in name] == [

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import bnbx
+from bnbx.errors import InputError
 from bnbx.nn import Linear4bit, Linear8bitLt, QuantEmbedding, QuantLinear
 
 LAYERS: dict[str, Callable[[int, int], Any]] = {
@@ -93,3 +94,15 @@ def test_gradients_of_zero_sizes(
         assert x.grad.shape == x.shape
     if layer.bias is not None and layer.bias.grad is not None:
         torch.testing.assert_close(layer.bias.grad, dense.bias.grad)
+
+
+@pytest.mark.parametrize("lost", ["weight", "scales", "bias", "x"])
+@pytest.mark.parametrize("name", ["any type", "int8, frozen", "int8, outliers"])
+def test_no_product_reads_memory_that_was_freed(name: str, lost: str) -> None:
+    layer, x = LAYERS[name](64, 32).to("cpu"), torch.randn(2, 64)
+    scales = getattr(layer.weight, "SCB", None)
+    scales = layer.weight.quant_state.absmax if scales is None else scales
+    tensors = {"weight": layer.weight.data, "scales": scales, "bias": layer.bias.data, "x": x}
+    tensors[lost].untyped_storage().resize_(0)
+    with torch.no_grad(), pytest.raises(InputError, match="it was freed or made smaller"):
+        layer(x)
