@@ -55,8 +55,6 @@ def c_expression(expression: Expression, literal: Callable[[float], str] = liter
             return f"(-{text(operand)})"
         case Binary(op, left, right) | Compare(op, left, right):
             return f"({text(left)} {op} {text(right)})"
-        case Call("where", (condition, yes, no)):
-            return f"({text(condition)} ? {text(yes)} : {text(no)})"
         case Call(function, args):
             return f"rule_{function}({', '.join(map(text, args))})"
 
@@ -64,7 +62,7 @@ def c_expression(expression: Expression, literal: Callable[[float], str] = liter
 def c_statements(
     statements: Iterable[Statement],
     declared: Iterable[str],
-    c_type: str = "float",
+    c_type: str = "Number",
     literal: Callable[[float], str] = literal,
 ) -> list[str]:
     """C lines for the statements, each with its rule text; names not in `declared` are declared."""

@@ -20,6 +20,8 @@ from bnbx.kernels.lower import text
 from bnbx.kernels.plan import Plan, Storage
 from bnbx.kernels.signature import JOB, RESIDUAL_TYPES, make_signature
 
+LANES = 16  # floats that cpu_lanes.h updates at a time
+
 
 @lru_cache(maxsize=1)
 def _templates() -> jinja2.Environment:
@@ -69,6 +71,7 @@ def _names(plan: Plan) -> dict[str, Any]:
         "parameter": C_TYPES[plan.parameter],
         "gradient": C_TYPES[plan.gradient],
         "residual": RESIDUAL_TYPES.get(plan.master, ""),
+        "laned": bool(plan.quantized) and plan.master == "none" and plan.span % LANES == 0,
         "staged": plan.parameter == plan.gradient == "float16" and plan.master == "none",
         "load_p": load,
         "store_p": store,
@@ -91,12 +94,13 @@ def _parameter(plan: Plan) -> tuple[str, str]:
     """How an element of the parameter is read, and how it is written."""
     if plan.master in RESIDUAL_TYPES:
         return (
-            "load_parameter(P[I], Residual[I])",
+            "p = load_parameter(P[I], Residual[I]);",
             "store_parameter(p, noise(Seed, PLACE), P[I], Residual[I]);",
         )
+    load = "rule_read(P + I, p);"
     if plan.master == "stochastic":
-        return "to_float(P[I])", "round_stochastically(p, noise(Seed, PLACE), P[I]);"
-    return "to_float(P[I])", "from_float(p, P[I]);"
+        return load, "round_stochastically(p, noise(Seed, PLACE), P[I]);"
+    return load, "rule_write(p, P + I);"
 
 
 def type_name(storage: Storage) -> str:

@@ -58,8 +58,17 @@ DEVICE void from_float(float x, float16& to) {
   to.bits = (u16)(half | ((bits >> 16) & 0x8000u));
 }
 
+// ---- what a rule's statements work on: a Number, which is a float, or several where a target has them
+
+template <class Stored>
+DEVICE void rule_read(const Stored* from, float& x) { x = to_float(*from); }
+
+template <class Stored>
+DEVICE void rule_write(float x, Stored* to) { from_float(x, *to); }
+
 // ---- functions of the rule language
 
+DEVICE float rule_where(bool condition, float yes, float no) { return condition ? yes : no; }
 DEVICE float rule_sqrt(float x) { return root(x); }
 DEVICE float rule_abs(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
 // The sign bit on a one: vectorized, one comparison and not three.
@@ -67,6 +76,7 @@ DEVICE float rule_sign(float x) { return x < 0.0f || x > 0.0f ? float_of((bits_o
 DEVICE float rule_min(float a, float b) { return a < b ? a : b; }
 DEVICE float rule_max(float a, float b) { return a > b ? a : b; }
 
+DEVICE double rule_where(bool condition, double yes, double no) { return condition ? yes : no; }
 DEVICE double rule_sqrt(double x) { return root64(x); }
 DEVICE double rule_abs(double x) { return x < 0.0 ? -x : x + 0.0; }  // the sum makes -0 a 0
 DEVICE double rule_sign(double x) { return x > 0.0 ? 1.0 : (x < 0.0 ? -1.0 : x); }
@@ -139,17 +149,20 @@ DEVICE const Row& find_row(const Row* rows, i64 row_count, i64 chunk) {
   return rows[low];
 }
 
-// What of the rule is the same for all elements.
+// What of the rule is the same for all elements. A copy that no store can change stays in registers.
+template <class Number>
 struct Scalars {
-  float beta1_;  // beta1
-  float k_1_minus_beta1_;  // 1 - beta1
-  float beta2_;  // beta2
-  float k_1_minus_beta2_;  // 1 - beta2
-  float k_1_over_c2_;  // 1 / c2
-  float eps_;  // eps
-  float k_1_over_c1_;  // 1 / c1
-  float k_1_minus_lr_times_weight_decay_;  // 1 - lr * weight_decay
-  float lr_;  // lr
+  Number beta1_;  // beta1
+  Number k_1_minus_beta1_;  // 1 - beta1
+  Number beta2_;  // beta2
+  Number k_1_minus_beta2_;  // 1 - beta2
+  Number k_1_over_c2_;  // 1 / c2
+  Number eps_;  // eps
+  Number k_1_over_c1_;  // 1 / c1
+  Number k_1_minus_lr_times_weight_decay_;  // 1 - lr * weight_decay
+  Number lr_;  // lr
+
+  explicit Scalars(const float* given) : beta1_(given[0]), k_1_minus_beta1_(given[1]), beta2_(given[2]), k_1_minus_beta2_(given[3]), k_1_over_c2_(given[4]), eps_(given[5]), k_1_over_c1_(given[6]), k_1_minus_lr_times_weight_decay_(given[7]), lr_(given[8]) {}
 };
 
 struct Job {
@@ -166,65 +179,73 @@ struct Job {
   void (*reduce)(const Job*, i64, i64);   // and rows of it in between, or null
 };
 
-enum { SPAN = 1024 };  // elements that are updated at a time
+typedef float Several;
+enum { SPAN = 1024, STEP = SPAN, STEPS = 1 };  // elements that are updated at a time
 
-// The rule, for `Count` elements. The largest magnitudes of quantized states are found on the way,
-// as integers: so the order of comparisons cannot matter, even for NaN.
+// The rule, for `Count` elements, as many as a Number has at a time. The largest magnitudes of quantized states are
+// found on the way, as integers: so the order of comparisons cannot matter, even for NaN.
+template <class Number>
 static inline __attribute__((always_inline)) void update_elements(
     Parameter* __restrict P, const Gradient* __restrict G, float* __restrict State_m, float* __restrict State_v,
-const Scalars& Given, const float Gradient_scale, const int Count) {
-  const float beta1_ = Given.beta1_;
-  const float k_1_minus_beta1_ = Given.k_1_minus_beta1_;
-  const float beta2_ = Given.beta2_;
-  const float k_1_minus_beta2_ = Given.k_1_minus_beta2_;
-  const float k_1_over_c2_ = Given.k_1_over_c2_;
-  const float eps_ = Given.eps_;
-  const float k_1_over_c1_ = Given.k_1_over_c1_;
-  const float k_1_minus_lr_times_weight_decay_ = Given.k_1_minus_lr_times_weight_decay_;
-  const float lr_ = Given.lr_;
-  for (int I = 0; I < Count; ++I) {
-    float p = to_float(P[I]);
-    float g = to_float(G[I]) * Gradient_scale;
-    float m = State_m[I];
-    float v = State_v[I];
+const Scalars<Number>& Given, const Number Gradient_scale, const int Count) {
+  const Number beta1_ = Given.beta1_;
+  const Number k_1_minus_beta1_ = Given.k_1_minus_beta1_;
+  const Number beta2_ = Given.beta2_;
+  const Number k_1_minus_beta2_ = Given.k_1_minus_beta2_;
+  const Number k_1_over_c2_ = Given.k_1_over_c2_;
+  const Number eps_ = Given.eps_;
+  const Number k_1_over_c1_ = Given.k_1_over_c1_;
+  const Number k_1_minus_lr_times_weight_decay_ = Given.k_1_minus_lr_times_weight_decay_;
+  const Number lr_ = Given.lr_;
+  for (int I = 0; I < Count; I += sizeof(Number) / sizeof(float)) {
+    Number p, g, m, v;
+    rule_read(P + I, p);
+    rule_read(G + I, g);
+    g = g * Gradient_scale;
+    rule_read(State_m + I, m);
+    rule_read(State_v + I, v);
     // m = beta1 * m + (1 - beta1) * g
     m = (beta1_ * m) + (k_1_minus_beta1_ * g);
     // v = beta2 * v + (1 - beta2) * g * g
     v = (beta2_ * v) + ((k_1_minus_beta2_ * g) * g);
     // vmax = where(amsgrad, max(vmax, v), v)
-    float vmax = v;
+    Number vmax = v;
     // u = (m / c1) / (sqrt(vmax) / c2 + eps)
-    float u = (k_1_over_c1_ * m) / ((k_1_over_c2_ * rule_sqrt(vmax)) + eps_);
+    Number u = (k_1_over_c1_ * m) / ((k_1_over_c2_ * rule_sqrt(vmax)) + eps_);
     // p = p * (1 - lr * weight_decay)
     p = k_1_minus_lr_times_weight_decay_ * p;
     // p = p - lr * u
     p = p - (lr_ * u);
-    from_float(p, P[I]);
-    State_m[I] = m;
-    State_v[I] = v;
+    rule_write(p, P + I);
+    rule_write(m, State_m + I);
+    rule_write(v, State_v + I);
   }
 }
 
 // Chunks [first, last) of a job.
 extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
   const Row* row = &find_row(job->rows, job->row_count, first);
-  const Scalars scalars = *(const Scalars*)job->scalars;  // a copy that no store can change, so that it stays in registers
+  const Scalars<float> scalars((const float*)job->scalars);
+  const Scalars<Several> several((const float*)job->scalars);
   for (i64 chunk = first; chunk < last; ++chunk) {
     while (chunk >= row[1].FirstChunk) ++row;
     const i64 start = (chunk - row->FirstChunk) * CHUNK;
     const i64 left = row->Numel - start;
     const int count = (int)(left < CHUNK ? left : CHUNK);
     const float gradient_scale = *row->Gradient_scale_;
+    Parameter* const parameters = row->p_ + start;
+    const Gradient* const gradients = row->g_ + start;
     for (int at = 0; at < count; at += SPAN) {
       const int span = count - at < SPAN ? count - at : SPAN;
       float* state_m = row->m_ + start + at;
       float* state_v = row->v_ + start + at;
-      Parameter* p = row->p_ + start + at;
-      const Gradient* g = row->g_ + start + at;
-      if (span == SPAN)  // the same with the count known to the compiler
-        update_elements(p, g, state_m, state_v, scalars, gradient_scale, SPAN);
-      else
-        update_elements(p, g, state_m, state_v, scalars, gradient_scale, span);
+      Parameter* p = parameters + at;
+      const Gradient* g = gradients + at;
+      if (span < SPAN) {  // the last of a tensor; `close` encodes what is left of the chunk before
+        update_elements<float>(p, g, state_m, state_v, scalars, gradient_scale, span);
+        break;
+      }
+      update_elements<Several>(p, g, state_m, state_v, several, gradient_scale, STEP);
     }
   }
 }

@@ -59,8 +59,17 @@ DEVICE void from_float(float x, float16& to) {
   to.bits = (u16)(half | ((bits >> 16) & 0x8000u));
 }
 
+// ---- what a rule's statements work on: a Number, which is a float, or several where a target has them
+
+template <class Stored>
+DEVICE void rule_read(const Stored* from, float& x) { x = to_float(*from); }
+
+template <class Stored>
+DEVICE void rule_write(float x, Stored* to) { from_float(x, *to); }
+
 // ---- functions of the rule language
 
+DEVICE float rule_where(bool condition, float yes, float no) { return condition ? yes : no; }
 DEVICE float rule_sqrt(float x) { return root(x); }
 DEVICE float rule_abs(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
 // The sign bit on a one: vectorized, one comparison and not three.
@@ -68,6 +77,7 @@ DEVICE float rule_sign(float x) { return x < 0.0f || x > 0.0f ? float_of((bits_o
 DEVICE float rule_min(float a, float b) { return a < b ? a : b; }
 DEVICE float rule_max(float a, float b) { return a > b ? a : b; }
 
+DEVICE double rule_where(bool condition, double yes, double no) { return condition ? yes : no; }
 DEVICE double rule_sqrt(double x) { return root64(x); }
 DEVICE double rule_abs(double x) { return x < 0.0 ? -x : x + 0.0; }  // the sum makes -0 a 0
 DEVICE double rule_sign(double x) { return x > 0.0 ? 1.0 : (x < 0.0 ? -1.0 : x); }
@@ -386,6 +396,7 @@ DEVICE void encode_whole_piece(const float (&x)[PER_LANE], u32 largest, const Sh
   }
 }
 
+typedef float Number;
 // What this plan works on: its dtypes, the traits of its codebooks, and a row of the launch's table.
 typedef float Parameter;
 typedef float Gradient;
@@ -484,15 +495,17 @@ bnbx_measure(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_
 #pragma unroll
     for (int I = 0; I < PER_LANE; ++I) {
       if (place_of(I) >= Left) continue;
-      float p = to_float(P[I]);
-      float g = to_float(G[I]) * Gradient_scale;
-      float m = State_m[I];
+      Number p, g, m;
+      rule_read(P + I, p);
+      rule_read(G + I, g);
+      g = g * Gradient_scale;
+      rule_read(State_m + I, m);
       // s = sign(beta1 * m + (1 - beta1) * g)
-      float s = rule_sign(((beta1_ * m) + (k_1_minus_beta1_ * g)));
+      Number s = rule_sign(((beta1_ * m) + (k_1_minus_beta1_ * g)));
       // agrees = where(s * sign(g) > 0, 1, 0)
-      float agrees = (((s * rule_sign(g)) > 0.0f) ? 1.0f : 0.0f);
+      Number agrees = rule_where(((s * rule_sign(g)) > 0.0f), 1.0f, 0.0f);
       // u = agrees * s
-      float u = agrees * s;
+      Number u = agrees * s;
       // m = beta2 * m + (1 - beta2) * g
       m = (beta2_ * m) + (k_1_minus_beta2_ * g);
       Sum.norm_agrees += (double)agrees * (double)agrees;
@@ -561,23 +574,25 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
 
 #pragma unroll
     for (int I = 0; I < PER_LANE; ++I) {
-      float p = to_float(P[I]);
-      float g = to_float(G[I]) * Gradient_scale;
-      float m = State_m[I];
+      Number p, g, m;
+      rule_read(P + I, p);
+      rule_read(G + I, g);
+      g = g * Gradient_scale;
+      rule_read(State_m + I, m);
       // s = sign(beta1 * m + (1 - beta1) * g)
-      float s = rule_sign(((beta1_ * m) + (k_1_minus_beta1_ * g)));
+      Number s = rule_sign(((beta1_ * m) + (k_1_minus_beta1_ * g)));
       // agrees = where(s * sign(g) > 0, 1, 0)
-      float agrees = (((s * rule_sign(g)) > 0.0f) ? 1.0f : 0.0f);
+      Number agrees = rule_where(((s * rule_sign(g)) > 0.0f), 1.0f, 0.0f);
       // u = agrees * s
-      float u = agrees * s;
+      Number u = agrees * s;
       // m = beta2 * m + (1 - beta2) * g
       m = (beta2_ * m) + (k_1_minus_beta2_ * g);
       // p = p * (1 - lr * weight_decay)
       p = k_1_minus_lr_times_weight_decay_ * p;
       // p = p - lr / share * u
       p = p - (lr_over_share_ * u);
-      from_float(p, P[I]);
-      State_m[I] = m;
+      rule_write(p, P + I);
+      rule_write(m, State_m + I);
     }
     store_piece(Here.p_ + Start, Left, Aligned, P);
     encode_piece<dynamic8_signed>(State_m, Left, shared_dynamic8_signed, tables_dynamic8_signed, Codes_m, Absmax_m);

@@ -58,8 +58,17 @@ DEVICE void from_float(float x, float16& to) {
   to.bits = (u16)(half | ((bits >> 16) & 0x8000u));
 }
 
+// ---- what a rule's statements work on: a Number, which is a float, or several where a target has them
+
+template <class Stored>
+DEVICE void rule_read(const Stored* from, float& x) { x = to_float(*from); }
+
+template <class Stored>
+DEVICE void rule_write(float x, Stored* to) { from_float(x, *to); }
+
 // ---- functions of the rule language
 
+DEVICE float rule_where(bool condition, float yes, float no) { return condition ? yes : no; }
 DEVICE float rule_sqrt(float x) { return root(x); }
 DEVICE float rule_abs(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
 // The sign bit on a one: vectorized, one comparison and not three.
@@ -67,6 +76,7 @@ DEVICE float rule_sign(float x) { return x < 0.0f || x > 0.0f ? float_of((bits_o
 DEVICE float rule_min(float a, float b) { return a < b ? a : b; }
 DEVICE float rule_max(float a, float b) { return a > b ? a : b; }
 
+DEVICE double rule_where(bool condition, double yes, double no) { return condition ? yes : no; }
 DEVICE double rule_sqrt(double x) { return root64(x); }
 DEVICE double rule_abs(double x) { return x < 0.0 ? -x : x + 0.0; }  // the sum makes -0 a 0
 DEVICE double rule_sign(double x) { return x > 0.0 ? 1.0 : (x < 0.0 ? -1.0 : x); }
@@ -856,22 +866,25 @@ DEVICE void find_values(const Part& Sum, const Row& Here, const double* Inputs, 
   // ratio = where(max_unorm, min(max_unorm * norm_p / norm_u, 1), norm_p / norm_u)
   double ratio = norm_p / norm_u;
   // trust = where(norm_p > 0, where(norm_u > 0, ratio, 1), 1)
-  double trust = ((norm_p > 0.0) ? ((norm_u > 0.0) ? ratio : 1.0) : 1.0);
+  double trust = rule_where((norm_p > 0.0), rule_where((norm_u > 0.0), ratio, 1.0), 1.0);
   // trust = where(norm_u >= 0, trust, 0)
-  trust = ((norm_u >= 0.0) ? trust : 0.0);
+  trust = rule_where((norm_u >= 0.0), trust, 0.0);
   Found.lr_times_trust_ = (float)((lr * trust));
 }
 
-// What of the rule is the same for all elements.
+// What of the rule is the same for all elements. A copy that no store can change stays in registers.
+template <class Number>
 struct Scalars {
-  float beta1_;  // beta1
-  float k_1_minus_beta1_;  // 1 - beta1
-  float beta2_;  // beta2
-  float k_1_minus_beta2_;  // 1 - beta2
-  float k_1_over_c2_;  // 1 / c2
-  float eps_;  // eps
-  float k_1_over_c1_;  // 1 / c1
-  float weight_decay_;  // weight_decay
+  Number beta1_;  // beta1
+  Number k_1_minus_beta1_;  // 1 - beta1
+  Number beta2_;  // beta2
+  Number k_1_minus_beta2_;  // 1 - beta2
+  Number k_1_over_c2_;  // 1 / c2
+  Number eps_;  // eps
+  Number k_1_over_c1_;  // 1 / c1
+  Number weight_decay_;  // weight_decay
+
+  explicit Scalars(const float* given) : beta1_(given[0]), k_1_minus_beta1_(given[1]), beta2_(given[2]), k_1_minus_beta2_(given[3]), k_1_over_c2_(given[4]), eps_(given[5]), k_1_over_c1_(given[6]), weight_decay_(given[7]) {}
 };
 
 struct Job {
@@ -900,8 +913,101 @@ struct Job {
 #endif
 #endif
 enum { OVERLAP = BNBX_OVERLAP };
-// Elements that are updated at a time. Overlapping, 64 and 256 of a block take 3 to 8 % more time.
-enum { SPAN_LIMIT = OVERLAP ? 128 : CHUNK, SPAN = 256 < (int)SPAN_LIMIT ? 256 : (int)SPAN_LIMIT };
+// Sixteen floats as one Number: what a rule's statements do to a float, they do to each of them. So a few elements can be
+// updated between the codings of others, in one stream of instructions, where a loop would have to end: see cpu_stage.h.
+
+#if defined(BLOCKS_BY_AVX512) && BNBX_OVERLAP
+#define LANED
+
+struct Mask {
+  __mmask16 bits;
+};
+
+struct Lanes {
+  enum { COUNT = 16 };
+  __m512 x;
+
+  Lanes() = default;
+  Lanes(__m512 of) : x(of) {}
+  Lanes(float of) : x(_mm512_set1_ps(of)) {}
+  Lanes operator-() const { return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(x), _mm512_set1_epi32((i32)0x80000000u))); }
+};
+
+DEVICE Lanes operator+(Lanes a, Lanes b) { return _mm512_add_ps(a.x, b.x); }
+DEVICE Lanes operator-(Lanes a, Lanes b) { return _mm512_sub_ps(a.x, b.x); }
+DEVICE Lanes operator*(Lanes a, Lanes b) { return _mm512_mul_ps(a.x, b.x); }
+DEVICE Lanes operator/(Lanes a, Lanes b) { return _mm512_div_ps(a.x, b.x); }
+
+DEVICE Mask operator<(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.x, b.x, _CMP_LT_OQ)}; }
+DEVICE Mask operator<=(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.x, b.x, _CMP_LE_OQ)}; }
+DEVICE Mask operator>(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.x, b.x, _CMP_GT_OQ)}; }
+DEVICE Mask operator>=(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.x, b.x, _CMP_GE_OQ)}; }
+DEVICE Mask operator==(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.x, b.x, _CMP_EQ_OQ)}; }
+DEVICE Mask operator!=(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.x, b.x, _CMP_NEQ_UQ)}; }
+
+DEVICE Lanes rule_where(Mask condition, Lanes yes, Lanes no) { return _mm512_mask_blend_ps(condition.bits, no.x, yes.x); }
+DEVICE Lanes rule_where(bool condition, Lanes yes, Lanes no) { return condition ? yes : no; }
+DEVICE Lanes rule_sqrt(Lanes x) { return _mm512_sqrt_ps(x.x); }
+DEVICE Lanes rule_abs(Lanes x) { return _mm512_abs_ps(x.x); }
+DEVICE Lanes rule_min(Lanes a, Lanes b) { return _mm512_min_ps(a.x, b.x); }  // b, where either is NaN
+DEVICE Lanes rule_max(Lanes a, Lanes b) { return _mm512_max_ps(a.x, b.x); }
+
+DEVICE Lanes rule_sign(Lanes x) {
+  const __mmask16 signs = _mm512_cmp_ps_mask(x.x, _mm512_setzero_ps(), _CMP_LT_OQ) | _mm512_cmp_ps_mask(x.x, _mm512_setzero_ps(), _CMP_GT_OQ);
+  const __m512 one = _mm512_or_ps(_mm512_and_ps(x.x, _mm512_set1_ps(-0.0f)), _mm512_set1_ps(1.0f));
+  return _mm512_mask_blend_ps(signs, x.x, one);
+}
+
+DEVICE void rule_read(const float* from, Lanes& x) { x.x = _mm512_loadu_ps(from); }
+DEVICE void rule_write(Lanes x, float* to) { _mm512_storeu_ps(to, x.x); }
+
+DEVICE void rule_read(const bfloat16* from, Lanes& x) {
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+  x.x = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+
+// As from_float rounds.
+DEVICE void rule_write(Lanes x, bfloat16* to) {
+  const __m512i bits = _mm512_castps_si512(x.x), last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x.x, x.x, _CMP_UNORD_Q);
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(nan, rounded, _mm512_set1_epi32(0x7fc0))));
+}
+
+DEVICE void rule_read(const float16* from, Lanes& x) { x.x = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
+
+DEVICE void rule_write(Lanes x, float16* to) {
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph(x.x, _MM_FROUND_TO_NEAREST_INT));
+}
+
+// The largest magnitude in each lane, as an integer.
+struct Magnitudes {
+  __m512i bits = _mm512_setzero_si512();
+};
+
+DEVICE Magnitudes larger_magnitude(Magnitudes largest, Lanes x) {
+  return {_mm512_max_epi32(largest.bits, _mm512_castps_si512(rule_abs(x).x))};
+}
+
+DEVICE i32 largest_of(Magnitudes found) { return _mm512_reduce_max_epi32(found.bits); }
+
+typedef Lanes Several;
+typedef Magnitudes Largest;
+#endif
+
+
+// Elements that are decoded, updated and encoded at a time, and steps in which they are updated: in lanes a few, with
+// codings in between; as floats all, since a loop has to begin for them. There, 64 and 256 take 3 to 8 % more time.
+#ifdef LANED
+enum { SPAN_LIMIT = 64 };
+#else
+typedef float Several;
+typedef i32 Largest;
+static inline i32 largest_of(i32 found) { return found; }
+enum { SPAN_LIMIT = OVERLAP ? 128 : CHUNK };
+#endif
+enum { SPAN = 256 < (int)SPAN_LIMIT ? 256 : (int)SPAN_LIMIT };
+enum { STEP = sizeof(Several) > sizeof(float) ? (int)(sizeof(Several) / sizeof(float)) : (int)SPAN, STEPS = SPAN / STEP };
 
 // The quantized states of a chunk on a CPU: from codes to numbers, and back.
 //
@@ -938,7 +1044,7 @@ struct Stage {
   int buffer = 0, count;
   const u8* codes;
   const float* absmax;
-  i32 largest[CHUNK / SPAN];  // magnitude in each span of what is updated, as float bits
+  i32 largest[CHUNK / Type::BLOCK];  // magnitude in each block of what is updated, as float bits
 
   // The chunk whose numbers are encoded: `done` of `pending` are.
   const float* late_numbers;
@@ -962,13 +1068,29 @@ struct Stage {
     codes = unpacked[buffer];
   }
 
-  void decode(int i) { decode_block<Piece>(codes + i, absmax[Type::WHOLE ? 0 : i / Type::BLOCK], tables, numbers_at(i)); }
+  // The span at `at`, if there is one.
+  void decode(int at) {
+    if (at < count) decode_block<Piece>(codes + at, absmax[Type::WHOLE ? 0 : at / Type::BLOCK], tables, numbers_at(at));
+  }
+
+  // A magnitude in the span at `at`.
+  void include(int at, i32 magnitude) {
+    i32& most = largest[at / Type::BLOCK];
+    if (magnitude > most) most = magnitude;
+  }
+
+  // The span at `at` is updated: where it ends a block, that block's largest is known, and the search for the next begins.
+  void note(int at, Largest& most) {
+    if ((at + SPAN) % Type::BLOCK && at + SPAN < count) return;
+    include(at, largest_of(most));
+    most = Largest();
+  }
 
   // The next span of the chunk before.
   void encode() {
     if (done >= pending) return;
     const Scale scale = late_scales[Type::WHOLE ? 0 : done / Type::BLOCK];
-    if (scale.inverse > 0.0f) encode_block<Piece>(late_numbers + done, scale.inverse, tables, late_codes + done);
+    if (__builtin_expect(scale.inverse > 0.0f, 1)) encode_block<Piece>(late_numbers + done, scale.inverse, tables, late_codes + done);
     else __builtin_memset(late_codes + done, Type::ZERO_CODE, SPAN);
     done += SPAN;
   }
@@ -982,10 +1104,8 @@ struct Stage {
   // All spans are updated: to be encoded, to `to`, with scales that follow from their largest magnitudes.
   void close(u8* to, float* absmax_to) {
     flush();
-    for (int block = 0, span = 0; block * Type::BLOCK < count; ++block) {
-      i32 most = 0;
-      for (; span * SPAN < (block + 1) * Type::BLOCK; ++span) most = largest[span] > most ? largest[span] : most;
-      late_scales[block] = make_scale<Type>((u32)most);
+    for (int block = 0; block * Type::BLOCK < count; ++block) {
+      late_scales[block] = make_scale<Type>((u32)largest[block]);
       absmax_to[block] = late_scales[block].absmax;
     }
     hand_over(to);
@@ -1018,24 +1138,27 @@ static inline double sum_of_squares(const float* x, int count) {
 }
 
 // The first pass: the rule up to its new states, for `Count` elements, and what is to be measured.
+template <class Number>
 static inline __attribute__((always_inline)) void measure_elements(
     const Parameter* __restrict P, const Gradient* __restrict G, const float* __restrict State_m, const float* __restrict State_v,
-const Scalars& Given, const float Gradient_scale, const int Count, Part& Found) {
-  const float beta1_ = Given.beta1_;
-  const float k_1_minus_beta1_ = Given.k_1_minus_beta1_;
-  const float beta2_ = Given.beta2_;
-  const float k_1_minus_beta2_ = Given.k_1_minus_beta2_;
-  const float k_1_over_c2_ = Given.k_1_over_c2_;
-  const float eps_ = Given.eps_;
-  const float k_1_over_c1_ = Given.k_1_over_c1_;
-  const float weight_decay_ = Given.weight_decay_;
+const Scalars<Number>& Given, const Number Gradient_scale, const int Count, Part& Found) {
+  const Number beta1_ = Given.beta1_;
+  const Number k_1_minus_beta1_ = Given.k_1_minus_beta1_;
+  const Number beta2_ = Given.beta2_;
+  const Number k_1_minus_beta2_ = Given.k_1_minus_beta2_;
+  const Number k_1_over_c2_ = Given.k_1_over_c2_;
+  const Number eps_ = Given.eps_;
+  const Number k_1_over_c1_ = Given.k_1_over_c1_;
+  const Number weight_decay_ = Given.weight_decay_;
   alignas(64) float Norm_p[SPAN];
   alignas(64) float Norm_u[SPAN];
   for (int I = 0; I < Count; ++I) {
-    float p = to_float(P[I]);
-    float g = to_float(G[I]) * Gradient_scale;
-    float m = State_m[I];
-    float v = State_v[I];
+    Number p, g, m, v;
+    rule_read(P + I, p);
+    rule_read(G + I, g);
+    g = g * Gradient_scale;
+    rule_read(State_m + I, m);
+    rule_read(State_v + I, v);
     // g = where(adam_w_mode, g, g + weight_decay * p)
     g = g;
     // m = beta1 * m + (1 - beta1) * g
@@ -1043,9 +1166,9 @@ const Scalars& Given, const float Gradient_scale, const int Count, Part& Found) 
     // v = beta2 * v + (1 - beta2) * g * g
     v = (beta2_ * v) + ((k_1_minus_beta2_ * g) * g);
     // vmax = where(amsgrad, max(vmax, v), v)
-    float vmax = v;
+    Number vmax = v;
     // u = (m / c1) / (sqrt(vmax) / c2 + eps)
-    float u = (k_1_over_c1_ * m) / ((k_1_over_c2_ * rule_sqrt(vmax)) + eps_);
+    Number u = (k_1_over_c1_ * m) / ((k_1_over_c2_ * rule_sqrt(vmax)) + eps_);
     // u = where(adam_w_mode, u + weight_decay * p, u)
     u = u + (weight_decay_ * p);
     Norm_p[I] = p;
@@ -1055,27 +1178,30 @@ const Scalars& Given, const float Gradient_scale, const int Count, Part& Found) 
   Found.norm_u += sum_of_squares(Norm_u, Count);
 }
 
-// The rule, for `Count` elements. The largest magnitudes of quantized states are found on the way,
-// as integers: so the order of comparisons cannot matter, even for NaN.
+// The rule, for `Count` elements, as many as a Number has at a time. The largest magnitudes of quantized states are
+// found on the way, as integers: so the order of comparisons cannot matter, even for NaN.
+template <class Number, class Found>
 static inline __attribute__((always_inline)) void update_elements(
     Parameter* __restrict P, const Gradient* __restrict G, float* __restrict State_m, float* __restrict State_v,
-const Scalars& Given, const float Gradient_scale, const Values& Here, const int Count, i32& Largest_m, i32& Largest_v) {
-  const float beta1_ = Given.beta1_;
-  const float k_1_minus_beta1_ = Given.k_1_minus_beta1_;
-  const float beta2_ = Given.beta2_;
-  const float k_1_minus_beta2_ = Given.k_1_minus_beta2_;
-  const float k_1_over_c2_ = Given.k_1_over_c2_;
-  const float eps_ = Given.eps_;
-  const float k_1_over_c1_ = Given.k_1_over_c1_;
-  const float weight_decay_ = Given.weight_decay_;
+const Scalars<Number>& Given, const Number Gradient_scale, const Values& Here, const int Count, Found& Largest_m, Found& Largest_v) {
+  const Number beta1_ = Given.beta1_;
+  const Number k_1_minus_beta1_ = Given.k_1_minus_beta1_;
+  const Number beta2_ = Given.beta2_;
+  const Number k_1_minus_beta2_ = Given.k_1_minus_beta2_;
+  const Number k_1_over_c2_ = Given.k_1_over_c2_;
+  const Number eps_ = Given.eps_;
+  const Number k_1_over_c1_ = Given.k_1_over_c1_;
+  const Number weight_decay_ = Given.weight_decay_;
   const float lr_times_trust_ = Here.lr_times_trust_;  // lr * trust
-  i32 Most_m = 0;
-  i32 Most_v = 0;
-  for (int I = 0; I < Count; ++I) {
-    float p = to_float(P[I]);
-    float g = to_float(G[I]) * Gradient_scale;
-    float m = State_m[I];
-    float v = State_v[I];
+  Found Most_m = Largest_m;
+  Found Most_v = Largest_v;
+  for (int I = 0; I < Count; I += sizeof(Number) / sizeof(float)) {
+    Number p, g, m, v;
+    rule_read(P + I, p);
+    rule_read(G + I, g);
+    g = g * Gradient_scale;
+    rule_read(State_m + I, m);
+    rule_read(State_v + I, v);
     // g = where(adam_w_mode, g, g + weight_decay * p)
     g = g;
     // m = beta1 * m + (1 - beta1) * g
@@ -1083,16 +1209,16 @@ const Scalars& Given, const float Gradient_scale, const Values& Here, const int 
     // v = beta2 * v + (1 - beta2) * g * g
     v = (beta2_ * v) + ((k_1_minus_beta2_ * g) * g);
     // vmax = where(amsgrad, max(vmax, v), v)
-    float vmax = v;
+    Number vmax = v;
     // u = (m / c1) / (sqrt(vmax) / c2 + eps)
-    float u = (k_1_over_c1_ * m) / ((k_1_over_c2_ * rule_sqrt(vmax)) + eps_);
+    Number u = (k_1_over_c1_ * m) / ((k_1_over_c2_ * rule_sqrt(vmax)) + eps_);
     // u = where(adam_w_mode, u + weight_decay * p, u)
     u = u + (weight_decay_ * p);
     // p = p - lr * trust * u
     p = p - (lr_times_trust_ * u);
-    from_float(p, P[I]);
-    State_m[I] = m;
-    State_v[I] = v;
+    rule_write(p, P + I);
+    rule_write(m, State_m + I);
+    rule_write(v, State_v + I);
     Most_m = larger_magnitude(Most_m, m);
     Most_v = larger_magnitude(Most_v, v);
   }
@@ -1103,7 +1229,7 @@ const Scalars& Given, const float Gradient_scale, const Values& Here, const int 
 // What is in chunks [first, last) of a job.
 extern "C" void bnbx_measure(const Job* job, i64 first, i64 last) {
   const Row* row = &find_row(job->rows, job->row_count, first);
-  const Scalars scalars = *(const Scalars*)job->scalars;  // a copy that no store can change, so that it stays in registers
+  const Scalars<float> scalars((const float*)job->scalars);
   const Tables* tables_dynamic8_signed = (const Tables*)job->tables[0];
   const Tables* tables_dynamic8_unsigned = (const Tables*)job->tables[1];
   Stage<dynamic8_signed> stage_m(tables_dynamic8_signed);
@@ -1114,6 +1240,8 @@ extern "C" void bnbx_measure(const Job* job, i64 first, i64 last) {
     const i64 left = row->Numel - start;
     const int count = (int)(left < CHUNK ? left : CHUNK);
     const float gradient_scale = *row->Gradient_scale_;
+    const Parameter* const parameters = row->p_ + start;
+    const Gradient* const gradients = row->g_ + start;
     Part found = {};
     u8* codes_m = row->m_ + start * dynamic8_signed::BITS / 8;
     float* absmax_m = row->m_absmax_ + start / dynamic8_signed::BLOCK;
@@ -1127,14 +1255,14 @@ extern "C" void bnbx_measure(const Job* job, i64 first, i64 last) {
       float* state_m = stage_m.numbers_at(at);
       stage_v.decode(at);
       float* state_v = stage_v.numbers_at(at);
-      ask_for<false>(row->p_ + start + at + AHEAD, SPAN);
-      Parameter* p = row->p_ + start + at;
-      const Gradient* g = row->g_ + start + at;
+      ask_for<false>(parameters + at + AHEAD, SPAN);
+      const Parameter* p = parameters + at;
+      const Gradient* g = gradients + at;
       if (span == SPAN)  // the same with the count known to the compiler
-        measure_elements(p, g, state_m, state_v, scalars, gradient_scale, SPAN, found);
+        measure_elements<float>(p, g, state_m, state_v, scalars, gradient_scale, SPAN, found);
       else
-        measure_elements(p, g, state_m, state_v, scalars, gradient_scale, span, found);
-      ask_for<false>(row->g_ + start + at + AHEAD, SPAN);
+        measure_elements<float>(p, g, state_m, state_v, scalars, gradient_scale, span, found);
+      ask_for<false>(gradients + at + AHEAD, SPAN);
       ask_for<false>(codes_m + (at + AHEAD) * dynamic8_signed::BITS / 8, SPAN * dynamic8_signed::BITS / 8);
       ask_for<false>(codes_v + (at + AHEAD) * dynamic8_unsigned::BITS / 8, SPAN * dynamic8_unsigned::BITS / 8);
     }
@@ -1154,7 +1282,8 @@ extern "C" void bnbx_reduce(const Job* job, i64 first, i64 last) {
 // Chunks [first, last) of a job.
 extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
   const Row* row = &find_row(job->rows, job->row_count, first);
-  const Scalars scalars = *(const Scalars*)job->scalars;  // a copy that no store can change, so that it stays in registers
+  const Scalars<float> scalars((const float*)job->scalars);
+  const Scalars<Several> several((const float*)job->scalars);
   const Tables* tables_dynamic8_signed = (const Tables*)job->tables[0];
   const Tables* tables_dynamic8_unsigned = (const Tables*)job->tables[1];
   Stage<dynamic8_signed> stage_m(tables_dynamic8_signed);
@@ -1165,6 +1294,8 @@ extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
     const i64 left = row->Numel - start;
     const int count = (int)(left < CHUNK ? left : CHUNK);
     const float gradient_scale = *row->Gradient_scale_;
+    Parameter* const parameters = row->p_ + start;
+    const Gradient* const gradients = row->g_ + start;
     const Values& values = ((const Values*)job->values)[row - job->rows];
     u8* codes_m = row->m_ + start * dynamic8_signed::BITS / 8;
     float* absmax_m = row->m_absmax_ + start / dynamic8_signed::BLOCK;
@@ -1172,24 +1303,40 @@ extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
     u8* codes_v = row->v_ + start * dynamic8_unsigned::BITS / 8;
     float* absmax_v = row->v_absmax_ + start / dynamic8_unsigned::BLOCK;
     stage_v.open(codes_v, absmax_v, count);
+    Largest largest_m = Largest();
+    Largest largest_v = Largest();
+    stage_m.decode(0);
+    stage_v.decode(0);
     for (int at = 0; at < count; at += SPAN) {
       const int span = count - at < SPAN ? count - at : SPAN;
-      stage_m.decode(at);
       float* state_m = stage_m.numbers_at(at);
-      stage_v.decode(at);
       float* state_v = stage_v.numbers_at(at);
-      ask_for<true>(row->p_ + start + at + AHEAD, SPAN);
-      Parameter* p = row->p_ + start + at;
-      const Gradient* g = row->g_ + start + at;
-      if (span == SPAN)  // the same with the count known to the compiler
-        update_elements(p, g, state_m, state_v, scalars, gradient_scale, values, SPAN, stage_m.largest[at / SPAN], stage_v.largest[at / SPAN]);
-      else
-        update_elements(p, g, state_m, state_v, scalars, gradient_scale, values, span, stage_m.largest[at / SPAN], stage_v.largest[at / SPAN]);
-      ask_for<false>(row->g_ + start + at + AHEAD, SPAN);
+      ask_for<true>(parameters + at + AHEAD, SPAN);
+      Parameter* p = parameters + at;
+      const Gradient* g = gradients + at;
+      if (span < SPAN) {  // the last of a tensor; `close` encodes what is left of the chunk before
+        i32 rest_m = 0;
+        i32 rest_v = 0;
+        update_elements<float>(p, g, state_m, state_v, scalars, gradient_scale, values, span, rest_m, rest_v);
+        stage_m.include(at, rest_m);
+        stage_m.note(at, largest_m);
+        stage_v.include(at, rest_v);
+        stage_v.note(at, largest_v);
+        break;
+      }
+      update_elements<Several>(p, g, state_m, state_v, several, gradient_scale, values, STEP, largest_m, largest_v);
+      ask_for<false>(gradients + at + AHEAD, SPAN);
       ask_for<true>(codes_m + (at + AHEAD) * dynamic8_signed::BITS / 8, SPAN * dynamic8_signed::BITS / 8);
-      stage_m.encode();
       ask_for<true>(codes_v + (at + AHEAD) * dynamic8_unsigned::BITS / 8, SPAN * dynamic8_unsigned::BITS / 8);
+      stage_m.encode();
+      if (STEPS > 1) update_elements<Several>(p + 1 * STEP, g + 1 * STEP, state_m + 1 * STEP, state_v + 1 * STEP, several, gradient_scale, values, STEP, largest_m, largest_v);
+      stage_m.decode(at + SPAN);
+      if (STEPS > 2) update_elements<Several>(p + 2 * STEP, g + 2 * STEP, state_m + 2 * STEP, state_v + 2 * STEP, several, gradient_scale, values, STEP, largest_m, largest_v);
       stage_v.encode();
+      if (STEPS > 3) update_elements<Several>(p + 3 * STEP, g + 3 * STEP, state_m + 3 * STEP, state_v + 3 * STEP, several, gradient_scale, values, STEP, largest_m, largest_v);
+      stage_v.decode(at + SPAN);
+      stage_m.note(at, largest_m);
+      stage_v.note(at, largest_v);
     }
     stage_m.close(codes_m, absmax_m);
     stage_v.close(codes_v, absmax_v);

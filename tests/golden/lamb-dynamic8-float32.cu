@@ -59,8 +59,17 @@ DEVICE void from_float(float x, float16& to) {
   to.bits = (u16)(half | ((bits >> 16) & 0x8000u));
 }
 
+// ---- what a rule's statements work on: a Number, which is a float, or several where a target has them
+
+template <class Stored>
+DEVICE void rule_read(const Stored* from, float& x) { x = to_float(*from); }
+
+template <class Stored>
+DEVICE void rule_write(float x, Stored* to) { from_float(x, *to); }
+
 // ---- functions of the rule language
 
+DEVICE float rule_where(bool condition, float yes, float no) { return condition ? yes : no; }
 DEVICE float rule_sqrt(float x) { return root(x); }
 DEVICE float rule_abs(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
 // The sign bit on a one: vectorized, one comparison and not three.
@@ -68,6 +77,7 @@ DEVICE float rule_sign(float x) { return x < 0.0f || x > 0.0f ? float_of((bits_o
 DEVICE float rule_min(float a, float b) { return a < b ? a : b; }
 DEVICE float rule_max(float a, float b) { return a > b ? a : b; }
 
+DEVICE double rule_where(bool condition, double yes, double no) { return condition ? yes : no; }
 DEVICE double rule_sqrt(double x) { return root64(x); }
 DEVICE double rule_abs(double x) { return x < 0.0 ? -x : x + 0.0; }  // the sum makes -0 a 0
 DEVICE double rule_sign(double x) { return x > 0.0 ? 1.0 : (x < 0.0 ? -1.0 : x); }
@@ -386,6 +396,7 @@ DEVICE void encode_whole_piece(const float (&x)[PER_LANE], u32 largest, const Sh
   }
 }
 
+typedef float Number;
 // What this plan works on: its dtypes, the traits of its codebooks, and a row of the launch's table.
 typedef float Parameter;
 typedef float Gradient;
@@ -457,9 +468,9 @@ DEVICE void find_values(const Part& Sum, const Row& Here, const double* Inputs, 
   // ratio = where(max_unorm, min(max_unorm * norm_p / norm_u, 1), norm_p / norm_u)
   double ratio = norm_p / norm_u;
   // trust = where(norm_p > 0, where(norm_u > 0, ratio, 1), 1)
-  double trust = ((norm_p > 0.0) ? ((norm_u > 0.0) ? ratio : 1.0) : 1.0);
+  double trust = rule_where((norm_p > 0.0), rule_where((norm_u > 0.0), ratio, 1.0), 1.0);
   // trust = where(norm_u >= 0, trust, 0)
-  trust = ((norm_u >= 0.0) ? trust : 0.0);
+  trust = rule_where((norm_u >= 0.0), trust, 0.0);
   Found.lr_times_trust_ = (float)((lr * trust));
 }
 
@@ -511,10 +522,12 @@ bnbx_measure(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_
 #pragma unroll
     for (int I = 0; I < PER_LANE; ++I) {
       if (place_of(I) >= Left) continue;
-      float p = to_float(P[I]);
-      float g = to_float(G[I]) * Gradient_scale;
-      float m = State_m[I];
-      float v = State_v[I];
+      Number p, g, m, v;
+      rule_read(P + I, p);
+      rule_read(G + I, g);
+      g = g * Gradient_scale;
+      rule_read(State_m + I, m);
+      rule_read(State_v + I, v);
       // g = where(adam_w_mode, g, g + weight_decay * p)
       g = g + (weight_decay_ * p);
       // m = beta1 * m + (1 - beta1) * g
@@ -522,9 +535,9 @@ bnbx_measure(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_
       // v = beta2 * v + (1 - beta2) * g * g
       v = (beta2_ * v) + ((k_1_minus_beta2_ * g) * g);
       // vmax = where(amsgrad, max(vmax, v), v)
-      float vmax = v;
+      Number vmax = v;
       // u = (m / c1) / (sqrt(vmax) / c2 + eps)
-      float u = (k_1_over_c1_ * m) / ((k_1_over_c2_ * rule_sqrt(vmax)) + eps_);
+      Number u = (k_1_over_c1_ * m) / ((k_1_over_c2_ * rule_sqrt(vmax)) + eps_);
       // u = where(adam_w_mode, u + weight_decay * p, u)
       u = u;
       Sum.norm_p += (double)p * (double)p;
@@ -605,10 +618,12 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
 
 #pragma unroll
     for (int I = 0; I < PER_LANE; ++I) {
-      float p = to_float(P[I]);
-      float g = to_float(G[I]) * Gradient_scale;
-      float m = State_m[I];
-      float v = State_v[I];
+      Number p, g, m, v;
+      rule_read(P + I, p);
+      rule_read(G + I, g);
+      g = g * Gradient_scale;
+      rule_read(State_m + I, m);
+      rule_read(State_v + I, v);
       // g = where(adam_w_mode, g, g + weight_decay * p)
       g = g + (weight_decay_ * p);
       // m = beta1 * m + (1 - beta1) * g
@@ -616,16 +631,16 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
       // v = beta2 * v + (1 - beta2) * g * g
       v = (beta2_ * v) + ((k_1_minus_beta2_ * g) * g);
       // vmax = where(amsgrad, max(vmax, v), v)
-      float vmax = v;
+      Number vmax = v;
       // u = (m / c1) / (sqrt(vmax) / c2 + eps)
-      float u = (k_1_over_c1_ * m) / ((k_1_over_c2_ * rule_sqrt(vmax)) + eps_);
+      Number u = (k_1_over_c1_ * m) / ((k_1_over_c2_ * rule_sqrt(vmax)) + eps_);
       // u = where(adam_w_mode, u + weight_decay * p, u)
       u = u;
       // p = p - lr * trust * u
       p = p - (lr_times_trust_ * u);
-      from_float(p, P[I]);
-      State_m[I] = m;
-      State_v[I] = v;
+      rule_write(p, P + I);
+      rule_write(m, State_m + I);
+      rule_write(v, State_v + I);
     }
     store_piece(Here.p_ + Start, Left, Aligned, P);
     encode_piece<dynamic8_signed>(State_m, Left, shared_dynamic8_signed, tables_dynamic8_signed, Codes_m, Absmax_m);

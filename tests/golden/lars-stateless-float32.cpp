@@ -58,8 +58,17 @@ DEVICE void from_float(float x, float16& to) {
   to.bits = (u16)(half | ((bits >> 16) & 0x8000u));
 }
 
+// ---- what a rule's statements work on: a Number, which is a float, or several where a target has them
+
+template <class Stored>
+DEVICE void rule_read(const Stored* from, float& x) { x = to_float(*from); }
+
+template <class Stored>
+DEVICE void rule_write(float x, Stored* to) { from_float(x, *to); }
+
 // ---- functions of the rule language
 
+DEVICE float rule_where(bool condition, float yes, float no) { return condition ? yes : no; }
 DEVICE float rule_sqrt(float x) { return root(x); }
 DEVICE float rule_abs(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
 // The sign bit on a one: vectorized, one comparison and not three.
@@ -67,6 +76,7 @@ DEVICE float rule_sign(float x) { return x < 0.0f || x > 0.0f ? float_of((bits_o
 DEVICE float rule_min(float a, float b) { return a < b ? a : b; }
 DEVICE float rule_max(float a, float b) { return a > b ? a : b; }
 
+DEVICE double rule_where(bool condition, double yes, double no) { return condition ? yes : no; }
 DEVICE double rule_sqrt(double x) { return root64(x); }
 DEVICE double rule_abs(double x) { return x < 0.0 ? -x : x + 0.0; }  // the sum makes -0 a 0
 DEVICE double rule_sign(double x) { return x > 0.0 ? 1.0 : (x < 0.0 ? -1.0 : x); }
@@ -137,10 +147,13 @@ DEVICE const Row& find_row(const Row* rows, i64 row_count, i64 chunk) {
   return rows[low];
 }
 
-// What of the rule is the same for all elements.
+// What of the rule is the same for all elements. A copy that no store can change stays in registers.
+template <class Number>
 struct Scalars {
-  float weight_decay_;  // weight_decay
-  float lr_;  // lr
+  Number weight_decay_;  // weight_decay
+  Number lr_;  // lr
+
+  explicit Scalars(const float* given) : weight_decay_(given[0]), lr_(given[1]) {}
 };
 
 struct Job {
@@ -157,48 +170,56 @@ struct Job {
   void (*reduce)(const Job*, i64, i64);   // and rows of it in between, or null
 };
 
-enum { SPAN = 1024 };  // elements that are updated at a time
+typedef float Several;
+enum { SPAN = 1024, STEP = SPAN, STEPS = 1 };  // elements that are updated at a time
 
-// The rule, for `Count` elements. The largest magnitudes of quantized states are found on the way,
-// as integers: so the order of comparisons cannot matter, even for NaN.
+// The rule, for `Count` elements, as many as a Number has at a time. The largest magnitudes of quantized states are
+// found on the way, as integers: so the order of comparisons cannot matter, even for NaN.
+template <class Number>
 static inline __attribute__((always_inline)) void update_elements(
     Parameter* __restrict P, const Gradient* __restrict G,
-const Scalars& Given, const float Gradient_scale, const int Count) {
-  const float weight_decay_ = Given.weight_decay_;
-  const float lr_ = Given.lr_;
-  for (int I = 0; I < Count; ++I) {
-    float p = to_float(P[I]);
-    float g = to_float(G[I]) * Gradient_scale;
+const Scalars<Number>& Given, const Number Gradient_scale, const int Count) {
+  const Number weight_decay_ = Given.weight_decay_;
+  const Number lr_ = Given.lr_;
+  for (int I = 0; I < Count; I += sizeof(Number) / sizeof(float)) {
+    Number p, g;
+    rule_read(P + I, p);
+    rule_read(G + I, g);
+    g = g * Gradient_scale;
     // g = g + weight_decay * p
     g = g + (weight_decay_ * p);
     // m = where(momentum, where(step == 1, g, momentum * m + (1 - dampening) * g), g)
-    float m = g;
+    Number m = g;
     // u = where(nesterov, g + momentum * m, m)
-    float u = m;
+    Number u = m;
     // p = p - lr * trust * u
     p = p - (lr_ * u);
-    from_float(p, P[I]);
+    rule_write(p, P + I);
   }
 }
 
 // Chunks [first, last) of a job.
 extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
   const Row* row = &find_row(job->rows, job->row_count, first);
-  const Scalars scalars = *(const Scalars*)job->scalars;  // a copy that no store can change, so that it stays in registers
+  const Scalars<float> scalars((const float*)job->scalars);
+  const Scalars<Several> several((const float*)job->scalars);
   for (i64 chunk = first; chunk < last; ++chunk) {
     while (chunk >= row[1].FirstChunk) ++row;
     const i64 start = (chunk - row->FirstChunk) * CHUNK;
     const i64 left = row->Numel - start;
     const int count = (int)(left < CHUNK ? left : CHUNK);
     const float gradient_scale = *row->Gradient_scale_;
+    Parameter* const parameters = row->p_ + start;
+    const Gradient* const gradients = row->g_ + start;
     for (int at = 0; at < count; at += SPAN) {
       const int span = count - at < SPAN ? count - at : SPAN;
-      Parameter* p = row->p_ + start + at;
-      const Gradient* g = row->g_ + start + at;
-      if (span == SPAN)  // the same with the count known to the compiler
-        update_elements(p, g, scalars, gradient_scale, SPAN);
-      else
-        update_elements(p, g, scalars, gradient_scale, span);
+      Parameter* p = parameters + at;
+      const Gradient* g = gradients + at;
+      if (span < SPAN) {  // the last of a tensor; `close` encodes what is left of the chunk before
+        update_elements<float>(p, g, scalars, gradient_scale, span);
+        break;
+      }
+      update_elements<Several>(p, g, several, gradient_scale, STEP);
     }
   }
 }

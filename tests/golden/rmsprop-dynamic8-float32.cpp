@@ -58,8 +58,17 @@ DEVICE void from_float(float x, float16& to) {
   to.bits = (u16)(half | ((bits >> 16) & 0x8000u));
 }
 
+// ---- what a rule's statements work on: a Number, which is a float, or several where a target has them
+
+template <class Stored>
+DEVICE void rule_read(const Stored* from, float& x) { x = to_float(*from); }
+
+template <class Stored>
+DEVICE void rule_write(float x, Stored* to) { from_float(x, *to); }
+
 // ---- functions of the rule language
 
+DEVICE float rule_where(bool condition, float yes, float no) { return condition ? yes : no; }
 DEVICE float rule_sqrt(float x) { return root(x); }
 DEVICE float rule_abs(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
 // The sign bit on a one: vectorized, one comparison and not three.
@@ -67,6 +76,7 @@ DEVICE float rule_sign(float x) { return x < 0.0f || x > 0.0f ? float_of((bits_o
 DEVICE float rule_min(float a, float b) { return a < b ? a : b; }
 DEVICE float rule_max(float a, float b) { return a > b ? a : b; }
 
+DEVICE double rule_where(bool condition, double yes, double no) { return condition ? yes : no; }
 DEVICE double rule_sqrt(double x) { return root64(x); }
 DEVICE double rule_abs(double x) { return x < 0.0 ? -x : x + 0.0; }  // the sum makes -0 a 0
 DEVICE double rule_sign(double x) { return x > 0.0 ? 1.0 : (x < 0.0 ? -1.0 : x); }
@@ -820,13 +830,16 @@ DEVICE const Row& find_row(const Row* rows, i64 row_count, i64 chunk) {
   return rows[low];
 }
 
-// What of the rule is the same for all elements.
+// What of the rule is the same for all elements. A copy that no store can change stays in registers.
+template <class Number>
 struct Scalars {
-  float weight_decay_;  // weight_decay
-  float alpha_;  // alpha
-  float k_1_minus_alpha_;  // 1 - alpha
-  float eps_;  // eps
-  float lr_;  // lr
+  Number weight_decay_;  // weight_decay
+  Number alpha_;  // alpha
+  Number k_1_minus_alpha_;  // 1 - alpha
+  Number eps_;  // eps
+  Number lr_;  // lr
+
+  explicit Scalars(const float* given) : weight_decay_(given[0]), alpha_(given[1]), k_1_minus_alpha_(given[2]), eps_(given[3]), lr_(given[4]) {}
 };
 
 struct Job {
@@ -855,8 +868,101 @@ struct Job {
 #endif
 #endif
 enum { OVERLAP = BNBX_OVERLAP };
-// Elements that are updated at a time. Overlapping, 64 and 256 of a block take 3 to 8 % more time.
-enum { SPAN_LIMIT = OVERLAP ? 128 : CHUNK, SPAN = 256 < (int)SPAN_LIMIT ? 256 : (int)SPAN_LIMIT };
+// Sixteen floats as one Number: what a rule's statements do to a float, they do to each of them. So a few elements can be
+// updated between the codings of others, in one stream of instructions, where a loop would have to end: see cpu_stage.h.
+
+#if defined(BLOCKS_BY_AVX512) && BNBX_OVERLAP
+#define LANED
+
+struct Mask {
+  __mmask16 bits;
+};
+
+struct Lanes {
+  enum { COUNT = 16 };
+  __m512 x;
+
+  Lanes() = default;
+  Lanes(__m512 of) : x(of) {}
+  Lanes(float of) : x(_mm512_set1_ps(of)) {}
+  Lanes operator-() const { return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(x), _mm512_set1_epi32((i32)0x80000000u))); }
+};
+
+DEVICE Lanes operator+(Lanes a, Lanes b) { return _mm512_add_ps(a.x, b.x); }
+DEVICE Lanes operator-(Lanes a, Lanes b) { return _mm512_sub_ps(a.x, b.x); }
+DEVICE Lanes operator*(Lanes a, Lanes b) { return _mm512_mul_ps(a.x, b.x); }
+DEVICE Lanes operator/(Lanes a, Lanes b) { return _mm512_div_ps(a.x, b.x); }
+
+DEVICE Mask operator<(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.x, b.x, _CMP_LT_OQ)}; }
+DEVICE Mask operator<=(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.x, b.x, _CMP_LE_OQ)}; }
+DEVICE Mask operator>(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.x, b.x, _CMP_GT_OQ)}; }
+DEVICE Mask operator>=(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.x, b.x, _CMP_GE_OQ)}; }
+DEVICE Mask operator==(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.x, b.x, _CMP_EQ_OQ)}; }
+DEVICE Mask operator!=(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.x, b.x, _CMP_NEQ_UQ)}; }
+
+DEVICE Lanes rule_where(Mask condition, Lanes yes, Lanes no) { return _mm512_mask_blend_ps(condition.bits, no.x, yes.x); }
+DEVICE Lanes rule_where(bool condition, Lanes yes, Lanes no) { return condition ? yes : no; }
+DEVICE Lanes rule_sqrt(Lanes x) { return _mm512_sqrt_ps(x.x); }
+DEVICE Lanes rule_abs(Lanes x) { return _mm512_abs_ps(x.x); }
+DEVICE Lanes rule_min(Lanes a, Lanes b) { return _mm512_min_ps(a.x, b.x); }  // b, where either is NaN
+DEVICE Lanes rule_max(Lanes a, Lanes b) { return _mm512_max_ps(a.x, b.x); }
+
+DEVICE Lanes rule_sign(Lanes x) {
+  const __mmask16 signs = _mm512_cmp_ps_mask(x.x, _mm512_setzero_ps(), _CMP_LT_OQ) | _mm512_cmp_ps_mask(x.x, _mm512_setzero_ps(), _CMP_GT_OQ);
+  const __m512 one = _mm512_or_ps(_mm512_and_ps(x.x, _mm512_set1_ps(-0.0f)), _mm512_set1_ps(1.0f));
+  return _mm512_mask_blend_ps(signs, x.x, one);
+}
+
+DEVICE void rule_read(const float* from, Lanes& x) { x.x = _mm512_loadu_ps(from); }
+DEVICE void rule_write(Lanes x, float* to) { _mm512_storeu_ps(to, x.x); }
+
+DEVICE void rule_read(const bfloat16* from, Lanes& x) {
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+  x.x = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+
+// As from_float rounds.
+DEVICE void rule_write(Lanes x, bfloat16* to) {
+  const __m512i bits = _mm512_castps_si512(x.x), last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x.x, x.x, _CMP_UNORD_Q);
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(nan, rounded, _mm512_set1_epi32(0x7fc0))));
+}
+
+DEVICE void rule_read(const float16* from, Lanes& x) { x.x = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
+
+DEVICE void rule_write(Lanes x, float16* to) {
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph(x.x, _MM_FROUND_TO_NEAREST_INT));
+}
+
+// The largest magnitude in each lane, as an integer.
+struct Magnitudes {
+  __m512i bits = _mm512_setzero_si512();
+};
+
+DEVICE Magnitudes larger_magnitude(Magnitudes largest, Lanes x) {
+  return {_mm512_max_epi32(largest.bits, _mm512_castps_si512(rule_abs(x).x))};
+}
+
+DEVICE i32 largest_of(Magnitudes found) { return _mm512_reduce_max_epi32(found.bits); }
+
+typedef Lanes Several;
+typedef Magnitudes Largest;
+#endif
+
+
+// Elements that are decoded, updated and encoded at a time, and steps in which they are updated: in lanes a few, with
+// codings in between; as floats all, since a loop has to begin for them. There, 64 and 256 take 3 to 8 % more time.
+#ifdef LANED
+enum { SPAN_LIMIT = 64 };
+#else
+typedef float Several;
+typedef i32 Largest;
+static inline i32 largest_of(i32 found) { return found; }
+enum { SPAN_LIMIT = OVERLAP ? 128 : CHUNK };
+#endif
+enum { SPAN = 256 < (int)SPAN_LIMIT ? 256 : (int)SPAN_LIMIT };
+enum { STEP = sizeof(Several) > sizeof(float) ? (int)(sizeof(Several) / sizeof(float)) : (int)SPAN, STEPS = SPAN / STEP };
 
 // The quantized states of a chunk on a CPU: from codes to numbers, and back.
 //
@@ -893,7 +999,7 @@ struct Stage {
   int buffer = 0, count;
   const u8* codes;
   const float* absmax;
-  i32 largest[CHUNK / SPAN];  // magnitude in each span of what is updated, as float bits
+  i32 largest[CHUNK / Type::BLOCK];  // magnitude in each block of what is updated, as float bits
 
   // The chunk whose numbers are encoded: `done` of `pending` are.
   const float* late_numbers;
@@ -917,13 +1023,29 @@ struct Stage {
     codes = unpacked[buffer];
   }
 
-  void decode(int i) { decode_block<Piece>(codes + i, absmax[Type::WHOLE ? 0 : i / Type::BLOCK], tables, numbers_at(i)); }
+  // The span at `at`, if there is one.
+  void decode(int at) {
+    if (at < count) decode_block<Piece>(codes + at, absmax[Type::WHOLE ? 0 : at / Type::BLOCK], tables, numbers_at(at));
+  }
+
+  // A magnitude in the span at `at`.
+  void include(int at, i32 magnitude) {
+    i32& most = largest[at / Type::BLOCK];
+    if (magnitude > most) most = magnitude;
+  }
+
+  // The span at `at` is updated: where it ends a block, that block's largest is known, and the search for the next begins.
+  void note(int at, Largest& most) {
+    if ((at + SPAN) % Type::BLOCK && at + SPAN < count) return;
+    include(at, largest_of(most));
+    most = Largest();
+  }
 
   // The next span of the chunk before.
   void encode() {
     if (done >= pending) return;
     const Scale scale = late_scales[Type::WHOLE ? 0 : done / Type::BLOCK];
-    if (scale.inverse > 0.0f) encode_block<Piece>(late_numbers + done, scale.inverse, tables, late_codes + done);
+    if (__builtin_expect(scale.inverse > 0.0f, 1)) encode_block<Piece>(late_numbers + done, scale.inverse, tables, late_codes + done);
     else __builtin_memset(late_codes + done, Type::ZERO_CODE, SPAN);
     done += SPAN;
   }
@@ -937,10 +1059,8 @@ struct Stage {
   // All spans are updated: to be encoded, to `to`, with scales that follow from their largest magnitudes.
   void close(u8* to, float* absmax_to) {
     flush();
-    for (int block = 0, span = 0; block * Type::BLOCK < count; ++block) {
-      i32 most = 0;
-      for (; span * SPAN < (block + 1) * Type::BLOCK; ++span) most = largest[span] > most ? largest[span] : most;
-      late_scales[block] = make_scale<Type>((u32)most);
+    for (int block = 0; block * Type::BLOCK < count; ++block) {
+      late_scales[block] = make_scale<Type>((u32)largest[block]);
       absmax_to[block] = late_scales[block].absmax;
     }
     hand_over(to);
@@ -960,35 +1080,38 @@ struct Stage {
 };
 
 
-// The rule, for `Count` elements. The largest magnitudes of quantized states are found on the way,
-// as integers: so the order of comparisons cannot matter, even for NaN.
+// The rule, for `Count` elements, as many as a Number has at a time. The largest magnitudes of quantized states are
+// found on the way, as integers: so the order of comparisons cannot matter, even for NaN.
+template <class Number, class Found>
 static inline __attribute__((always_inline)) void update_elements(
     Parameter* __restrict P, const Gradient* __restrict G, float* __restrict State_v,
-const Scalars& Given, const float Gradient_scale, const int Count, i32& Largest_v) {
-  const float weight_decay_ = Given.weight_decay_;
-  const float alpha_ = Given.alpha_;
-  const float k_1_minus_alpha_ = Given.k_1_minus_alpha_;
-  const float eps_ = Given.eps_;
-  const float lr_ = Given.lr_;
-  i32 Most_v = 0;
-  for (int I = 0; I < Count; ++I) {
-    float p = to_float(P[I]);
-    float g = to_float(G[I]) * Gradient_scale;
-    float v = State_v[I];
+const Scalars<Number>& Given, const Number Gradient_scale, const int Count, Found& Largest_v) {
+  const Number weight_decay_ = Given.weight_decay_;
+  const Number alpha_ = Given.alpha_;
+  const Number k_1_minus_alpha_ = Given.k_1_minus_alpha_;
+  const Number eps_ = Given.eps_;
+  const Number lr_ = Given.lr_;
+  Found Most_v = Largest_v;
+  for (int I = 0; I < Count; I += sizeof(Number) / sizeof(float)) {
+    Number p, g, v;
+    rule_read(P + I, p);
+    rule_read(G + I, g);
+    g = g * Gradient_scale;
+    rule_read(State_v + I, v);
     // g = g + weight_decay * p
     g = g + (weight_decay_ * p);
     // v = alpha * v + where(centered, alpha * (1 - alpha) * d * d, (1 - alpha) * g * g)
     v = (alpha_ * v) + ((k_1_minus_alpha_ * g) * g);
     // n = g / (sqrt(v) + eps)
-    float n = g / (rule_sqrt(v) + eps_);
+    Number n = g / (rule_sqrt(v) + eps_);
     // m = where(momentum, momentum * m + n, n)
-    float m = n;
+    Number m = n;
     // u = m
-    float u = m;
+    Number u = m;
     // p = p - lr * u
     p = p - (lr_ * u);
-    from_float(p, P[I]);
-    State_v[I] = v;
+    rule_write(p, P + I);
+    rule_write(v, State_v + I);
     Most_v = larger_magnitude(Most_v, v);
   }
   Largest_v = Most_v;
@@ -997,7 +1120,8 @@ const Scalars& Given, const float Gradient_scale, const int Count, i32& Largest_
 // Chunks [first, last) of a job.
 extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
   const Row* row = &find_row(job->rows, job->row_count, first);
-  const Scalars scalars = *(const Scalars*)job->scalars;  // a copy that no store can change, so that it stays in registers
+  const Scalars<float> scalars((const float*)job->scalars);
+  const Scalars<Several> several((const float*)job->scalars);
   const Tables* tables_dynamic8_unsigned = (const Tables*)job->tables[0];
   Stage<dynamic8_unsigned> stage_v(tables_dynamic8_unsigned);
   for (i64 chunk = first; chunk < last; ++chunk) {
@@ -1006,23 +1130,35 @@ extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
     const i64 left = row->Numel - start;
     const int count = (int)(left < CHUNK ? left : CHUNK);
     const float gradient_scale = *row->Gradient_scale_;
+    Parameter* const parameters = row->p_ + start;
+    const Gradient* const gradients = row->g_ + start;
     u8* codes_v = row->v_ + start * dynamic8_unsigned::BITS / 8;
     float* absmax_v = row->v_absmax_ + start / dynamic8_unsigned::BLOCK;
     stage_v.open(codes_v, absmax_v, count);
+    Largest largest_v = Largest();
+    stage_v.decode(0);
     for (int at = 0; at < count; at += SPAN) {
       const int span = count - at < SPAN ? count - at : SPAN;
-      stage_v.decode(at);
       float* state_v = stage_v.numbers_at(at);
-      ask_for<true>(row->p_ + start + at + AHEAD, SPAN);
-      Parameter* p = row->p_ + start + at;
-      const Gradient* g = row->g_ + start + at;
-      if (span == SPAN)  // the same with the count known to the compiler
-        update_elements(p, g, state_v, scalars, gradient_scale, SPAN, stage_v.largest[at / SPAN]);
-      else
-        update_elements(p, g, state_v, scalars, gradient_scale, span, stage_v.largest[at / SPAN]);
-      ask_for<false>(row->g_ + start + at + AHEAD, SPAN);
+      ask_for<true>(parameters + at + AHEAD, SPAN);
+      Parameter* p = parameters + at;
+      const Gradient* g = gradients + at;
+      if (span < SPAN) {  // the last of a tensor; `close` encodes what is left of the chunk before
+        i32 rest_v = 0;
+        update_elements<float>(p, g, state_v, scalars, gradient_scale, span, rest_v);
+        stage_v.include(at, rest_v);
+        stage_v.note(at, largest_v);
+        break;
+      }
+      update_elements<Several>(p, g, state_v, several, gradient_scale, STEP, largest_v);
+      ask_for<false>(gradients + at + AHEAD, SPAN);
       ask_for<true>(codes_v + (at + AHEAD) * dynamic8_unsigned::BITS / 8, SPAN * dynamic8_unsigned::BITS / 8);
       stage_v.encode();
+      if (STEPS > 1) update_elements<Several>(p + 1 * STEP, g + 1 * STEP, state_v + 1 * STEP, several, gradient_scale, STEP, largest_v);
+      if (STEPS > 2) update_elements<Several>(p + 2 * STEP, g + 2 * STEP, state_v + 2 * STEP, several, gradient_scale, STEP, largest_v);
+      stage_v.decode(at + SPAN);
+      if (STEPS > 3) update_elements<Several>(p + 3 * STEP, g + 3 * STEP, state_v + 3 * STEP, several, gradient_scale, STEP, largest_v);
+      stage_v.note(at, largest_v);
     }
     stage_v.close(codes_v, absmax_v);
   }

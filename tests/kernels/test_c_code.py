@@ -71,7 +71,7 @@ def tree(text: str) -> Expression:
         ("a + b * -c", "(a + (b * (-c)))"),
         ("sqrt(a * b)", "rule_sqrt((a * b))"),
         ("max(a, min(b, 2))", "rule_max(a, rule_min(b, 2.0f))"),
-        ("where(a + b < c, a, -b)", "(((a + b) < c) ? a : (-b))"),
+        ("where(a + b < c, a, -b)", "rule_where(((a + b) < c), a, (-b))"),
     ],
 )
 def test_c_expressions(text: str, expected: str) -> None:
@@ -81,16 +81,16 @@ def test_c_expressions(text: str, expected: str) -> None:
 def test_variables_are_declared_once_and_inputs_never() -> None:
     statements = parse("u = g\np = p + u\nu = u * u\nw = sqrt(u)", "element_code").statements
     assert c_statements(statements, ["p", "g"]) == [
-        *("// u = g", "float u = g;"),
+        *("// u = g", "Number u = g;"),
         *("// p = p + u", "p = p + u;"),
         *("// u = u * u", "u = u * u;"),
-        *("// w = sqrt(u)", "float w = rule_sqrt(u);"),
+        *("// w = sqrt(u)", "Number w = rule_sqrt(u);"),
     ]
 
 
 TOKENS = re.compile(
-    r"\s*(?:(?P<number>\d+(?:\.\d*)?(?:e[+-]\d+)?f)|(?P<name>[a-z][a-z0-9_]*)"
-    r"|(?P<sign><=|>=|==|!=|[-+*/<>?:(),=;]))"
+    r"\s*(?:(?P<number>\d+(?:\.\d*)?(?:e[+-]\d+)?f)|(?P<name>Number|[a-z][a-z0-9_]*)"
+    r"|(?P<sign><=|>=|==|!=|[-+*/<>(),=;]))"
 )
 
 
@@ -98,8 +98,8 @@ TOKENS = re.compile(
 def test_statements_hold_nothing_but_tokens_of_the_language(spec: Optimizer, seed: int) -> None:
     lowered = lower(spec, drawn_switches(spec, seed))
     variables = {*spec.element.reads, *spec.element.writes, *spec.apply.reads, *spec.apply.writes}
-    variables |= {*lowered.scalars, *lowered.tensor_scalars, "float"}
-    functions = {f"rule_{name}" for name in ("sqrt", "abs", "sign", "min", "max")}
+    variables |= {*lowered.scalars, *lowered.tensor_scalars, "Number"}
+    functions = {f"rule_{name}" for name in ("sqrt", "abs", "sign", "min", "max", "where")}
     for line in c_statements(lowered.statements, ["p", "g"]):
         if line.startswith("// "):
             continue

@@ -33,7 +33,7 @@ struct Stage {
   int buffer = 0, count;
   const u8* codes;
   const float* absmax;
-  i32 largest[CHUNK / SPAN];  // magnitude in each span of what is updated, as float bits
+  i32 largest[CHUNK / Type::BLOCK];  // magnitude in each block of what is updated, as float bits
 
   // The chunk whose numbers are encoded: `done` of `pending` are.
   const float* late_numbers;
@@ -57,13 +57,29 @@ struct Stage {
     codes = unpacked[buffer];
   }
 
-  void decode(int i) { decode_block<Piece>(codes + i, absmax[Type::WHOLE ? 0 : i / Type::BLOCK], tables, numbers_at(i)); }
+  // The span at `at`, if there is one.
+  void decode(int at) {
+    if (at < count) decode_block<Piece>(codes + at, absmax[Type::WHOLE ? 0 : at / Type::BLOCK], tables, numbers_at(at));
+  }
+
+  // A magnitude in the span at `at`.
+  void include(int at, i32 magnitude) {
+    i32& most = largest[at / Type::BLOCK];
+    if (magnitude > most) most = magnitude;
+  }
+
+  // The span at `at` is updated: where it ends a block, that block's largest is known, and the search for the next begins.
+  void note(int at, Largest& most) {
+    if ((at + SPAN) % Type::BLOCK && at + SPAN < count) return;
+    include(at, largest_of(most));
+    most = Largest();
+  }
 
   // The next span of the chunk before.
   void encode() {
     if (done >= pending) return;
     const Scale scale = late_scales[Type::WHOLE ? 0 : done / Type::BLOCK];
-    if (scale.inverse > 0.0f) encode_block<Piece>(late_numbers + done, scale.inverse, tables, late_codes + done);
+    if (__builtin_expect(scale.inverse > 0.0f, 1)) encode_block<Piece>(late_numbers + done, scale.inverse, tables, late_codes + done);
     else __builtin_memset(late_codes + done, Type::ZERO_CODE, SPAN);
     done += SPAN;
   }
@@ -77,10 +93,8 @@ struct Stage {
   // All spans are updated: to be encoded, to `to`, with scales that follow from their largest magnitudes.
   void close(u8* to, float* absmax_to) {
     flush();
-    for (int block = 0, span = 0; block * Type::BLOCK < count; ++block) {
-      i32 most = 0;
-      for (; span * SPAN < (block + 1) * Type::BLOCK; ++span) most = largest[span] > most ? largest[span] : most;
-      late_scales[block] = make_scale<Type>((u32)most);
+    for (int block = 0; block * Type::BLOCK < count; ++block) {
+      late_scales[block] = make_scale<Type>((u32)largest[block]);
       absmax_to[block] = late_scales[block].absmax;
     }
     hand_over(to);
