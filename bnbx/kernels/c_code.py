@@ -8,7 +8,8 @@ that each target's template defines.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 
 import numpy as np
 
@@ -64,8 +65,12 @@ def c_statements(
     declared: Iterable[str],
     c_type: str = "Number",
     literal: Callable[[float], str] = literal,
+    remarks: Mapping[str, str] = MappingProxyType({}),
 ) -> list[str]:
-    """C lines for the statements, each with its rule text; names not in `declared` are declared."""
+    """C lines for the statements, each with its rule text; names not in `declared` are declared.
+
+    `remarks` on names follow the texts that write them.
+    """
     seen = set(declared)
     lines = []
     for statement in statements:
@@ -74,5 +79,6 @@ def c_statements(
             value = value[1:-1]
         declare = "" if statement.target in seen else f"{c_type} "
         seen.add(statement.target)
-        lines += [f"// {comment(statement.text)}", f"{declare}{statement.target} = {value};"]
+        told = comment(statement.text + remarks.get(statement.target, ""))
+        lines += [f"// {told}", f"{declare}{statement.target} = {value};"]
     return lines

@@ -4,20 +4,23 @@ Whatever depends only on hyperparameters and the step (`1 - beta1`, `lr / c1`) i
 every element, so it is computed once in float64 on the host and rounded to float32. What depends
 on norms too (`lr * trust`) is computed once a tensor, in float64 on the device. Scalar factors of
 a product or quotient are gathered into one: `lr * (m / c1) / d` becomes `((lr / c1) * m) / d`,
-one multiplication and one division. Every target runs the lowered statements, the torch reference
-included, so all of them round alike; the tests hold them against the text as it was written, in
-float64.
+one multiplication and one division. So are the divisor of a term (`x / c + y` becomes
+`(x + c * y) / c`) and the factor of a name that is read once, which makes of Adam's text what the
+end of section 2 of arXiv:1412.6980 advises. Every target runs the lowered statements, the torch
+reference included, so all of them round alike; the tests hold them against the text as it was
+written, in float64.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bnbx.registry.checks import NORM, NUMEL, select
-from bnbx.registry.optimizer import GRADIENT, PARAMETER, STEP, Optimizer
+from bnbx.registry.optimizer import GRADIENT, PARAMETER, STEP, UPDATE, Optimizer
 from bnbx.registry.rule import (
     Binary,
     Call,
@@ -47,6 +50,7 @@ class Lowered:
         tensor_scalars: by name, expressions in float64, once a tensor, rounded to float32.
         inputs: the hyperparameters and results of step_code that these read, as float64.
         norms: the names of which they read the norm.
+        factors: of names whose value is without it, the factor that is theirs where they are read.
     """
 
     element: tuple[Statement, ...]
@@ -56,6 +60,7 @@ class Lowered:
     tensor_scalars: Mapping[str, Expression] = field(default_factory=dict)
     inputs: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
+    factors: Mapping[str, Expression] = field(default_factory=dict)
 
     @property
     def statements(self) -> tuple[Statement, ...]:
@@ -90,13 +95,17 @@ class _Lowering:
         self.scalars: dict[str, Expression] = {}
         self.tensor_scalars: dict[str, Expression] = {}
         self.scalar_names: dict[Expression, str] = {}
+        self.factors: dict[str, Expression] = {}
+        self.once: set[str] = set()
 
     def run(self, skip_zeros: bool) -> Lowered:
         applied = _live(map(self.selected, self.spec.apply.statements), {PARAMETER})
+        self.once = _used_once([*map(self.selected, self.spec.element.statements), *applied])
         read_there = {name for statement in applied for name in names(statement.value)}
         tensor = _live(map(self.selected, self.spec.tensor.statements), read_there)
         norms = {n for s in tensor for n in names(s.value) if n.startswith(NORM)}
         kept = {PARAMETER, *self.states, *(n.removeprefix(NORM) for n in norms)}
+        kept |= {UPDATE} if self.spec.clips_itself else set()  # its norm is told to who asks for it
         element = self.vectors(self.spec.element.statements, kept)
         per_tensor = self.tensor_statements(tensor, norms)
         apply = self.vectors(applied, {PARAMETER})
@@ -112,6 +121,7 @@ class _Lowering:
             tensor_scalars=dict(self.tensor_scalars),
             inputs=tuple(n for n in found if n not in self.of_tensor),
             norms=tuple(sorted(n.removeprefix(NORM) for n in norms)),
+            factors=dict(self.factors),
         )
 
     def selected(self, statement: Statement) -> Statement:
@@ -127,9 +137,16 @@ class _Lowering:
                 self.known[statement.target] = split.scale or ONE
                 continue
             self.known.pop(statement.target, None)
-            value = self.join(split)
-            found.append(Statement(statement.target, value, statement.text))
+            found.append(self.vector(statement, split, kept))
         return found
+
+    def vector(self, statement: Statement, split: _Split, kept: set[str]) -> Statement:
+        """The statement with its value. A scalar factor may wait for the one that reads it."""
+        name = statement.target
+        if name in self.once - kept and split.scale and split.vector:
+            self.factors[name] = split.scale
+            split = _Split(None, split.vector)
+        return Statement(name, self.join(split), statement.text)
 
     def tensor_statements(
         self, statements: Sequence[Statement], norms: set[str]
@@ -174,13 +191,17 @@ class _Lowering:
                 return _Split(node, None)
             case Name(id):
                 scalar = self.known.get(id)
-                return _Split(scalar, None) if scalar is not None else _Split(None, node)
+                return (
+                    _Split(scalar, None)
+                    if scalar is not None
+                    else _Split(self.factors.get(id), node)
+                )
             case Negate(operand):
                 return self.negate(self.split(operand))
             case Binary("*" | "/" as op, left, right):
                 return self.scale(op, self.split(left), self.split(right))
             case Binary(op, left, right):
-                return self.combine(lambda a, b: Binary(op, a, b), left, right)
+                return self.sum(op, self.split(left), self.split(right))
             case Compare(op, left, right):
                 return self.combine(lambda a, b: Compare(op, a, b), left, right)
             case Call(function, args):
@@ -200,6 +221,17 @@ class _Lowering:
         if right.vector is None:
             return _Split(scale, left.vector)
         return _Split(scale, Binary("/", left.vector or ONE, right.vector))
+
+    def sum(self, op: str, left: _Split, right: _Split) -> _Split:
+        if left.vector is None and right.vector is None:
+            return _Split(Binary(op, left.scale or ONE, right.scale or ONE), None)
+        if (quotient := _quotient_of(left)) and right.scale:
+            vector, divisor = quotient
+            return _Split(left.scale, Binary(op, vector, self.join(_times(right, divisor))))
+        if (quotient := _quotient_of(right)) and left.scale:
+            vector, divisor = quotient
+            return _Split(right.scale, Binary(op, self.join(_times(left, divisor)), vector))
+        return _Split(None, Binary(op, self.join(left), self.join(right)))
 
     def combine(self, make: type | object, left: Expression, right: Expression) -> _Split:
         parts = [self.split(left), self.split(right)]
@@ -257,15 +289,40 @@ def _live(statements: Iterable[Statement], read: Iterable[str]) -> list[Statemen
     return found[::-1]
 
 
+def _used_once(statements: Sequence[Statement]) -> set[str]:
+    """Names that one statement writes and one reads."""
+    writes = Counter(statement.target for statement in statements)
+    reads = Counter(name for statement in statements for name in names(statement.value))
+    return {name for name, count in writes.items() if count == reads[name] == 1}
+
+
+def _quotient_of(part: _Split) -> tuple[Expression, Expression] | None:
+    """Vector and divisor, if the part is no more than these."""
+    match part:
+        case _Split(Binary("/", Number(1.0), divisor), vector) if vector is not None:
+            return vector, divisor
+    return None
+
+
+def _times(part: _Split, factor: Expression) -> _Split:
+    scale = part.scale or ONE
+    if isinstance(scale, Binary) and (scale.op, scale.right) == ("/", factor):
+        return _Split(scale.left, part.vector)
+    return _Split(_product(scale, factor), part.vector)
+
+
 def _product(a: Expression | None, b: Expression | None) -> Expression | None:
     if a is None or b is None or ONE in (a, b):
         return b if a is None or a == ONE else a
-    if isinstance(b, Binary) and b.op == "/" and b.left == ONE:
-        return Binary("/", a, b.right)
+    for one, other in ((b, a), (a, b)):
+        if isinstance(one, Binary) and one.op == "/" and one.left == ONE:
+            return Binary("/", other, one.right)
     return Binary("*", a, b)
 
 
 def _quotient(a: Expression | None, b: Expression | None) -> Expression | None:
+    if isinstance(b, Binary) and b.op == "/" and b.left == ONE:
+        return _product(a, b.right)
     return a if b is None or b == ONE else Binary("/", a or ONE, b)
 
 

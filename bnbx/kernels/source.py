@@ -57,7 +57,8 @@ def fill(template: str, **names: Any) -> str:
 def _names(plan: Plan) -> dict[str, Any]:
     lowered, signature = plan.lowered, make_signature(plan)
     declared = ["p", "g", *(storage.state.name for storage in plan.storages)]
-    element = c_statements(lowered.element, declared)
+    remarks = {name: f", without {text(factor)}" for name, factor in lowered.factors.items()}
+    element = c_statements(lowered.element, declared, remarks=remarks)
     written = [statement.target for statement in lowered.element]
     load, store = _parameter(plan)
     return {
@@ -83,7 +84,7 @@ def _names(plan: Plan) -> dict[str, Any]:
         "norms": lowered.norms,
         "element_lines": element,
         "tensor_lines": c_statements(lowered.tensor, (), "double", literal64),
-        "apply_lines": c_statements(lowered.apply, [*declared, *written]),
+        "apply_lines": c_statements(lowered.apply, [*declared, *written], remarks=remarks),
         "types": [_type(storage) for storage in plan.codebooks],
         "states": [(s, type_name(s) if s.quant_type else "") for s in plan.storages],
         "tracked": [(s, type_name(s)) for s in plan.quantized if not s.whole],

@@ -877,13 +877,12 @@ struct Scalars {
   Number k_1_minus_beta1_;  // 1 - beta1
   Number beta2_;  // beta2
   Number k_1_minus_beta2_;  // 1 - beta2
-  Number k_1_over_c2_;  // 1 / c2
-  Number eps_;  // eps
-  Number k_1_over_c1_;  // 1 / c1
+  Number eps_times_c2_;  // eps * c2
+  Number c2_over_c1_;  // c2 / c1
   Number k_1_minus_lr_times_weight_decay_;  // 1 - lr * weight_decay
   Number lr_;  // lr
 
-  explicit Scalars(const float* given) : beta1_(given[0]), k_1_minus_beta1_(given[1]), beta2_(given[2]), k_1_minus_beta2_(given[3]), k_1_over_c2_(given[4]), eps_(given[5]), k_1_over_c1_(given[6]), k_1_minus_lr_times_weight_decay_(given[7]), lr_(given[8]) {}
+  explicit Scalars(const float* given) : beta1_(given[0]), k_1_minus_beta1_(given[1]), beta2_(given[2]), k_1_minus_beta2_(given[3]), eps_times_c2_(given[4]), c2_over_c1_(given[5]), k_1_minus_lr_times_weight_decay_(given[6]), lr_(given[7]) {}
 };
 
 struct Job {
@@ -1017,14 +1016,20 @@ enum { STEP = sizeof(Several) > sizeof(float) ? (int)(sizeof(Several) / sizeof(f
 // neither parameters nor gradients.
 
 // How far, in elements. Where other programs' steps come between, so that everything comes from memory, 256 cost 3 %
-// more, and 1024 cost AdamW 15 %.
-enum { AHEAD = 512, LINE = 64 };
+// more, and 1024 cost AdamW 15 %. The processor's own prefetchers end with a page: the first lines of the next are asked
+// for before its turn comes, which takes 3 to 6 % less time, but 8 lines of it 2 % more.
+enum { AHEAD = 512, FURTHER = 256, LINE = 64, PAGE = 4096, FIRST_LINES = 4 };
 
 // Does no harm past the end of x.
 template <bool WRITTEN, class Number>
 static inline void ask_for(const Number* x, int count) {
   if (!OVERLAP) return;
-  for (int i = 0; i < count; i += LINE / (int)sizeof(Number)) __builtin_prefetch(x + i, WRITTEN);
+  const int bytes = count * (int)sizeof(Number);
+  for (int i = 0; i < bytes; i += LINE) __builtin_prefetch((const char*)x + i, WRITTEN);
+  const char* further = (const char*)(x + FURTHER);
+  const int in_page = (int)((unsigned long long)further % PAGE);
+  if (in_page >= bytes) return;
+  for (int i = 0; i < FIRST_LINES; ++i) __builtin_prefetch(further - in_page + i * LINE, WRITTEN);
 }
 
 // For each chunk: open; decode, and encode, each span; close. At the end: flush.
@@ -1145,9 +1150,8 @@ const Scalars<Number>& Given, const Number Gradient_scale, const int Count, Part
   const Number k_1_minus_beta1_ = Given.k_1_minus_beta1_;
   const Number beta2_ = Given.beta2_;
   const Number k_1_minus_beta2_ = Given.k_1_minus_beta2_;
-  const Number k_1_over_c2_ = Given.k_1_over_c2_;
-  const Number eps_ = Given.eps_;
-  const Number k_1_over_c1_ = Given.k_1_over_c1_;
+  const Number eps_times_c2_ = Given.eps_times_c2_;
+  const Number c2_over_c1_ = Given.c2_over_c1_;
   const Number k_1_minus_lr_times_weight_decay_ = Given.k_1_minus_lr_times_weight_decay_;
   const Number lr_ = Given.lr_;
   alignas(64) float Norm_p[SPAN];
@@ -1166,7 +1170,7 @@ const Scalars<Number>& Given, const Number Gradient_scale, const int Count, Part
     // vmax = where(amsgrad, max(vmax, v), v)
     Number vmax = v;
     // u = (m / c1) / (sqrt(vmax) / c2 + eps)
-    Number u = (k_1_over_c1_ * m) / ((k_1_over_c2_ * rule_sqrt(vmax)) + eps_);
+    Number u = (c2_over_c1_ * m) / (rule_sqrt(vmax) + eps_times_c2_);
     Norm_p[I] = p;
     Norm_u[I] = u;
   }
@@ -1184,9 +1188,8 @@ const Scalars<Number>& Given, const Number Gradient_scale, const Values& Here, c
   const Number k_1_minus_beta1_ = Given.k_1_minus_beta1_;
   const Number beta2_ = Given.beta2_;
   const Number k_1_minus_beta2_ = Given.k_1_minus_beta2_;
-  const Number k_1_over_c2_ = Given.k_1_over_c2_;
-  const Number eps_ = Given.eps_;
-  const Number k_1_over_c1_ = Given.k_1_over_c1_;
+  const Number eps_times_c2_ = Given.eps_times_c2_;
+  const Number c2_over_c1_ = Given.c2_over_c1_;
   const Number k_1_minus_lr_times_weight_decay_ = Given.k_1_minus_lr_times_weight_decay_;
   const Number lr_ = Given.lr_;
   const float clip_u_ = Here.clip_u_;  // clip_u
@@ -1206,7 +1209,7 @@ const Scalars<Number>& Given, const Number Gradient_scale, const Values& Here, c
     // vmax = where(amsgrad, max(vmax, v), v)
     Number vmax = v;
     // u = (m / c1) / (sqrt(vmax) / c2 + eps)
-    Number u = (k_1_over_c1_ * m) / ((k_1_over_c2_ * rule_sqrt(vmax)) + eps_);
+    Number u = (c2_over_c1_ * m) / (rule_sqrt(vmax) + eps_times_c2_);
     // u = clip_u * u
     u = clip_u_ * u;
     // p = p * (1 - lr * weight_decay)

@@ -539,11 +539,9 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
   const float k_1_minus_beta1_ = scalars[1];  // 1 - beta1
   const float beta2_ = scalars[2];  // beta2
   const float k_1_minus_beta2_ = scalars[3];  // 1 - beta2
-  const float k_1_over_c2_ = scalars[4];  // 1 / c2
-  const float eps_ = scalars[5];  // eps
-  const float k_1_over_c1_ = scalars[6];  // 1 / c1
-  const float k_1_minus_lr_times_weight_decay_ = scalars[7];  // 1 - lr * weight_decay
-  const float lr_ = scalars[8];  // lr
+  const float eps_times_c2_ = scalars[4];  // eps * c2
+  const float k_1_minus_lr_times_weight_decay_ = scalars[5];  // 1 - lr * weight_decay
+  const float lr_times_c2_over_c1_ = scalars[6];  // lr * (c2 / c1)
   const u32 Seed = (u32)inputs[0];
   const i64 pieces = CHUNK / PIECE;  // of a chunk
   const i64 stride = (i64)gridDim.x * WARPS;
@@ -586,12 +584,12 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
       v = (beta2_ * v) + ((k_1_minus_beta2_ * g) * g);
       // vmax = where(amsgrad, max(vmax, v), v)
       Number vmax = v;
-      // u = (m / c1) / (sqrt(vmax) / c2 + eps)
-      Number u = (k_1_over_c1_ * m) / ((k_1_over_c2_ * rule_sqrt(vmax)) + eps_);
+      // u = (m / c1) / (sqrt(vmax) / c2 + eps), without c2 / c1
+      Number u = m / (rule_sqrt(vmax) + eps_times_c2_);
       // p = p * (1 - lr * weight_decay)
       p = k_1_minus_lr_times_weight_decay_ * p;
       // p = p - lr * u
-      p = p - (lr_ * u);
+      p = p - (lr_times_c2_over_c1_ * u);
       store_parameter(p, noise(Seed, PLACE), P[I], Residual[I]);
       rule_write(m, State_m + I);
       rule_write(v, State_v + I);

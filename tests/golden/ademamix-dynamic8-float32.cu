@@ -461,12 +461,10 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
   const float k_1_minus_b3_ = scalars[3];  // 1 - b3
   const float beta2_ = scalars[4];  // beta2
   const float k_1_minus_beta2_ = scalars[5];  // 1 - beta2
-  const float k_1_over_c1_ = scalars[6];  // 1 / c1
-  const float a_ = scalars[7];  // a
-  const float k_1_over_c2_ = scalars[8];  // 1 / c2
-  const float eps_ = scalars[9];  // eps
-  const float k_1_minus_lr_times_weight_decay_ = scalars[10];  // 1 - lr * weight_decay
-  const float lr_ = scalars[11];  // lr
+  const float a_times_c1_ = scalars[6];  // a * c1
+  const float eps_times_c2_ = scalars[7];  // eps * c2
+  const float k_1_minus_lr_times_weight_decay_ = scalars[8];  // 1 - lr * weight_decay
+  const float lr_times_c2_over_c1_ = scalars[9];  // lr * (c2 / c1)
   const i64 pieces = CHUNK / PIECE;  // of a chunk
   const i64 stride = (i64)gridDim.x * WARPS;
   for (i64 Piece = (i64)blockIdx.x * WARPS + threadIdx.x / LANES; Piece < chunk_count * pieces; Piece += stride) {
@@ -512,12 +510,12 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
       m2 = (b3_ * m2) + (k_1_minus_b3_ * g);
       // v = beta2 * v + (1 - beta2) * g * g
       v = (beta2_ * v) + ((k_1_minus_beta2_ * g) * g);
-      // u = (m1 / c1 + a * m2) / (sqrt(v) / c2 + eps)
-      Number u = ((k_1_over_c1_ * m1) + (a_ * m2)) / ((k_1_over_c2_ * rule_sqrt(v)) + eps_);
+      // u = (m1 / c1 + a * m2) / (sqrt(v) / c2 + eps), without c2 / c1
+      Number u = (m1 + (a_times_c1_ * m2)) / (rule_sqrt(v) + eps_times_c2_);
       // p = p * (1 - lr * weight_decay)
       p = k_1_minus_lr_times_weight_decay_ * p;
       // p = p - lr * u
-      p = p - (lr_ * u);
+      p = p - (lr_times_c2_over_c1_ * u);
       rule_write(p, P + I);
       rule_write(m1, State_m1 + I);
       rule_write(m2, State_m2 + I);

@@ -988,14 +988,20 @@ enum { STEP = sizeof(Several) > sizeof(float) ? (int)(sizeof(Several) / sizeof(f
 // neither parameters nor gradients.
 
 // How far, in elements. Where other programs' steps come between, so that everything comes from memory, 256 cost 3 %
-// more, and 1024 cost AdamW 15 %.
-enum { AHEAD = 512, LINE = 64 };
+// more, and 1024 cost AdamW 15 %. The processor's own prefetchers end with a page: the first lines of the next are asked
+// for before its turn comes, which takes 3 to 6 % less time, but 8 lines of it 2 % more.
+enum { AHEAD = 512, FURTHER = 256, LINE = 64, PAGE = 4096, FIRST_LINES = 4 };
 
 // Does no harm past the end of x.
 template <bool WRITTEN, class Number>
 static inline void ask_for(const Number* x, int count) {
   if (!OVERLAP) return;
-  for (int i = 0; i < count; i += LINE / (int)sizeof(Number)) __builtin_prefetch(x + i, WRITTEN);
+  const int bytes = count * (int)sizeof(Number);
+  for (int i = 0; i < bytes; i += LINE) __builtin_prefetch((const char*)x + i, WRITTEN);
+  const char* further = (const char*)(x + FURTHER);
+  const int in_page = (int)((unsigned long long)further % PAGE);
+  if (in_page >= bytes) return;
+  for (int i = 0; i < FIRST_LINES; ++i) __builtin_prefetch(further - in_page + i * LINE, WRITTEN);
 }
 
 // For each chunk: open; decode, and encode, each span; close. At the end: flush.

@@ -449,7 +449,7 @@ struct alignas(8) Part {
 
 // What that makes of the tensor.
 struct Values {
-  float lr_over_share_;  // lr / share
+  float lr_over_share_times_c2_over_c1_;  // lr / share * (c2 / c1)
 };
 
 DEVICE void add_part(const Part& part, Part& sum) {
@@ -459,12 +459,14 @@ DEVICE void add_part(const Part& part, Part& sum) {
 // tensor_code, in double precision.
 DEVICE void find_values(const Part& Sum, const Row& Here, const double* Inputs, Values& Found) {
   const double lr = Inputs[0];
+  const double c2 = Inputs[1];
+  const double c1 = Inputs[2];
   const double numel = (double)Here.Numel;
   (void)numel;
   const double norm_agrees = root64(Sum.norm_agrees);
   // share = max(norm_agrees * norm_agrees / numel, 1e-3)
   double share = rule_max(((norm_agrees * norm_agrees) / numel), 0.001);
-  Found.lr_over_share_ = (float)((lr / share));
+  Found.lr_over_share_times_c2_over_c1_ = (float)(((lr / share) * (c2 / c1)));
 }
 
 // The first pass: what is in each piece, with the rule up to its new states.
@@ -482,10 +484,8 @@ bnbx_measure(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_
   const float k_1_minus_beta1_ = scalars[1];  // 1 - beta1
   const float beta2_ = scalars[2];  // beta2
   const float k_1_minus_beta2_ = scalars[3];  // 1 - beta2
-  const float k_1_over_c2_ = scalars[4];  // 1 / c2
-  const float eps_ = scalars[5];  // eps
-  const float k_1_over_c1_ = scalars[6];  // 1 / c1
-  const float k_1_minus_lr_times_weight_decay_ = scalars[7];  // 1 - lr * weight_decay
+  const float eps_times_c2_ = scalars[4];  // eps * c2
+  const float k_1_minus_lr_times_weight_decay_ = scalars[5];  // 1 - lr * weight_decay
   const i64 pieces = CHUNK / PIECE;  // of a chunk
   const i64 stride = (i64)gridDim.x * WARPS;
   for (i64 Piece = (i64)blockIdx.x * WARPS + threadIdx.x / LANES; Piece < chunk_count * pieces; Piece += stride) {
@@ -527,8 +527,8 @@ bnbx_measure(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_
       v = (beta2_ * v) + ((k_1_minus_beta2_ * g) * g);
       // agrees = where(sign(m) * sign(g) > 0, 1, 0)
       Number agrees = rule_where(((rule_sign(m) * rule_sign(g)) > 0.0f), 1.0f, 0.0f);
-      // u = agrees * (m / c1) / (sqrt(v) / c2 + eps)
-      Number u = ((k_1_over_c1_ * agrees) * m) / ((k_1_over_c2_ * rule_sqrt(v)) + eps_);
+      // u = agrees * (m / c1) / (sqrt(v) / c2 + eps), without c2 / c1
+      Number u = (agrees * m) / (rule_sqrt(v) + eps_times_c2_);
       Sum.norm_agrees += (double)agrees * (double)agrees;
     }
     Sum.norm_agrees = sum_of_lanes(Sum.norm_agrees);
@@ -572,10 +572,8 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
   const float k_1_minus_beta1_ = scalars[1];  // 1 - beta1
   const float beta2_ = scalars[2];  // beta2
   const float k_1_minus_beta2_ = scalars[3];  // 1 - beta2
-  const float k_1_over_c2_ = scalars[4];  // 1 / c2
-  const float eps_ = scalars[5];  // eps
-  const float k_1_over_c1_ = scalars[6];  // 1 / c1
-  const float k_1_minus_lr_times_weight_decay_ = scalars[7];  // 1 - lr * weight_decay
+  const float eps_times_c2_ = scalars[4];  // eps * c2
+  const float k_1_minus_lr_times_weight_decay_ = scalars[5];  // 1 - lr * weight_decay
   const i64 pieces = CHUNK / PIECE;  // of a chunk
   const i64 stride = (i64)gridDim.x * WARPS;
   for (i64 Piece = (i64)blockIdx.x * WARPS + threadIdx.x / LANES; Piece < chunk_count * pieces; Piece += stride) {
@@ -587,7 +585,7 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
     const float Gradient_scale = *Here.Gradient_scale_;
     const bool Aligned = is_aligned(Here.p_) && is_aligned(Here.g_) && is_aligned(Here.m_) && is_aligned(Here.v_);
     const Values& Found = values[&Here - rows];
-    const float lr_over_share_ = Found.lr_over_share_;  // lr / share
+    const float lr_over_share_times_c2_over_c1_ = Found.lr_over_share_times_c2_over_c1_;  // lr / share * (c2 / c1)
     Parameter P[PER_LANE];
     Gradient G[PER_LANE];
     load_piece(Here.p_ + Start, Left, Aligned, Parameter{}, P);
@@ -617,12 +615,12 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
       v = (beta2_ * v) + ((k_1_minus_beta2_ * g) * g);
       // agrees = where(sign(m) * sign(g) > 0, 1, 0)
       Number agrees = rule_where(((rule_sign(m) * rule_sign(g)) > 0.0f), 1.0f, 0.0f);
-      // u = agrees * (m / c1) / (sqrt(v) / c2 + eps)
-      Number u = ((k_1_over_c1_ * agrees) * m) / ((k_1_over_c2_ * rule_sqrt(v)) + eps_);
+      // u = agrees * (m / c1) / (sqrt(v) / c2 + eps), without c2 / c1
+      Number u = (agrees * m) / (rule_sqrt(v) + eps_times_c2_);
       // p = p * (1 - lr * weight_decay)
       p = k_1_minus_lr_times_weight_decay_ * p;
       // p = p - lr / share * u
-      p = p - (lr_over_share_ * u);
+      p = p - (lr_over_share_times_c2_over_c1_ * u);
       rule_write(p, P + I);
       rule_write(m, State_m + I);
       rule_write(v, State_v + I);

@@ -879,12 +879,11 @@ struct Scalars {
   Number k_1_minus_beta1_;  // 1 - beta1
   Number beta2_;  // beta2
   Number k_1_minus_beta2_;  // 1 - beta2
-  Number k_1_over_c2_;  // 1 / c2
-  Number eps_;  // eps
-  Number k_1_over_c1_;  // 1 / c1
+  Number eps_times_c2_;  // eps * c2
+  Number c2_over_c1_;  // c2 / c1
   Number weight_decay_;  // weight_decay
 
-  explicit Scalars(const float* given) : beta1_(given[0]), k_1_minus_beta1_(given[1]), beta2_(given[2]), k_1_minus_beta2_(given[3]), k_1_over_c2_(given[4]), eps_(given[5]), k_1_over_c1_(given[6]), weight_decay_(given[7]) {}
+  explicit Scalars(const float* given) : beta1_(given[0]), k_1_minus_beta1_(given[1]), beta2_(given[2]), k_1_minus_beta2_(given[3]), eps_times_c2_(given[4]), c2_over_c1_(given[5]), weight_decay_(given[6]) {}
 };
 
 struct Job {
@@ -1018,14 +1017,20 @@ enum { STEP = sizeof(Several) > sizeof(float) ? (int)(sizeof(Several) / sizeof(f
 // neither parameters nor gradients.
 
 // How far, in elements. Where other programs' steps come between, so that everything comes from memory, 256 cost 3 %
-// more, and 1024 cost AdamW 15 %.
-enum { AHEAD = 512, LINE = 64 };
+// more, and 1024 cost AdamW 15 %. The processor's own prefetchers end with a page: the first lines of the next are asked
+// for before its turn comes, which takes 3 to 6 % less time, but 8 lines of it 2 % more.
+enum { AHEAD = 512, FURTHER = 256, LINE = 64, PAGE = 4096, FIRST_LINES = 4 };
 
 // Does no harm past the end of x.
 template <bool WRITTEN, class Number>
 static inline void ask_for(const Number* x, int count) {
   if (!OVERLAP) return;
-  for (int i = 0; i < count; i += LINE / (int)sizeof(Number)) __builtin_prefetch(x + i, WRITTEN);
+  const int bytes = count * (int)sizeof(Number);
+  for (int i = 0; i < bytes; i += LINE) __builtin_prefetch((const char*)x + i, WRITTEN);
+  const char* further = (const char*)(x + FURTHER);
+  const int in_page = (int)((unsigned long long)further % PAGE);
+  if (in_page >= bytes) return;
+  for (int i = 0; i < FIRST_LINES; ++i) __builtin_prefetch(further - in_page + i * LINE, WRITTEN);
 }
 
 // For each chunk: open; decode, and encode, each span; close. At the end: flush.
@@ -1146,9 +1151,8 @@ const Scalars<Number>& Given, const Number Gradient_scale, const int Count, Part
   const Number k_1_minus_beta1_ = Given.k_1_minus_beta1_;
   const Number beta2_ = Given.beta2_;
   const Number k_1_minus_beta2_ = Given.k_1_minus_beta2_;
-  const Number k_1_over_c2_ = Given.k_1_over_c2_;
-  const Number eps_ = Given.eps_;
-  const Number k_1_over_c1_ = Given.k_1_over_c1_;
+  const Number eps_times_c2_ = Given.eps_times_c2_;
+  const Number c2_over_c1_ = Given.c2_over_c1_;
   const Number weight_decay_ = Given.weight_decay_;
   alignas(64) float Norm_p[SPAN];
   alignas(64) float Norm_u[SPAN];
@@ -1168,7 +1172,7 @@ const Scalars<Number>& Given, const Number Gradient_scale, const int Count, Part
     // vmax = where(amsgrad, max(vmax, v), v)
     Number vmax = v;
     // u = (m / c1) / (sqrt(vmax) / c2 + eps)
-    Number u = (k_1_over_c1_ * m) / ((k_1_over_c2_ * rule_sqrt(vmax)) + eps_);
+    Number u = (c2_over_c1_ * m) / (rule_sqrt(vmax) + eps_times_c2_);
     // u = where(adam_w_mode, u + weight_decay * p, u)
     u = u + (weight_decay_ * p);
     Norm_p[I] = p;
@@ -1188,9 +1192,8 @@ const Scalars<Number>& Given, const Number Gradient_scale, const Values& Here, c
   const Number k_1_minus_beta1_ = Given.k_1_minus_beta1_;
   const Number beta2_ = Given.beta2_;
   const Number k_1_minus_beta2_ = Given.k_1_minus_beta2_;
-  const Number k_1_over_c2_ = Given.k_1_over_c2_;
-  const Number eps_ = Given.eps_;
-  const Number k_1_over_c1_ = Given.k_1_over_c1_;
+  const Number eps_times_c2_ = Given.eps_times_c2_;
+  const Number c2_over_c1_ = Given.c2_over_c1_;
   const Number weight_decay_ = Given.weight_decay_;
   const float lr_times_trust_ = Here.lr_times_trust_;  // lr * trust
   Found Most_m = Largest_m;
@@ -1211,7 +1214,7 @@ const Scalars<Number>& Given, const Number Gradient_scale, const Values& Here, c
     // vmax = where(amsgrad, max(vmax, v), v)
     Number vmax = v;
     // u = (m / c1) / (sqrt(vmax) / c2 + eps)
-    Number u = (k_1_over_c1_ * m) / ((k_1_over_c2_ * rule_sqrt(vmax)) + eps_);
+    Number u = (c2_over_c1_ * m) / (rule_sqrt(vmax) + eps_times_c2_);
     // u = where(adam_w_mode, u + weight_decay * p, u)
     u = u + (weight_decay_ * p);
     // p = p - lr * trust * u

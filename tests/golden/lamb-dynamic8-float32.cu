@@ -490,9 +490,8 @@ bnbx_measure(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_
   const float k_1_minus_beta1_ = scalars[2];  // 1 - beta1
   const float beta2_ = scalars[3];  // beta2
   const float k_1_minus_beta2_ = scalars[4];  // 1 - beta2
-  const float k_1_over_c2_ = scalars[5];  // 1 / c2
-  const float eps_ = scalars[6];  // eps
-  const float k_1_over_c1_ = scalars[7];  // 1 / c1
+  const float eps_times_c2_ = scalars[5];  // eps * c2
+  const float c2_over_c1_ = scalars[6];  // c2 / c1
   const i64 pieces = CHUNK / PIECE;  // of a chunk
   const i64 stride = (i64)gridDim.x * WARPS;
   for (i64 Piece = (i64)blockIdx.x * WARPS + threadIdx.x / LANES; Piece < chunk_count * pieces; Piece += stride) {
@@ -537,7 +536,7 @@ bnbx_measure(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_
       // vmax = where(amsgrad, max(vmax, v), v)
       Number vmax = v;
       // u = (m / c1) / (sqrt(vmax) / c2 + eps)
-      Number u = (k_1_over_c1_ * m) / ((k_1_over_c2_ * rule_sqrt(vmax)) + eps_);
+      Number u = (c2_over_c1_ * m) / (rule_sqrt(vmax) + eps_times_c2_);
       // u = where(adam_w_mode, u + weight_decay * p, u)
       u = u;
       Sum.norm_p += (double)p * (double)p;
@@ -586,9 +585,8 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
   const float k_1_minus_beta1_ = scalars[2];  // 1 - beta1
   const float beta2_ = scalars[3];  // beta2
   const float k_1_minus_beta2_ = scalars[4];  // 1 - beta2
-  const float k_1_over_c2_ = scalars[5];  // 1 / c2
-  const float eps_ = scalars[6];  // eps
-  const float k_1_over_c1_ = scalars[7];  // 1 / c1
+  const float eps_times_c2_ = scalars[5];  // eps * c2
+  const float c2_over_c1_ = scalars[6];  // c2 / c1
   const i64 pieces = CHUNK / PIECE;  // of a chunk
   const i64 stride = (i64)gridDim.x * WARPS;
   for (i64 Piece = (i64)blockIdx.x * WARPS + threadIdx.x / LANES; Piece < chunk_count * pieces; Piece += stride) {
@@ -633,7 +631,7 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
       // vmax = where(amsgrad, max(vmax, v), v)
       Number vmax = v;
       // u = (m / c1) / (sqrt(vmax) / c2 + eps)
-      Number u = (k_1_over_c1_ * m) / ((k_1_over_c2_ * rule_sqrt(vmax)) + eps_);
+      Number u = (c2_over_c1_ * m) / (rule_sqrt(vmax) + eps_times_c2_);
       // u = where(adam_w_mode, u + weight_decay * p, u)
       u = u;
       // p = p - lr * trust * u

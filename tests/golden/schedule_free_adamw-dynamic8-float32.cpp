@@ -836,14 +836,14 @@ template <class Number>
 struct Scalars {
   Number beta2_;  // beta2
   Number k_1_minus_beta2_;  // 1 - beta2
-  Number k_1_over_c2_;  // 1 / c2
-  Number eps_;  // eps
+  Number eps_times_c2_;  // eps * c2
+  Number c2_;  // c2
   Number weight_decay_;  // weight_decay
   Number c_;  // c
   Number scalar_0_;  // rate * (1 - beta1 * (1 - c))
   Number rate_;  // rate
 
-  explicit Scalars(const float* given) : beta2_(given[0]), k_1_minus_beta2_(given[1]), k_1_over_c2_(given[2]), eps_(given[3]), weight_decay_(given[4]), c_(given[5]), scalar_0_(given[6]), rate_(given[7]) {}
+  explicit Scalars(const float* given) : beta2_(given[0]), k_1_minus_beta2_(given[1]), eps_times_c2_(given[2]), c2_(given[3]), weight_decay_(given[4]), c_(given[5]), scalar_0_(given[6]), rate_(given[7]) {}
 };
 
 struct Job {
@@ -977,14 +977,20 @@ enum { STEP = sizeof(Several) > sizeof(float) ? (int)(sizeof(Several) / sizeof(f
 // neither parameters nor gradients.
 
 // How far, in elements. Where other programs' steps come between, so that everything comes from memory, 256 cost 3 %
-// more, and 1024 cost AdamW 15 %.
-enum { AHEAD = 512, LINE = 64 };
+// more, and 1024 cost AdamW 15 %. The processor's own prefetchers end with a page: the first lines of the next are asked
+// for before its turn comes, which takes 3 to 6 % less time, but 8 lines of it 2 % more.
+enum { AHEAD = 512, FURTHER = 256, LINE = 64, PAGE = 4096, FIRST_LINES = 4 };
 
 // Does no harm past the end of x.
 template <bool WRITTEN, class Number>
 static inline void ask_for(const Number* x, int count) {
   if (!OVERLAP) return;
-  for (int i = 0; i < count; i += LINE / (int)sizeof(Number)) __builtin_prefetch(x + i, WRITTEN);
+  const int bytes = count * (int)sizeof(Number);
+  for (int i = 0; i < bytes; i += LINE) __builtin_prefetch((const char*)x + i, WRITTEN);
+  const char* further = (const char*)(x + FURTHER);
+  const int in_page = (int)((unsigned long long)further % PAGE);
+  if (in_page >= bytes) return;
+  for (int i = 0; i < FIRST_LINES; ++i) __builtin_prefetch(further - in_page + i * LINE, WRITTEN);
 }
 
 // For each chunk: open; decode, and encode, each span; close. At the end: flush.
@@ -1092,8 +1098,8 @@ static inline __attribute__((always_inline)) void update_elements(
 const Scalars<Number>& Given, const Number Gradient_scale, const int Count, Found& Largest_v) {
   const Number beta2_ = Given.beta2_;
   const Number k_1_minus_beta2_ = Given.k_1_minus_beta2_;
-  const Number k_1_over_c2_ = Given.k_1_over_c2_;
-  const Number eps_ = Given.eps_;
+  const Number eps_times_c2_ = Given.eps_times_c2_;
+  const Number c2_ = Given.c2_;
   const Number weight_decay_ = Given.weight_decay_;
   const Number c_ = Given.c_;
   const Number scalar_0_ = Given.scalar_0_;
@@ -1109,7 +1115,7 @@ const Scalars<Number>& Given, const Number Gradient_scale, const int Count, Foun
     // v = beta2 * v + (1 - beta2) * g * g
     v = (beta2_ * v) + ((k_1_minus_beta2_ * g) * g);
     // n = g / (sqrt(v) / c2 + eps) + weight_decay * p
-    Number n = (g / ((k_1_over_c2_ * rule_sqrt(v)) + eps_)) + (weight_decay_ * p);
+    Number n = ((c2_ * g) / (rule_sqrt(v) + eps_times_c2_)) + (weight_decay_ * p);
     // p = p + c * (z - p) - rate * (1 - beta1 * (1 - c)) * n
     p = (p + (c_ * (z - p))) - (scalar_0_ * n);
     // z = z - rate * n

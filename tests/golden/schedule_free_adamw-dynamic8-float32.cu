@@ -444,8 +444,8 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
   __syncthreads();
   const float beta2_ = scalars[0];  // beta2
   const float k_1_minus_beta2_ = scalars[1];  // 1 - beta2
-  const float k_1_over_c2_ = scalars[2];  // 1 / c2
-  const float eps_ = scalars[3];  // eps
+  const float eps_times_c2_ = scalars[2];  // eps * c2
+  const float c2_ = scalars[3];  // c2
   const float weight_decay_ = scalars[4];  // weight_decay
   const float c_ = scalars[5];  // c
   const float scalar_0_ = scalars[6];  // rate * (1 - beta1 * (1 - c))
@@ -483,7 +483,7 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
       // v = beta2 * v + (1 - beta2) * g * g
       v = (beta2_ * v) + ((k_1_minus_beta2_ * g) * g);
       // n = g / (sqrt(v) / c2 + eps) + weight_decay * p
-      Number n = (g / ((k_1_over_c2_ * rule_sqrt(v)) + eps_)) + (weight_decay_ * p);
+      Number n = ((c2_ * g) / (rule_sqrt(v) + eps_times_c2_)) + (weight_decay_ * p);
       // p = p + c * (z - p) - rate * (1 - beta1 * (1 - c)) * n
       p = (p + (c_ * (z - p))) - (scalar_0_ * n);
       // z = z - rate * n

@@ -1,13 +1,14 @@
 """Lowered rules mean what the text means, and hand kernels nothing that they could not run.
 
-Lowering only rearranges products and quotients. So both sides are computed modulo a prime, where
-every such rearrangement is exact: equal results at random values mean equal formulas. What it
-does to rounding is the matter of test_lower_rounding.py.
+Lowering only rearranges products, quotients and the divisors of sums. So both sides are computed
+modulo a prime, where every such rearrangement is exact: equal results at random values mean equal
+formulas. What it does to rounding is the matter of test_lower_rounding.py.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 import random
 import re
@@ -15,10 +16,11 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnbx.kernels.evaluate import Operations, evaluate
+from bnbx.kernels.evaluate import Operations, evaluate, tensor_operations
 from bnbx.kernels.lower import lower, text
 from bnbx.registry import Optimizer, State, flag, number, optimizers, rate
 from bnbx.registry.checks import NORM, NUMEL
@@ -54,7 +56,8 @@ def scrambled(x: int) -> int:
     return int(pow(x + 12345, 3, PRIME) ^ 1)
 
 
-# The inverse of zero is zero, which keeps every law that lowering uses.
+# The inverse of zero is zero, which keeps every law that lowering uses but one: it is not so that
+# x / c + y = (x + c * y) / c.
 MODULAR: Operations = {
     "number": from_float,
     "+": lambda a, b: (a + b) % PRIME,
@@ -77,20 +80,36 @@ MODULAR: Operations = {
 }
 
 
-def assert_same_formula(spec: Optimizer, switches: Switches, seed: int) -> None:
+def quotient(a: int, b: int) -> int:
+    if b == 0:
+        raise ZeroDivisionError
+    return a * pow(b, -1, PRIME) % PRIME
+
+
+UNLESS_ZERO: Operations = {**MODULAR, "/": quotient}
+
+
+def assert_same_formula(spec: Optimizer, switches: Switches, seed: int) -> int:
+    """Compare some drawn values, and return how many."""
     source = random.Random(seed)
     lowered = lower(spec, switches)
     of_the_host = {STEP, NUMEL, *spec.hyper, *spec.step.writes}
-    for _ in range(4):
+    compared = 0
+    for _ in range(12):
         inputs = [*stored(spec, switches), "g", *sorted(of_the_host)]
         start = {name: source.choice([0, 1, source.randrange(PRIME)]) for name in inputs}
         host = {name: start[name] for name in of_the_host}
         elements = {name: start[name] for name in start.keys() - of_the_host}
-        scalars = {n: evaluate(value, host, MODULAR) for n, value in lowered.scalars.items()}
-        found = run_lowered(lowered, elements, scalars, host, MODULAR, measured)
-        expected = run_text(spec, switches, start, MODULAR, measured)
+        try:
+            expected = run_text(spec, switches, start, UNLESS_ZERO, measured)
+        except ZeroDivisionError:
+            continue
+        scalars = {n: evaluate(value, host, UNLESS_ZERO) for n, value in lowered.scalars.items()}
+        found = run_lowered(lowered, elements, scalars, host, UNLESS_ZERO, measured)
         for name in stored(spec, switches):
             assert found[name] == expected[name], (name, lowered)
+        compared += 1
+    return compared
 
 
 def measured(x: int) -> int:
@@ -107,7 +126,7 @@ def test_a_lowered_rule_is_the_formula_of_its_text(spec: Optimizer, seed: int) -
 @pytest.mark.parametrize("spec", list(optimizers()), ids=lambda spec: spec.name)
 def test_every_registered_rule_keeps_its_formula_for_all_switches(spec: Optimizer) -> None:
     for truth in itertools.product((False, True), repeat=len(spec.switches)):
-        assert_same_formula(spec, dict(zip(spec.switches, truth, strict=True)), 0)
+        assert assert_same_formula(spec, dict(zip(spec.switches, truth, strict=True)), 0)
 
 
 def rule(code: str, *hyper: str, step_code: str = "", states: str = "", **more: Any) -> Optimizer:
@@ -155,6 +174,14 @@ AWKWARD: dict[str, Optimizer] = {
     "a state set to a scalar": rule("m = a / 3\np = m * g * m", "a", states="m"),
     "a state set to a literal": rule("m = 0\nm = m + 1\np = p * g + m", states="m"),
     "only literals": rule("p = (1 + 2) * g * 3 / (4 - 5) - -6"),
+    "terms with divisors": rule("p = (g / a + b) / (p / b + a * g) - (b * p - g / a) + g / a / b",
+                                "a", "b"),
+    "terms with one divisor": rule("p = g / a + p / a + b / a - (b - p / a)", "a", "b"),
+    "factors that wait": rule("u = a * g\nw = u / b\np = p - w + a", "a", "b"),
+    "factors that cannot wait": rule("u = a * g\nw = u / b\np = p - w * w + u", "a", "b"),
+    "a factor of a name written twice": rule("u = a * g\nu = b * p\np = g + u", "a", "b"),
+    "a gradient with a factor": rule("g = a * g\np = p - b * g", "a", "b"),
+    "a gradient read before its factor": rule("p = p - b * g\ng = a * p", "a", "b"),
     "signs everywhere": rule("p = -(-(a * -g)) / -(-p * -a) - -(-g)", "a"),
     "quotients of quotients": rule("p = a / (b / (g / (a / (p / b))))", "a", "b"),
     "one in every place": rule("p = 1 * g / 1 * (1 / p) / (1 / g) * (1 * 1) / (a / 1) * 1", "a"),
@@ -175,6 +202,17 @@ def test_awkward_rules_keep_their_formula(label: str) -> None:
     for truth in itertools.product((False, True), repeat=len(spec.switches)):
         for seed in range(10):
             assert_same_formula(spec, dict(zip(spec.switches, truth, strict=True)), seed)
+
+
+def test_what_is_divided_by_zero_is_lost_either_way() -> None:
+    spec = rule("p = g / a + b", "a", "b")
+    lowered, by = lower(spec, {}), tensor_operations(torch.float32, "cpu")
+    assert [text(s.value) for s in lowered.statements] == ["k_1_over_a_ * (g + b_times_a_)"]
+    values = {"p": torch.zeros(3), "g": torch.tensor([2.0, -2.0, 0.0])}
+    found = run_lowered(lowered, values, {"k_1_over_a_": math.inf, "b_times_a_": 0.0}, {}, by)
+    expected = torch.tensor([math.inf, -math.inf, math.nan])
+    torch.testing.assert_close(found["p"], expected, equal_nan=True)
+    torch.testing.assert_close(values["g"] / 0.0 + 0.5, expected, equal_nan=True)
 
 
 # ---- what kernels are given
@@ -293,10 +331,11 @@ def test_an_adamw_step_as_kernels_run_it() -> None:
         "m = beta1_ * m + k_1_minus_beta1_ * g",
         "v = beta2_ * v + k_1_minus_beta2_ * g * g",
         "vmax = v",
-        "u = k_1_over_c1_ * m / (k_1_over_c2_ * sqrt(vmax) + eps_)",
+        "u = m / (sqrt(vmax) + eps_times_c2_)",
         "p = k_1_minus_lr_times_weight_decay_ * p",
-        "p = p - lr_ * u",
+        "p = p - lr_times_c2_over_c1_ * u",
     ]
+    assert {name: text(value) for name, value in found.factors.items()} == {"u": "c2 / c1"}
 
 
 def test_what_no_element_depends_on_is_not_computed_for_each() -> None:

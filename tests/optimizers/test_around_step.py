@@ -482,6 +482,7 @@ def test_states_of_a_late_first_gradient_begin_then(
         if step == 2:
             group = together.param_groups[1]
             hyper = {name: group[name] for name in together.spec.arguments}
+            hyper |= {"max_unorm": group["max_unorm"]} if variant == "clipped" else {}
             types = group["state_types"]
             alone = Optimizer8bit(late, rule, state_types=types, min_8bit_size=0, **hyper)
         if step >= 2:
