@@ -338,6 +338,12 @@ def test_an_adamw_step_as_kernels_run_it() -> None:
     assert {name: text(value) for name, value in found.factors.items()} == {"u": "c2 / c1"}
 
 
+def test_an_update_whose_norm_others_may_ask_for_is_whole() -> None:
+    code = "u = a * g\np = p - max_unorm * u"
+    assert set(lower(rule(code, "a", "max_unorm"), {}).factors) == set()
+    assert set(lower(rule(code.replace("max_unorm", "b"), "a", "b"), {}).factors) == {"u"}
+
+
 def test_what_no_element_depends_on_is_not_computed_for_each() -> None:
     found = lower(rule("u = a + 1\nw = u * u\np = p - w * g", "a"), {})
     (statement,) = found.statements
