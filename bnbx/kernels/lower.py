@@ -4,11 +4,10 @@ Whatever depends only on hyperparameters and the step (`1 - beta1`, `lr / c1`) i
 every element, so it is computed once in float64 on the host and rounded to float32. What depends
 on norms too (`lr * trust`) is computed once a tensor, in float64 on the device. Scalar factors of
 a product or quotient are gathered into one: `lr * (m / c1) / d` becomes `((lr / c1) * m) / d`,
-one multiplication and one division. So are the divisor of a term (`x / c + y` becomes
-`(x + c * y) / c`) and the factor of a name that is read once, which makes of Adam's text what the
-end of section 2 of arXiv:1412.6980 advises. Every target runs the lowered statements, the torch
-reference included, so all of them round alike; the tests hold them against the text as it was
-written, in float64.
+one multiplication and one division. So is the factor of a name that is read once: of
+`u = a * m / d` and `p = p - lr * u` the kernel makes `u = m / d` and one number, `lr * a`. Every
+target runs the lowered statements, the torch reference included, so all of them round alike; the
+tests hold them against the text as it was written, in float64.
 """
 
 from __future__ import annotations
@@ -105,7 +104,7 @@ class _Lowering:
         tensor = _live(map(self.selected, self.spec.tensor.statements), read_there)
         norms = {n for s in tensor for n in names(s.value) if n.startswith(NORM)}
         kept = {PARAMETER, *self.states, *(n.removeprefix(NORM) for n in norms)}
-        kept |= {UPDATE} if self.spec.clips_itself else set()  # its norm is told to who asks for it
+        kept |= {UPDATE} if self.spec.clips_itself else set()  # whose norm update_norm tells
         element = self.vectors(self.spec.element.statements, kept)
         per_tensor = self.tensor_statements(tensor, norms)
         apply = self.vectors(applied, {PARAMETER})
@@ -141,9 +140,13 @@ class _Lowering:
         return found
 
     def vector(self, statement: Statement, split: _Split, kept: set[str]) -> Statement:
-        """The statement with its value. A scalar factor may wait for the one that reads it."""
+        """The statement with its value. A scalar factor may wait for the one that reads it.
+
+        Not that of a product: it may be what keeps `(a * g) * (a * g)` within the range of float32.
+        """
         name = statement.target
-        if name in self.once - kept and split.scale and split.vector:
+        waits = name in self.once - kept and split.vector and not _is_product(split.vector)
+        if waits and split.scale:
             self.factors[name] = split.scale
             split = _Split(None, split.vector)
         return Statement(name, self.join(split), statement.text)
@@ -191,17 +194,13 @@ class _Lowering:
                 return _Split(node, None)
             case Name(id):
                 scalar = self.known.get(id)
-                return (
-                    _Split(scalar, None)
-                    if scalar is not None
-                    else _Split(self.factors.get(id), node)
-                )
+                return _Split(scalar or self.factors.get(id), None if scalar else node)
             case Negate(operand):
                 return self.negate(self.split(operand))
             case Binary("*" | "/" as op, left, right):
                 return self.scale(op, self.split(left), self.split(right))
             case Binary(op, left, right):
-                return self.sum(op, self.split(left), self.split(right))
+                return self.combine(lambda a, b: Binary(op, a, b), left, right)
             case Compare(op, left, right):
                 return self.combine(lambda a, b: Compare(op, a, b), left, right)
             case Call(function, args):
@@ -221,17 +220,6 @@ class _Lowering:
         if right.vector is None:
             return _Split(scale, left.vector)
         return _Split(scale, Binary("/", left.vector or ONE, right.vector))
-
-    def sum(self, op: str, left: _Split, right: _Split) -> _Split:
-        if left.vector is None and right.vector is None:
-            return _Split(Binary(op, left.scale or ONE, right.scale or ONE), None)
-        if (quotient := _quotient_of(left)) and right.scale:
-            vector, divisor = quotient
-            return _Split(left.scale, Binary(op, vector, self.join(_times(right, divisor))))
-        if (quotient := _quotient_of(right)) and left.scale:
-            vector, divisor = quotient
-            return _Split(right.scale, Binary(op, self.join(_times(left, divisor)), vector))
-        return _Split(None, Binary(op, self.join(left), self.join(right)))
 
     def combine(self, make: type | object, left: Expression, right: Expression) -> _Split:
         parts = [self.split(left), self.split(right)]
@@ -296,19 +284,11 @@ def _used_once(statements: Sequence[Statement]) -> set[str]:
     return {name for name, count in writes.items() if count == reads[name] == 1}
 
 
-def _quotient_of(part: _Split) -> tuple[Expression, Expression] | None:
-    """Vector and divisor, if the part is no more than these."""
-    match part:
-        case _Split(Binary("/", Number(1.0), divisor), vector) if vector is not None:
-            return vector, divisor
-    return None
-
-
-def _times(part: _Split, factor: Expression) -> _Split:
-    scale = part.scale or ONE
-    if isinstance(scale, Binary) and (scale.op, scale.right) == ("/", factor):
-        return _Split(scale.left, part.vector)
-    return _Split(_product(scale, factor), part.vector)
+def _is_product(vector: Expression) -> bool:
+    """Whether two vectors are multiplied, on top or in the numerator of quotients."""
+    while isinstance(vector, Binary) and vector.op == "/":
+        vector = vector.left
+    return isinstance(vector, Binary) and vector.op == "*"
 
 
 def _product(a: Expression | None, b: Expression | None) -> Expression | None:

@@ -20,8 +20,6 @@ from bnbx.kernels.lower import text
 from bnbx.kernels.plan import Plan, Storage
 from bnbx.kernels.signature import JOB, RESIDUAL_TYPES, make_signature
 
-LANES = 16  # floats that cpu_lanes.h updates at a time
-
 
 @lru_cache(maxsize=1)
 def _templates() -> jinja2.Environment:
@@ -72,7 +70,8 @@ def _names(plan: Plan) -> dict[str, Any]:
         "parameter": C_TYPES[plan.parameter],
         "gradient": C_TYPES[plan.gradient],
         "residual": RESIDUAL_TYPES.get(plan.master, ""),
-        "laned": bool(plan.quantized) and plan.master == "none" and plan.span % LANES == 0,
+        # In lanes; a master's noise is numbered by the place of each element.
+        "laned": bool(plan.quantized) and plan.master == "none",
         "staged": plan.parameter == plan.gradient == "float16" and plan.master == "none",
         "load_p": load,
         "store_p": store,

@@ -396,7 +396,8 @@ DEVICE void encode_whole_piece(const float (&x)[PER_LANE], u32 largest, const Sh
   }
 }
 
-typedef float Number;
+typedef float Number;  // what a rule's statements work on
+
 // What this plan works on: its dtypes, the traits of its codebooks, and a row of the launch's table.
 typedef float Parameter;
 typedef float Gradient;
@@ -460,7 +461,7 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
   const float k_1_minus_beta1_ = scalars[2];  // 1 - beta1
   const float beta2_ = scalars[3];  // beta2
   const float k_1_minus_beta2_ = scalars[4];  // 1 - beta2
-  const float eps_times_c2_ = scalars[5];  // eps * c2
+  const float c2_times_eps_ = scalars[5];  // c2 * eps
   const float lr_times_c2_over_c1_ = scalars[6];  // lr * (c2 / c1)
   const i64 pieces = CHUNK / PIECE;  // of a chunk
   const i64 stride = (i64)gridDim.x * WARPS;
@@ -509,8 +510,8 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
       v = (beta2_ * v) + ((k_1_minus_beta2_ * g) * g);
       // vmax = where(amsgrad, max(vmax, v), v)
       vmax = rule_max(vmax, v);
-      // u = (m / c1) / (sqrt(vmax) / c2 + eps), without c2 / c1
-      Number u = m / (rule_sqrt(vmax) + eps_times_c2_);
+      // u = c2 / c1 * m / (sqrt(vmax) + c2 * eps), without c2 / c1
+      Number u = m / (rule_sqrt(vmax) + c2_times_eps_);
       // p = p - lr * u
       p = p - (lr_times_c2_over_c1_ * u);
       rule_write(p, P + I);

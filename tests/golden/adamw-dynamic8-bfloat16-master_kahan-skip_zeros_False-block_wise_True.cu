@@ -477,7 +477,8 @@ DEVICE void encode_whole_piece(const float (&x)[PER_LANE], u32 largest, const Sh
 }
 
 #define PLACE (Here.FirstChunk * CHUNK + Start + place_of(I))
-typedef float Number;
+typedef float Number;  // what a rule's statements work on
+
 // What this plan works on: its dtypes, the traits of its codebooks, and a row of the launch's table.
 typedef bfloat16 Parameter;
 typedef bfloat16 Gradient;
@@ -539,7 +540,7 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
   const float k_1_minus_beta1_ = scalars[1];  // 1 - beta1
   const float beta2_ = scalars[2];  // beta2
   const float k_1_minus_beta2_ = scalars[3];  // 1 - beta2
-  const float eps_times_c2_ = scalars[4];  // eps * c2
+  const float c2_times_eps_ = scalars[4];  // c2 * eps
   const float k_1_minus_lr_times_weight_decay_ = scalars[5];  // 1 - lr * weight_decay
   const float lr_times_c2_over_c1_ = scalars[6];  // lr * (c2 / c1)
   const u32 Seed = (u32)inputs[0];
@@ -584,8 +585,8 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
       v = (beta2_ * v) + ((k_1_minus_beta2_ * g) * g);
       // vmax = where(amsgrad, max(vmax, v), v)
       Number vmax = v;
-      // u = (m / c1) / (sqrt(vmax) / c2 + eps), without c2 / c1
-      Number u = m / (rule_sqrt(vmax) + eps_times_c2_);
+      // u = c2 / c1 * m / (sqrt(vmax) + c2 * eps), without c2 / c1
+      Number u = m / (rule_sqrt(vmax) + c2_times_eps_);
       // p = p * (1 - lr * weight_decay)
       p = k_1_minus_lr_times_weight_decay_ * p;
       // p = p - lr * u

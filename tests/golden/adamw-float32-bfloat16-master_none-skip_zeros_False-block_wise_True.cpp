@@ -156,11 +156,11 @@ struct Scalars {
   Number k_1_minus_beta1_;  // 1 - beta1
   Number beta2_;  // beta2
   Number k_1_minus_beta2_;  // 1 - beta2
-  Number eps_times_c2_;  // eps * c2
+  Number c2_times_eps_;  // c2 * eps
   Number k_1_minus_lr_times_weight_decay_;  // 1 - lr * weight_decay
   Number lr_times_c2_over_c1_;  // lr * (c2 / c1)
 
-  explicit Scalars(const float* given) : beta1_(given[0]), k_1_minus_beta1_(given[1]), beta2_(given[2]), k_1_minus_beta2_(given[3]), eps_times_c2_(given[4]), k_1_minus_lr_times_weight_decay_(given[5]), lr_times_c2_over_c1_(given[6]) {}
+  explicit Scalars(const float* given) : beta1_(given[0]), k_1_minus_beta1_(given[1]), beta2_(given[2]), k_1_minus_beta2_(given[3]), c2_times_eps_(given[4]), k_1_minus_lr_times_weight_decay_(given[5]), lr_times_c2_over_c1_(given[6]) {}
 };
 
 struct Job {
@@ -180,8 +180,7 @@ struct Job {
 typedef float Several;
 enum { SPAN = 1024, STEP = SPAN, STEPS = 1 };  // elements that are updated at a time
 
-// The rule, for `Count` elements, as many as a Number has at a time. The largest magnitudes of quantized states are
-// found on the way, as integers: so the order of comparisons cannot matter, even for NaN.
+// The rule, for `Count` elements, as many as a Number has at a time.
 template <class Number>
 static inline __attribute__((always_inline)) void update_elements(
     Parameter* __restrict P, const Gradient* __restrict G, float* __restrict State_m, float* __restrict State_v,
@@ -190,7 +189,7 @@ const Scalars<Number>& Given, const Number Gradient_scale, const int Count) {
   const Number k_1_minus_beta1_ = Given.k_1_minus_beta1_;
   const Number beta2_ = Given.beta2_;
   const Number k_1_minus_beta2_ = Given.k_1_minus_beta2_;
-  const Number eps_times_c2_ = Given.eps_times_c2_;
+  const Number c2_times_eps_ = Given.c2_times_eps_;
   const Number k_1_minus_lr_times_weight_decay_ = Given.k_1_minus_lr_times_weight_decay_;
   const Number lr_times_c2_over_c1_ = Given.lr_times_c2_over_c1_;
   for (int I = 0; I < Count; I += sizeof(Number) / sizeof(float)) {
@@ -206,8 +205,8 @@ const Scalars<Number>& Given, const Number Gradient_scale, const int Count) {
     v = (beta2_ * v) + ((k_1_minus_beta2_ * g) * g);
     // vmax = where(amsgrad, max(vmax, v), v)
     Number vmax = v;
-    // u = (m / c1) / (sqrt(vmax) / c2 + eps), without c2 / c1
-    Number u = m / (rule_sqrt(vmax) + eps_times_c2_);
+    // u = c2 / c1 * m / (sqrt(vmax) + c2 * eps), without c2 / c1
+    Number u = m / (rule_sqrt(vmax) + c2_times_eps_);
     // p = p * (1 - lr * weight_decay)
     p = k_1_minus_lr_times_weight_decay_ * p;
     // p = p - lr * u
@@ -237,7 +236,7 @@ extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
       float* state_v = row->v_ + start + at;
       Parameter* p = parameters + at;
       const Gradient* g = gradients + at;
-      if (span < SPAN) {  // the last of a tensor; `close` encodes what is left of the chunk before
+      if (span < SPAN) {  // the last of a tensor
         update_elements<float>(p, g, state_m, state_v, scalars, gradient_scale, span);
         break;
       }

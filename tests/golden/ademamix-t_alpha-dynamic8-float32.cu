@@ -396,7 +396,8 @@ DEVICE void encode_whole_piece(const float (&x)[PER_LANE], u32 largest, const Sh
   }
 }
 
-typedef float Number;
+typedef float Number;  // what a rule's statements work on
+
 // What this plan works on: its dtypes, the traits of its codebooks, and a row of the launch's table.
 typedef float Parameter;
 typedef float Gradient;
@@ -461,8 +462,8 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
   const float k_1_minus_b3_ = scalars[3];  // 1 - b3
   const float beta2_ = scalars[4];  // beta2
   const float k_1_minus_beta2_ = scalars[5];  // 1 - beta2
-  const float a_times_c1_ = scalars[6];  // a * c1
-  const float eps_times_c2_ = scalars[7];  // eps * c2
+  const float c1_times_a_ = scalars[6];  // c1 * a
+  const float c2_times_eps_ = scalars[7];  // c2 * eps
   const float k_1_minus_lr_times_weight_decay_ = scalars[8];  // 1 - lr * weight_decay
   const float lr_times_c2_over_c1_ = scalars[9];  // lr * (c2 / c1)
   const i64 pieces = CHUNK / PIECE;  // of a chunk
@@ -510,8 +511,8 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
       m2 = (b3_ * m2) + (k_1_minus_b3_ * g);
       // v = beta2 * v + (1 - beta2) * g * g
       v = (beta2_ * v) + ((k_1_minus_beta2_ * g) * g);
-      // u = (m1 / c1 + a * m2) / (sqrt(v) / c2 + eps), without c2 / c1
-      Number u = (m1 + (a_times_c1_ * m2)) / (rule_sqrt(v) + eps_times_c2_);
+      // u = c2 / c1 * (m1 + c1 * a * m2) / (sqrt(v) + c2 * eps), without c2 / c1
+      Number u = (m1 + (c1_times_a_ * m2)) / (rule_sqrt(v) + c2_times_eps_);
       // p = p * (1 - lr * weight_decay)
       p = k_1_minus_lr_times_weight_decay_ * p;
       // p = p - lr * u

@@ -396,7 +396,8 @@ DEVICE void encode_whole_piece(const float (&x)[PER_LANE], u32 largest, const Sh
   }
 }
 
-typedef float Number;
+typedef float Number;  // what a rule's statements work on
+
 // What this plan works on: its dtypes, the traits of its codebooks, and a row of the launch's table.
 typedef float Parameter;
 typedef float Gradient;
@@ -449,7 +450,7 @@ struct alignas(8) Part {
 
 // What that makes of the tensor.
 struct Values {
-  float lr_over_share_times_c2_over_c1_;  // lr / share * (c2 / c1)
+  float lr_over_share_;  // lr / share
 };
 
 DEVICE void add_part(const Part& part, Part& sum) {
@@ -459,14 +460,12 @@ DEVICE void add_part(const Part& part, Part& sum) {
 // tensor_code, in double precision.
 DEVICE void find_values(const Part& Sum, const Row& Here, const double* Inputs, Values& Found) {
   const double lr = Inputs[0];
-  const double c2 = Inputs[1];
-  const double c1 = Inputs[2];
   const double numel = (double)Here.Numel;
   (void)numel;
   const double norm_agrees = root64(Sum.norm_agrees);
   // share = max(norm_agrees * norm_agrees / numel, 1e-3)
   double share = rule_max(((norm_agrees * norm_agrees) / numel), 0.001);
-  Found.lr_over_share_times_c2_over_c1_ = (float)(((lr / share) * (c2 / c1)));
+  Found.lr_over_share_ = (float)((lr / share));
 }
 
 // The first pass: what is in each piece, with the rule up to its new states.
@@ -484,8 +483,9 @@ bnbx_measure(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_
   const float k_1_minus_beta1_ = scalars[1];  // 1 - beta1
   const float beta2_ = scalars[2];  // beta2
   const float k_1_minus_beta2_ = scalars[3];  // 1 - beta2
-  const float eps_times_c2_ = scalars[4];  // eps * c2
-  const float k_1_minus_lr_times_weight_decay_ = scalars[5];  // 1 - lr * weight_decay
+  const float c2_times_eps_ = scalars[4];  // c2 * eps
+  const float c2_over_c1_ = scalars[5];  // c2 / c1
+  const float k_1_minus_lr_times_weight_decay_ = scalars[6];  // 1 - lr * weight_decay
   const i64 pieces = CHUNK / PIECE;  // of a chunk
   const i64 stride = (i64)gridDim.x * WARPS;
   for (i64 Piece = (i64)blockIdx.x * WARPS + threadIdx.x / LANES; Piece < chunk_count * pieces; Piece += stride) {
@@ -527,8 +527,8 @@ bnbx_measure(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_
       v = (beta2_ * v) + ((k_1_minus_beta2_ * g) * g);
       // agrees = where(sign(m) * sign(g) > 0, 1, 0)
       Number agrees = rule_where(((rule_sign(m) * rule_sign(g)) > 0.0f), 1.0f, 0.0f);
-      // u = agrees * (m / c1) / (sqrt(v) / c2 + eps), without c2 / c1
-      Number u = (agrees * m) / (rule_sqrt(v) + eps_times_c2_);
+      // u = c2 / c1 * agrees * m / (sqrt(v) + c2 * eps)
+      Number u = ((c2_over_c1_ * agrees) * m) / (rule_sqrt(v) + c2_times_eps_);
       Sum.norm_agrees += (double)agrees * (double)agrees;
     }
     Sum.norm_agrees = sum_of_lanes(Sum.norm_agrees);
@@ -572,8 +572,9 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
   const float k_1_minus_beta1_ = scalars[1];  // 1 - beta1
   const float beta2_ = scalars[2];  // beta2
   const float k_1_minus_beta2_ = scalars[3];  // 1 - beta2
-  const float eps_times_c2_ = scalars[4];  // eps * c2
-  const float k_1_minus_lr_times_weight_decay_ = scalars[5];  // 1 - lr * weight_decay
+  const float c2_times_eps_ = scalars[4];  // c2 * eps
+  const float c2_over_c1_ = scalars[5];  // c2 / c1
+  const float k_1_minus_lr_times_weight_decay_ = scalars[6];  // 1 - lr * weight_decay
   const i64 pieces = CHUNK / PIECE;  // of a chunk
   const i64 stride = (i64)gridDim.x * WARPS;
   for (i64 Piece = (i64)blockIdx.x * WARPS + threadIdx.x / LANES; Piece < chunk_count * pieces; Piece += stride) {
@@ -585,7 +586,7 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
     const float Gradient_scale = *Here.Gradient_scale_;
     const bool Aligned = is_aligned(Here.p_) && is_aligned(Here.g_) && is_aligned(Here.m_) && is_aligned(Here.v_);
     const Values& Found = values[&Here - rows];
-    const float lr_over_share_times_c2_over_c1_ = Found.lr_over_share_times_c2_over_c1_;  // lr / share * (c2 / c1)
+    const float lr_over_share_ = Found.lr_over_share_;  // lr / share
     Parameter P[PER_LANE];
     Gradient G[PER_LANE];
     load_piece(Here.p_ + Start, Left, Aligned, Parameter{}, P);
@@ -615,12 +616,12 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
       v = (beta2_ * v) + ((k_1_minus_beta2_ * g) * g);
       // agrees = where(sign(m) * sign(g) > 0, 1, 0)
       Number agrees = rule_where(((rule_sign(m) * rule_sign(g)) > 0.0f), 1.0f, 0.0f);
-      // u = agrees * (m / c1) / (sqrt(v) / c2 + eps), without c2 / c1
-      Number u = (agrees * m) / (rule_sqrt(v) + eps_times_c2_);
+      // u = c2 / c1 * agrees * m / (sqrt(v) + c2 * eps)
+      Number u = ((c2_over_c1_ * agrees) * m) / (rule_sqrt(v) + c2_times_eps_);
       // p = p * (1 - lr * weight_decay)
       p = k_1_minus_lr_times_weight_decay_ * p;
       // p = p - lr / share * u
-      p = p - (lr_over_share_times_c2_over_c1_ * u);
+      p = p - (lr_over_share_ * u);
       rule_write(p, P + I);
       rule_write(m, State_m + I);
       rule_write(v, State_v + I);

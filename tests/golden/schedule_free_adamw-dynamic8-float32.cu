@@ -396,7 +396,8 @@ DEVICE void encode_whole_piece(const float (&x)[PER_LANE], u32 largest, const Sh
   }
 }
 
-typedef float Number;
+typedef float Number;  // what a rule's statements work on
+
 // What this plan works on: its dtypes, the traits of its codebooks, and a row of the launch's table.
 typedef float Parameter;
 typedef float Gradient;
@@ -444,7 +445,7 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
   __syncthreads();
   const float beta2_ = scalars[0];  // beta2
   const float k_1_minus_beta2_ = scalars[1];  // 1 - beta2
-  const float eps_times_c2_ = scalars[2];  // eps * c2
+  const float c2_times_eps_ = scalars[2];  // c2 * eps
   const float c2_ = scalars[3];  // c2
   const float weight_decay_ = scalars[4];  // weight_decay
   const float c_ = scalars[5];  // c
@@ -482,8 +483,8 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
       rule_read(State_v + I, v);
       // v = beta2 * v + (1 - beta2) * g * g
       v = (beta2_ * v) + ((k_1_minus_beta2_ * g) * g);
-      // n = g / (sqrt(v) / c2 + eps) + weight_decay * p
-      Number n = ((c2_ * g) / (rule_sqrt(v) + eps_times_c2_)) + (weight_decay_ * p);
+      // n = c2 * g / (sqrt(v) + c2 * eps) + weight_decay * p
+      Number n = ((c2_ * g) / (rule_sqrt(v) + c2_times_eps_)) + (weight_decay_ * p);
       // p = p + c * (z - p) - rate * (1 - beta1 * (1 - c)) * n
       p = (p + (c_ * (z - p))) - (scalar_0_ * n);
       // z = z - rate * n

@@ -173,8 +173,7 @@ struct Job {
 typedef float Several;
 enum { SPAN = 1024, STEP = SPAN, STEPS = 1 };  // elements that are updated at a time
 
-// The rule, for `Count` elements, as many as a Number has at a time. The largest magnitudes of quantized states are
-// found on the way, as integers: so the order of comparisons cannot matter, even for NaN.
+// The rule, for `Count` elements, as many as a Number has at a time.
 template <class Number>
 static inline __attribute__((always_inline)) void update_elements(
     Parameter* __restrict P, const Gradient* __restrict G,
@@ -215,7 +214,7 @@ extern "C" void bnbx_update(const Job* job, i64 first, i64 last) {
       const int span = count - at < SPAN ? count - at : SPAN;
       Parameter* p = parameters + at;
       const Gradient* g = gradients + at;
-      if (span < SPAN) {  // the last of a tensor; `close` encodes what is left of the chunk before
+      if (span < SPAN) {  // the last of a tensor
         update_elements<float>(p, g, scalars, gradient_scale, span);
         break;
       }

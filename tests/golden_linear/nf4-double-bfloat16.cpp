@@ -58,8 +58,17 @@ DEVICE void from_float(float x, float16& to) {
   to.bits = (u16)(half | ((bits >> 16) & 0x8000u));
 }
 
+// ---- what a rule's statements work on: a Number, which is a float, or several where a target has them
+
+template <class Stored>
+DEVICE void rule_read(const Stored* from, float& x) { x = to_float(*from); }
+
+template <class Stored>
+DEVICE void rule_write(float x, Stored* to) { from_float(x, *to); }
+
 // ---- functions of the rule language
 
+DEVICE float rule_where(bool condition, float yes, float no) { return condition ? yes : no; }
 DEVICE float rule_sqrt(float x) { return root(x); }
 DEVICE float rule_abs(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
 // The sign bit on a one: vectorized, one comparison and not three.
@@ -67,6 +76,7 @@ DEVICE float rule_sign(float x) { return x < 0.0f || x > 0.0f ? float_of((bits_o
 DEVICE float rule_min(float a, float b) { return a < b ? a : b; }
 DEVICE float rule_max(float a, float b) { return a > b ? a : b; }
 
+DEVICE double rule_where(bool condition, double yes, double no) { return condition ? yes : no; }
 DEVICE double rule_sqrt(double x) { return root64(x); }
 DEVICE double rule_abs(double x) { return x < 0.0 ? -x : x + 0.0; }  // the sum makes -0 a 0
 DEVICE double rule_sign(double x) { return x > 0.0 ? 1.0 : (x < 0.0 ? -1.0 : x); }
@@ -1010,6 +1020,20 @@ static void run_in_slices(const Work& work, i64 slices, i64 threads, Parallel pa
   else take_slices<Work>(&pool);
 }
 
+// The processor's own prefetchers end with a page of memory, and have to find out anew in the next one that it is read in
+// order: so its first lines are asked for early. That takes 2 to 4 % off an optimizer's step, 10 % off the product of a row
+// with a 4-bit weight from memory, on a Granite Rapids. More lines cost a step time again, where several arrays are read.
+
+enum { LINE = 64, PAGE = 4096 };
+
+// Of the page that begins in the `bytes` before `at`, if one does. Does no harm where there is nothing.
+template <bool WRITTEN>
+static inline void begin_page(const void* at, int bytes, int lines) {
+  const int in_page = (int)((unsigned long long)at % PAGE);
+  if (in_page >= bytes) return;
+  for (int i = 0; i < lines; ++i) __builtin_prefetch((const char*)at - in_page + i * LINE, WRITTEN);
+}
+
 #define CODE_BITS 4
 struct Codebook {
   static constexpr int BITS = CODE_BITS, BLOCK = 64;
@@ -1400,7 +1424,7 @@ enum { CODES_AHEAD = 4096 };  // 4 to 10 % less than with 2048 on an Emerald Rap
 #else
 enum { CODES_AHEAD = 2048 };
 #endif
-enum { ROWS_AHEAD = 2 };
+enum { ROWS_AHEAD = 2, PAGE_AHEAD = 1024, PAGE_LINES = 6 };
 enum { SCALE_BYTES = Code::SCALE == FLOAT32 ? 4 : Code::SCALE == BFLOAT16 ? 2 : 1 };
 
 // A row of the weight from its aligned beginning on; its elements are [phase, end).
@@ -1448,6 +1472,12 @@ static void lay_out(const Job* job, i64 input, i64 phase, float* to) {
         to[(i / LANES * M + m) * LANES + i % LANES] = there ? to_float(x[column]) : 0.0f;
       }
     }
+}
+
+// For the codes of each group.
+static inline void ask_ahead(const u8* codes) {
+  __builtin_prefetch(codes + CODES_AHEAD);
+  begin_page<false>(codes + CODES_AHEAD + PAGE_AHEAD, GROUP_BYTES, PAGE_LINES);
 }
 
 // What the levels of a row's elements [from, to) are multiplied by, and what is added then.
@@ -1584,7 +1614,7 @@ static inline void add_products(const Parts& parts, const Row& row, i64 from, i6
     from += GROUP;
   }
   for (i64 whole = (to - from) / GROUP; whole > 0; --whole, step<M>(at)) {
-    __builtin_prefetch(at.codes + CODES_AHEAD);
+    ask_ahead(at.codes);
     add_group<M, true>(at.codes, at, lanes, levels, 0, GROUP, totals);
   }
   if (from < to && (to - from) % GROUP) add_end<M>(at, lanes, levels, 0, (to - from) % GROUP, totals);
@@ -2175,7 +2205,7 @@ static void multiply_in_pairs(const Job* job, i64 input, i64 first, i64 last) {
       const float* of_spans = factors.factor;
       for (i64 group = tile; group < end; group += GROUP, of_spans += SPANS) {
         const u8* codes = row.codes + group / 2;
-        __builtin_prefetch(codes + CODES_AHEAD);
+        ask_ahead(codes);
         if (PER == BLOCK) factor = for_lanes(of_spans, lanes, 0);
         sum = multiply_add(pair_products(codes, (const bfloat16*)job->room + group, levels), factor, sum);
       }
@@ -2569,7 +2599,7 @@ static void multiply_row_fixed(const Job* job, const Fixed& fixed, const FixedLe
     else find_factors(job->parts, row, tile, end, factors);
     for (i64 group = tile; group < end; group += GROUP, of_spans += SPANS) {
       Words w[4];
-      __builtin_prefetch(codes + CODES_AHEAD);
+      ask_ahead(codes);
       decode_fixed(codes, levels, w);
       if (PER == BLOCK) factor = for_sums(of_spans, lanes);
       add_fixed<M>(w, high, second, *both, units, factor, sums);

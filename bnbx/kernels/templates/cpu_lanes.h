@@ -9,7 +9,6 @@ struct Mask {
 };
 
 struct Lanes {
-  enum { COUNT = 16 };
   __m512 x;
 
   Lanes() = default;

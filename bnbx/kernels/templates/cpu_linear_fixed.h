@@ -199,7 +199,7 @@ static void multiply_row_fixed(const Job* job, const Fixed& fixed, const FixedLe
     else find_factors(job->parts, row, tile, end, factors);
     for (i64 group = tile; group < end; group += GROUP, of_spans += SPANS) {
       Words w[4];
-      __builtin_prefetch(codes + CODES_AHEAD);
+      ask_ahead(codes);
       decode_fixed(codes, levels, w);
       if (PER == BLOCK) factor = for_sums(of_spans, lanes);
       add_fixed<M>(w, high, second, *both, units, factor, sums);

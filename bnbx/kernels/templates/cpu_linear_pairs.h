@@ -61,7 +61,7 @@ static void multiply_in_pairs(const Job* job, i64 input, i64 first, i64 last) {
       const float* of_spans = factors.factor;
       for (i64 group = tile; group < end; group += GROUP, of_spans += SPANS) {
         const u8* codes = row.codes + group / 2;
-        __builtin_prefetch(codes + CODES_AHEAD);
+        ask_ahead(codes);
         if (PER == BLOCK) factor = for_lanes(of_spans, lanes, 0);
         sum = multiply_add(pair_products(codes, (const bfloat16*)job->room + group, levels), factor, sum);
       }

@@ -29,7 +29,7 @@ cautious_adamw = Optimizer(
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g * g
         agrees = where(sign(m) * sign(g) > 0, 1, 0)
-        u = agrees * (m / c1) / (sqrt(v) / c2 + eps)
+        u = c2 / c1 * agrees * m / (sqrt(v) + c2 * eps)
     """,
     tensor_code="""
         share = max(norm_agrees * norm_agrees / numel, 1e-3)

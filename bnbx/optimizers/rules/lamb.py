@@ -4,6 +4,9 @@ The step is as long as the parameter, times lr: trust = |p| / |u|, where u inclu
 decay (adam_w_mode; else it is L2, in the gradient). With max_unorm > 0 the ratio only shortens
 steps, to max_unorm times the parameter's norm, as in bitsandbytes; max_unorm=0 is the paper's.
 Where an update has no norm, since one gradient is no number, nothing else of the parameter moves.
+
+The corrections of the moments, m / c1 and sqrt(v) / c2, are gathered as the end of section 2 of
+arXiv:1412.6980 has it: two multiplications less for each element.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ lamb = Optimizer(
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g * g
         vmax = where(amsgrad, max(vmax, v), v)
-        u = (m / c1) / (sqrt(vmax) / c2 + eps)
+        u = c2 / c1 * m / (sqrt(vmax) + c2 * eps)
         u = where(adam_w_mode, u + weight_decay * p, u)
     """,
     tensor_code="""

@@ -37,7 +37,7 @@ schedule_free_adamw = Optimizer(
     """,
     element_code="""
         v = beta2 * v + (1 - beta2) * g * g
-        n = g / (sqrt(v) / c2 + eps) + weight_decay * p
+        n = c2 * g / (sqrt(v) + c2 * eps) + weight_decay * p
         p = p + c * (z - p) - rate * (1 - beta1 * (1 - c)) * n
         z = z - rate * n
     """,
