@@ -58,8 +58,17 @@ DEVICE void from_float(float x, float16& to) {
   to.bits = (u16)(half | ((bits >> 16) & 0x8000u));
 }
 
+// ---- what a rule's statements work on: a Number, which is a float, or several where a target has them
+
+template <class Stored>
+DEVICE void rule_read(const Stored* from, float& x) { x = to_float(*from); }
+
+template <class Stored>
+DEVICE void rule_write(float x, Stored* to) { from_float(x, *to); }
+
 // ---- functions of the rule language
 
+DEVICE float rule_where(bool condition, float yes, float no) { return condition ? yes : no; }
 DEVICE float rule_sqrt(float x) { return root(x); }
 DEVICE float rule_abs(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
 // The sign bit on a one: vectorized, one comparison and not three.
@@ -67,6 +76,7 @@ DEVICE float rule_sign(float x) { return x < 0.0f || x > 0.0f ? float_of((bits_o
 DEVICE float rule_min(float a, float b) { return a < b ? a : b; }
 DEVICE float rule_max(float a, float b) { return a > b ? a : b; }
 
+DEVICE double rule_where(bool condition, double yes, double no) { return condition ? yes : no; }
 DEVICE double rule_sqrt(double x) { return root64(x); }
 DEVICE double rule_abs(double x) { return x < 0.0 ? -x : x + 0.0; }  // the sum makes -0 a 0
 DEVICE double rule_sign(double x) { return x > 0.0 ? 1.0 : (x < 0.0 ? -1.0 : x); }
