@@ -49,10 +49,10 @@ def steps(name: str, dtype: torch.dtype, threads: int) -> list[Tensor]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for _ in range(3):
+        for step in range(3):
             for p in params:
                 p.grad = torch.randn(p.shape).to(dtype)
-                p.grad[::7] = 0
+                p.grad[step::7] = 0
             optimizer.step()
     finally:
         torch.set_num_threads(before)

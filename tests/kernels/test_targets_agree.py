@@ -233,6 +233,28 @@ def test_random_tables(bits: int, block_size: int, ordered: bool) -> None:
     assert_targets_agree(replace(case, plan=plan), seed=1, cuda=block_size <= 256)
 
 
+EVERYTHING = Optimizer(
+    name="everything",
+    summary="each function and comparison of the language, next to where comparisons turn",
+    states=(State(name="m"), State(name="v", signed=False)),
+    hyper=dict(lr=rate(0.5)),
+    element_code="""
+        s = sign(g)
+        m = where(s > 0, 0.5 * m, m) + where(s >= 1, g, -g) - where(s < 1, 0.25, 0) * m
+        m = m + where(s <= -1, g, 0) + where(s == 1, p, -p) + where(s != -1, g, 2 * g)
+        v = abs(max(min(v, 2), 0.5 * v) - where(lr, g, s) / (1 + abs(m))) + where(lr > 1, s, 0 * s)
+        p = p - lr * where(s > 1, p, m) / (1 + sqrt(v)) - where(s < -1, p, 0)
+    """,
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_each_function_and_comparison(dtype: str) -> None:
+    case = random_case(EVERYTHING, [True, True], dtype)
+    assert case is not None
+    assert_targets_agree(case, 0)
+
+
 def test_states_with_blocks_of_different_length() -> None:
     case = next(c for c in cases() if len(c.plan.quantized) == 2)
     first, second = case.plan.storages

@@ -6,7 +6,7 @@ steps, to max_unorm times the parameter's norm, as in bitsandbytes; max_unorm=0 
 Where an update has no norm, since one gradient is no number, nothing else of the parameter moves.
 
 The corrections of the moments, m / c1 and sqrt(v) / c2, are gathered as the end of section 2 of
-arXiv:1412.6980 has it: two multiplications less for each element.
+arXiv:1412.6980 has it: one multiplication less for each element.
 """
 
 from __future__ import annotations
