@@ -10,7 +10,6 @@ import numpy.typing as npt
 from torch import Tensor
 
 from bnbx.errors import UnsupportedTensorError
-from bnbx.kernels.evaluate import HOST, evaluate
 from bnbx.kernels.memory import is_wrapper, name_of
 from bnbx.kernels.plan import Plan
 from bnbx.registry.optimizer import STEP
@@ -90,15 +89,7 @@ class Batch:
 
     def packed_inputs(self) -> F64:
         """The inputs as a kernel gets them, the seed last."""
-        return np.append(self.inputs, float(self.seed))
-
-
-def step_values(plan: Plan, hyper: Mapping[str, float | bool], step: int) -> dict[str, float]:
-    """The hyperparameters, the step and the results of step_code, in float64."""
-    values: dict[str, float] = {**hyper, STEP: step}
-    for statement in plan.spec.step.statements:
-        values[statement.target] = evaluate(statement.value, values, HOST)
-    return values
+        return np.array([*self.inputs, self.seed], np.float64)
 
 
 def step_scalars(
@@ -109,11 +100,9 @@ def step_scalars(
     Everything is computed in float64, and scalars are rounded once; what is beyond float32 is
     infinity.
     """
-    values = step_values(plan, hyper, step)
-    scalars = [evaluate(value, values, HOST) for value in plan.lowered.scalars.values()]
-    inputs = np.array([values[name] for name in plan.lowered.inputs], np.float64)
+    scalars, inputs = plan.host({**hyper, STEP: step})
     with np.errstate(over="ignore"):
-        return np.array(scalars, np.float64).astype(np.float32), inputs
+        return np.array(scalars, np.float32), np.array(inputs, np.float64)
 
 
 def seed_of(step: int, number: int) -> int:

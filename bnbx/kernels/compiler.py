@@ -21,8 +21,8 @@ from pathlib import Path
 
 from bnbx.errors import CompileError
 
-# No contraction and no fast-math: a step has the same bits on every target. The other flags allow
-# only what cannot change a result.
+# No contraction (a rule's own is in the text, see lower.py) and no fast-math: a step has the same
+# bits on every target. The other flags allow only what cannot change a result.
 FLAGS = (
     "-std=c++17",
     "-O3",

@@ -41,6 +41,7 @@ class Kernel:
         self.part_bytes, self.values_bytes = signature.part_bytes, signature.values_bytes
         self.tables = [aligned(tables(s.codebook).pack()) for s in plan.codebooks]
         self.table_pointers = np.array([t.ctypes.data for t in self.tables], np.int64)
+        self.tables_address = _address(self.table_pointers)
 
 
 @lru_cache(maxsize=256)
@@ -56,34 +57,31 @@ def kernel(plan: Plan) -> Kernel:
 def run(batches: Sequence[Batch]) -> None:
     """Update all batches in one native call, split over the threads by elements."""
     batches = [b for b in batches if b.found_inf is None or not bool(b.found_inf)]
+    if not batches:
+        return
     kernels = [kernel(batch.plan) for batch in batches]
     alive: list[npt.NDArray[Any]] = []
-    jobs = []
-
-    def address(array: npt.NDArray[Any]) -> int:
-        alive.append(array)
-        return int(array.ctypes.data)
-
-    for batch, native in zip(batches, kernels, strict=True):
+    table = (Job * len(batches))()
+    for job, batch, native in zip(table, batches, kernels, strict=True):
         rows, chunks = batch.rows()
-        room = (native.part_bytes * chunks, native.values_bytes * (len(rows) - 1))
-        parts, values = (address(np.empty(-(-size // 8), np.float64)) for size in room)
-        job = Job(
-            rows=address(rows),
-            row_count=len(rows) - 1,
-            chunk_count=chunks,
-            scalars=address(batch.scalars),
-            inputs=address(batch.packed_inputs()),
-            tables=native.table_pointers.ctypes.data,
-            parts=parts,
-            values=values,
-            **native.entries,
-        )
-        jobs.append(job)
-    if jobs:
-        table = (Job * len(jobs))(*jobs)
-        count, parallel = threads.threads_for(sum(t[0].numel() for b in batches for t in b.tensors))
-        kernels[0].library.bnbx_run(table, len(jobs), count, parallel)
+        given: list[npt.NDArray[Any]] = [rows, batch.scalars, batch.packed_inputs()]
+        job.row_count, job.chunk_count = len(rows) - 1, chunks
+        job.rows, job.scalars, job.inputs = (_address(array) for array in given)
+        job.tables = native.tables_address
+        if batch.plan.measured:
+            sizes = (native.part_bytes * chunks, native.values_bytes * job.row_count)
+            room = [np.empty(-(-size // 8), np.float64) for size in sizes]
+            job.parts, job.values = (_address(array) for array in room)
+            given += room
+            job.measure, job.reduce = native.entries["measure"], native.entries["reduce"]
+        job.update = native.entries["update"]
+        alive += given
+    count, parallel = threads.threads_for(sum(t[0].numel() for b in batches for t in b.tensors))
+    kernels[0].library.bnbx_run(table, len(table), count, parallel)
+
+
+def _address(array: npt.NDArray[Any]) -> int:
+    return int(array.ctypes.data)
 
 
 def aligned(array: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -9,7 +9,7 @@ from bnbx.registry.evaluate import COMMON, HOST, Operations, evaluate
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["HOST", "Operations", "evaluate", "square_root", "tensor_operations"]
+__all__ = ["HOST", "Operations", "evaluate", "fused", "square_root", "tensor_operations"]
 
 
 def square_root(x: Tensor) -> Tensor:
@@ -27,6 +27,26 @@ def square_root(x: Tensor) -> Tensor:
         return torch.from_numpy(np.asarray(np.sqrt(x.detach().numpy())))
 
 
+def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """The sum a * b + c of float32 tensors, rounded once.
+
+    The product is exact in float64. Of a sum that is not, the last bit is set (it is rounded to
+    odd), so that rounding to float32 can take it neither for a number halfway between two nor for
+    one on the other side of it. Source: Boldo and Melquiond, "Emulation of a FMA and correctly
+    rounded sums", IEEE Transactions on Computers 57(4), 2008.
+    """
+    import torch
+
+    product, c = a.double() * b.double(), c.double()
+    total = product + c
+    added = total - product
+    lost = (product - (total - added)) + (c - added)  # of finite numbers, exactly
+    bits = total.view(torch.int64)
+    next_to = bits + torch.where((lost > 0) == (total > 0), 1, -1)
+    odd = torch.where(((lost > 0) | (lost < 0)) & (bits % 2 == 0), next_to, bits)
+    return odd.view(torch.float64).float()
+
+
 def tensor_operations(dtype: Any, device: Any) -> Operations:
     """Operations on tensors of a floating dtype; numbers become 0-d tensors of it.
 
@@ -35,10 +55,14 @@ def tensor_operations(dtype: Any, device: Any) -> Operations:
     """
     import torch
 
+    # By way of float64 roots and sums are rounded correctly. MPS has no float64.
+    wide = dtype is torch.float32 and getattr(device, "type", device) != "mps"
+
     def sqrt(x: Any) -> Any:
-        # By way of float64 it is rounded correctly for every float32 number. MPS has no float64.
-        wide = dtype is torch.float32 and getattr(device, "type", device) != "mps"
         return square_root(x.double()).to(dtype) if wide else square_root(x)
+
+    def fma(a: Any, b: Any, c: Any) -> Any:
+        return fused(a, b, c) if wide else a * b + c
 
     one = torch.ones((), dtype=dtype, device=device)
     return {
@@ -46,6 +70,9 @@ def tensor_operations(dtype: Any, device: Any) -> Operations:
         "number": lambda value: torch.tensor(value, dtype=dtype, device=device),
         "/": torch.div,
         "sqrt": sqrt,
+        "fma": fma,
+        "fms": lambda a, b, c: fma(a, b, -c),
+        "fnma": lambda a, b, c: fma(-a, b, c),
         "abs": torch.abs,
         "sign": lambda x: torch.where(x > 0, one, torch.where(x < 0, -one, x)),
         "min": lambda a, b: torch.where(a < b, a, b),

@@ -5,9 +5,11 @@ every element, so it is computed once in float64 on the host and rounded to floa
 on norms too (`lr * trust`) is computed once a tensor, in float64 on the device. Scalar factors of
 a product or quotient are gathered into one: `lr * (m / c1) / d` becomes `((lr / c1) * m) / d`,
 one multiplication and one division. So is the factor of a name that is read once: of
-`u = a * m / d` and `p = p - lr * u` the kernel makes `u = m / d` and one number, `lr * a`. Every
-target runs the lowered statements, the torch reference included, so all of them round alike; the
-tests hold them against the text as it was written, in float64.
+`u = a * m / d` and `p = p - lr * u` the kernel makes `u = m / d` and one number, `lr * a`. A
+product that something is added to is not rounded by itself: `beta1 * m + (1 - beta1) * g` becomes
+`fma(beta1, m, (1 - beta1) * g)`, as processors have it in one instruction, and no compiler may
+choose where. Every target runs the lowered statements, the torch reference included, so all of
+them round alike; the tests hold them against the text as it was written, in float64.
 """
 
 from __future__ import annotations
@@ -149,7 +151,7 @@ class _Lowering:
         if waits and split.scale:
             self.factors[name] = split.scale
             split = _Split(None, split.vector)
-        return Statement(name, self.join(split), statement.text)
+        return Statement(name, fused(self.join(split)), statement.text)
 
     def tensor_statements(
         self, statements: Sequence[Statement], norms: set[str]
@@ -259,6 +261,28 @@ class _Lowering:
             self.scalar_names[host] = name
             (self.tensor_scalars if self.is_of_tensor(host) else self.scalars)[name] = host
         return Name(self.scalar_names[host])
+
+
+def fused(value: Expression) -> Expression:
+    """The value with what is added to a product, or taken from it, in calls that round once.
+
+    fma(a, b, c) is a * b + c, fms(a, b, c) a * b - c, fnma(a, b, c) c - a * b. Of two products,
+    the first is the one that is not rounded.
+    """
+    match value:
+        case Binary("+" | "-" as op, Binary("*", a, b), c):
+            return Call("fma" if op == "+" else "fms", (fused(a), fused(b), fused(c)))
+        case Binary("+" | "-" as op, c, Binary("*", a, b)):
+            return Call("fma" if op == "+" else "fnma", (fused(a), fused(b), fused(c)))
+        case Binary(op, left, right):
+            return Binary(op, fused(left), fused(right))
+        case Compare(op, left, right):
+            return Compare(op, fused(left), fused(right))
+        case Negate(operand):
+            return Negate(fused(operand))
+        case Call(function, args):
+            return Call(function, tuple(map(fused, args)))
+    return value
 
 
 def _before(name: str) -> str:

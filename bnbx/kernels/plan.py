@@ -7,10 +7,11 @@ everything that a kernel's source depends on is in the plan.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 from bnbx.kernels.dtypes import C_TYPES
+from bnbx.kernels.host_code import HostFunction, host_function
 from bnbx.kernels.lower import Lowered, lower
 from bnbx.registry.optimizer import Optimizer, State
 from bnbx.registry.quant_type import Codebook, QuantType
@@ -71,10 +72,24 @@ class Plan:
     master: str = "none"
     skip_zeros: bool = False
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Kept, since every step looks up what belongs to a plan."""
+        return hash(tuple(getattr(self, own.name) for own in fields(self)))
+
     @cached_property
     def lowered(self) -> Lowered:
         """The rule as the kernel runs it."""
         return lower(self.spec, dict(self.switches), skip_zeros=self.skip_zeros)
+
+    @cached_property
+    def host(self) -> HostFunction:
+        """What gives the kernel's scalars and inputs, from the hyperparameters and the step."""
+        lowered = self.lowered
+        return host_function(self.spec.step.statements, lowered.scalars.values(), lowered.inputs)
 
     @cached_property
     def quantized(self) -> tuple[Storage, ...]:

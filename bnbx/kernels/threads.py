@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 
@@ -28,13 +28,17 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-@contextmanager
-def safe_after_fork() -> Iterator[None]:
+def safe_after_fork() -> AbstractContextManager[None]:
     """Keep torch's own operations on one thread meanwhile, in a process that was forked."""
+    return _one_thread() if _forked else _AS_IT_IS
+
+
+_AS_IT_IS = nullcontext()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
-    if not _forked or threads == 1:
-        yield
-        return
     torch.set_num_threads(1)
     try:
         yield

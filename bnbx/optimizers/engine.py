@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -260,32 +259,30 @@ class Optimizer8bit(torch.optim.Optimizer):
         self._pages.check_process()
         gathering = Gathering()
         items = list(items)  # all are resolved, and found good, before anything is kept
-        with self._no_trace(items):
+        before = [len(self.state.get(item.p, ())) for item in items]
+        try:
             slots = [self._slot(item) for item in items]
             for item, slot in zip(items, slots, strict=True):
                 factor = self._factor(gathering, item, slot.saved, scale, found_inf)
                 self._slots.add(gathering, item, slot, factor)
             batches = gathering.batches(found_inf, first)
+        except BaseException:
+            self._forget_new(items, before)
+            raise
         self._staging.launch(batches, launch)
         gathering.finish()
         self._scaling.remember(found_inf, gathering.stepped)
 
-    @contextmanager
-    def _no_trace(self, items: Sequence[Item]) -> Iterator[None]:
-        """Forget the states that were made, should one of the items turn out to be unusable."""
-        before = [len(self.state.get(item.p, ())) for item in items]
-        try:
-            yield
-        except BaseException:
-            for item, count in zip(items, before, strict=True):
-                saved = self.state.get(item.p, {})
-                if len(saved) > count:
-                    self._slots.forget(item.p)
-                while len(saved) > count:
-                    saved.popitem()
-                if not saved:
-                    self.state.pop(item.p, None)
-            raise
+    def _forget_new(self, items: Sequence[Item], before: Sequence[int]) -> None:
+        """Forget the states that were made, as one of the items turned out to be unusable."""
+        for item, count in zip(items, before, strict=True):
+            saved = self.state.get(item.p, {})
+            if len(saved) > count:
+                self._slots.forget(item.p)
+            while len(saved) > count:
+                saved.popitem()
+            if not saved:
+                self.state.pop(item.p, None)
 
     def _slot(self, item: Item) -> Slot:
         p, grad, resolved = item.p, item.grad, item.resolved

@@ -9,10 +9,11 @@ DEVICE unsigned int bits_of(float x) { return __float_as_uint(x); }
 DEVICE float float_of(unsigned int bits) { return __uint_as_float(bits); }
 DEVICE float root(float x) { return sqrtf(x); }
 DEVICE double root64(double x) { return sqrt(x); }
+DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
 
 // Numbers, as C++ and CUDA kernels share them. The target defines before this: DEVICE (how a function
-// is declared), bits_of and float_of (a float's bits), and root and root64 (correctly rounded square
-// roots).
+// is declared), bits_of and float_of (a float's bits), root and root64 (correctly rounded square
+// roots), and fused (a * b + c, rounded once).
 
 typedef unsigned char u8;
 typedef signed char i8;
@@ -69,6 +70,9 @@ DEVICE void rule_write(float x, Stored* to) { from_float(x, *to); }
 
 // ---- functions of the rule language
 
+DEVICE float rule_fma(float a, float b, float c) { return fused(a, b, c); }    // a * b + c
+DEVICE float rule_fms(float a, float b, float c) { return fused(a, b, -c); }   // a * b - c
+DEVICE float rule_fnma(float a, float b, float c) { return fused(-a, b, c); }  // c - a * b
 DEVICE float rule_where(bool condition, float yes, float no) { return condition ? yes : no; }
 DEVICE float rule_sqrt(float x) { return root(x); }
 DEVICE float rule_abs(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
@@ -526,9 +530,9 @@ bnbx_measure(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_
       rule_read(State_m + I, m);
       rule_read(State_v + I, v);
       // m = beta1 * m + (1 - beta1) * g
-      m = (beta1_ * m) + (k_1_minus_beta1_ * g);
+      m = rule_fma(beta1_, m, (k_1_minus_beta1_ * g));
       // v = beta2 * v + (1 - beta2) * g * g
-      v = (beta2_ * v) + ((k_1_minus_beta2_ * g) * g);
+      v = rule_fma(beta2_, v, ((k_1_minus_beta2_ * g) * g));
       // vmax = where(amsgrad, max(vmax, v), v)
       Number vmax = v;
       // u = c2 / c1 * m / (sqrt(vmax) + c2 * eps), without c2 / c1
@@ -618,9 +622,9 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
       rule_read(State_m + I, m);
       rule_read(State_v + I, v);
       // m = beta1 * m + (1 - beta1) * g
-      m = (beta1_ * m) + (k_1_minus_beta1_ * g);
+      m = rule_fma(beta1_, m, (k_1_minus_beta1_ * g));
       // v = beta2 * v + (1 - beta2) * g * g
-      v = (beta2_ * v) + ((k_1_minus_beta2_ * g) * g);
+      v = rule_fma(beta2_, v, ((k_1_minus_beta2_ * g) * g));
       // vmax = where(amsgrad, max(vmax, v), v)
       Number vmax = v;
       // u = c2 / c1 * m / (sqrt(vmax) + c2 * eps), without c2 / c1
@@ -628,7 +632,7 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
       // p = p * (1 - lr * weight_decay)
       p = k_1_minus_lr_times_weight_decay_ * p;
       // p = p - lr * u
-      p = p - (lr_times_c2_over_c1_ * u);
+      p = rule_fnma(lr_times_c2_over_c1_, u, p);
       rule_write(p, P + I);
       rule_write(m, State_m + I);
       rule_write(v, State_v + I);

@@ -9,9 +9,28 @@ DEVICE float float_of(unsigned int bits) { float x; __builtin_memcpy(&x, &bits, 
 DEVICE float root(float x) { return __builtin_sqrtf(x); }
 DEVICE double root64(double x) { return __builtin_sqrt(x); }
 
+// a * b + c, rounded once.
+#if defined(__FMA__) || defined(__FP_FAST_FMAF) || defined(__aarch64__)
+DEVICE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+#else
+// Where there is no instruction for it: the product is exact in double precision, and of a sum that is not, the last bit
+// is set, so that rounding to float can take it neither for a number halfway nor for one on the other side of it.
+DEVICE float fused(float a, float b, float c) {
+  const double product = (double)a * b, sum = product + c;
+  const double added = sum - product, lost = (product - (sum - added)) + (c - added);
+  long long bits;
+  __builtin_memcpy(&bits, &sum, 8);
+  const long long next = bits + ((lost > 0.0) == (sum > 0.0) ? 1 : -1);
+  bits = (lost < 0.0 || lost > 0.0) && !(bits & 1) ? next : bits;
+  double odd;
+  __builtin_memcpy(&odd, &bits, 8);
+  return (float)odd;
+}
+#endif
+
 // Numbers, as C++ and CUDA kernels share them. The target defines before this: DEVICE (how a function
-// is declared), bits_of and float_of (a float's bits), and root and root64 (correctly rounded square
-// roots).
+// is declared), bits_of and float_of (a float's bits), root and root64 (correctly rounded square
+// roots), and fused (a * b + c, rounded once).
 
 typedef unsigned char u8;
 typedef signed char i8;
@@ -68,6 +87,9 @@ DEVICE void rule_write(float x, Stored* to) { from_float(x, *to); }
 
 // ---- functions of the rule language
 
+DEVICE float rule_fma(float a, float b, float c) { return fused(a, b, c); }    // a * b + c
+DEVICE float rule_fms(float a, float b, float c) { return fused(a, b, -c); }   // a * b - c
+DEVICE float rule_fnma(float a, float b, float c) { return fused(-a, b, c); }  // c - a * b
 DEVICE float rule_where(bool condition, float yes, float no) { return condition ? yes : no; }
 DEVICE float rule_sqrt(float x) { return root(x); }
 DEVICE float rule_abs(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
@@ -916,6 +938,9 @@ DEVICE Mask operator>=(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.x, b.x, 
 DEVICE Mask operator==(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.x, b.x, _CMP_EQ_OQ)}; }
 DEVICE Mask operator!=(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.x, b.x, _CMP_NEQ_UQ)}; }
 
+DEVICE Lanes rule_fma(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a.x, b.x, c.x); }
+DEVICE Lanes rule_fms(Lanes a, Lanes b, Lanes c) { return _mm512_fmsub_ps(a.x, b.x, c.x); }
+DEVICE Lanes rule_fnma(Lanes a, Lanes b, Lanes c) { return _mm512_fnmadd_ps(a.x, b.x, c.x); }
 DEVICE Lanes rule_where(Mask condition, Lanes yes, Lanes no) { return _mm512_mask_blend_ps(condition.bits, no.x, yes.x); }
 DEVICE Lanes rule_where(bool condition, Lanes yes, Lanes no) { return condition ? yes : no; }
 DEVICE Lanes rule_sqrt(Lanes x) { return _mm512_sqrt_ps(x.x); }
@@ -1141,17 +1166,17 @@ const Scalars<Number>& Given, const Number Gradient_scale, const int Count, Foun
     rule_read(State_m2 + I, m2);
     rule_read(State_v + I, v);
     // m1 = beta1 * m1 + (1 - beta1) * g
-    m1 = (beta1_ * m1) + (k_1_minus_beta1_ * g);
+    m1 = rule_fma(beta1_, m1, (k_1_minus_beta1_ * g));
     // m2 = b3 * m2 + (1 - b3) * g
-    m2 = (b3_ * m2) + (k_1_minus_b3_ * g);
+    m2 = rule_fma(b3_, m2, (k_1_minus_b3_ * g));
     // v = beta2 * v + (1 - beta2) * g * g
-    v = (beta2_ * v) + ((k_1_minus_beta2_ * g) * g);
+    v = rule_fma(beta2_, v, ((k_1_minus_beta2_ * g) * g));
     // u = c2 / c1 * (m1 + c1 * a * m2) / (sqrt(v) + c2 * eps), without c2 / c1
-    Number u = (m1 + (c1_times_a_ * m2)) / (rule_sqrt(v) + c2_times_eps_);
+    Number u = rule_fma(c1_times_a_, m2, m1) / (rule_sqrt(v) + c2_times_eps_);
     // p = p * (1 - lr * weight_decay)
     p = k_1_minus_lr_times_weight_decay_ * p;
     // p = p - lr * u
-    p = p - (lr_times_c2_over_c1_ * u);
+    p = rule_fnma(lr_times_c2_over_c1_, u, p);
     rule_write(p, P + I);
     rule_write(m1, State_m1 + I);
     rule_write(m2, State_m2 + I);

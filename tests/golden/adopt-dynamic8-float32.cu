@@ -9,10 +9,11 @@ DEVICE unsigned int bits_of(float x) { return __float_as_uint(x); }
 DEVICE float float_of(unsigned int bits) { return __uint_as_float(bits); }
 DEVICE float root(float x) { return sqrtf(x); }
 DEVICE double root64(double x) { return sqrt(x); }
+DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
 
 // Numbers, as C++ and CUDA kernels share them. The target defines before this: DEVICE (how a function
-// is declared), bits_of and float_of (a float's bits), and root and root64 (correctly rounded square
-// roots).
+// is declared), bits_of and float_of (a float's bits), root and root64 (correctly rounded square
+// roots), and fused (a * b + c, rounded once).
 
 typedef unsigned char u8;
 typedef signed char i8;
@@ -69,6 +70,9 @@ DEVICE void rule_write(float x, Stored* to) { from_float(x, *to); }
 
 // ---- functions of the rule language
 
+DEVICE float rule_fma(float a, float b, float c) { return fused(a, b, c); }    // a * b + c
+DEVICE float rule_fms(float a, float b, float c) { return fused(a, b, -c); }   // a * b - c
+DEVICE float rule_fnma(float a, float b, float c) { return fused(-a, b, c); }  // c - a * b
 DEVICE float rule_where(bool condition, float yes, float no) { return condition ? yes : no; }
 DEVICE float rule_sqrt(float x) { return root(x); }
 DEVICE float rule_abs(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
@@ -500,15 +504,15 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
       // n = min(most, max(-most, g / max(eps, sqrt(v))))
       Number n = rule_min(most_, rule_max(minus_most_, (g / rule_max(eps_, rule_sqrt(v)))));
       // m = where(step == 1, 0 * g, beta1 * m + (1 - beta1) * n)
-      m = rule_where((step_equals_1_ != 0.0f), (0.0f * g), ((beta1_ * m) + (k_1_minus_beta1_ * n)));
+      m = rule_where((step_equals_1_ != 0.0f), (0.0f * g), rule_fma(beta1_, m, (k_1_minus_beta1_ * n)));
       // v = where(step == 1, g * g, beta2 * v + (1 - beta2) * g * g)
-      v = rule_where((step_equals_1_ != 0.0f), (g * g), ((beta2_ * v) + ((k_1_minus_beta2_ * g) * g)));
+      v = rule_where((step_equals_1_ != 0.0f), (g * g), rule_fma(beta2_, v, ((k_1_minus_beta2_ * g) * g)));
       // u = m
       Number u = m;
       // p = where(step == 1, p, p * (1 - lr * weight_decay))
       p = rule_where((step_equals_1_ != 0.0f), p, (k_1_minus_lr_times_weight_decay_ * p));
       // p = p - lr * u
-      p = p - (lr_ * u);
+      p = rule_fnma(lr_, u, p);
       rule_write(p, P + I);
       rule_write(m, State_m + I);
       rule_write(v, State_v + I);

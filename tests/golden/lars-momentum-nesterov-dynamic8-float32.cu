@@ -9,10 +9,11 @@ DEVICE unsigned int bits_of(float x) { return __float_as_uint(x); }
 DEVICE float float_of(unsigned int bits) { return __uint_as_float(bits); }
 DEVICE float root(float x) { return sqrtf(x); }
 DEVICE double root64(double x) { return sqrt(x); }
+DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
 
 // Numbers, as C++ and CUDA kernels share them. The target defines before this: DEVICE (how a function
-// is declared), bits_of and float_of (a float's bits), and root and root64 (correctly rounded square
-// roots).
+// is declared), bits_of and float_of (a float's bits), root and root64 (correctly rounded square
+// roots), and fused (a * b + c, rounded once).
 
 typedef unsigned char u8;
 typedef signed char i8;
@@ -69,6 +70,9 @@ DEVICE void rule_write(float x, Stored* to) { from_float(x, *to); }
 
 // ---- functions of the rule language
 
+DEVICE float rule_fma(float a, float b, float c) { return fused(a, b, c); }    // a * b + c
+DEVICE float rule_fms(float a, float b, float c) { return fused(a, b, -c); }   // a * b - c
+DEVICE float rule_fnma(float a, float b, float c) { return fused(-a, b, c); }  // c - a * b
 DEVICE float rule_where(bool condition, float yes, float no) { return condition ? yes : no; }
 DEVICE float rule_sqrt(float x) { return root(x); }
 DEVICE float rule_abs(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
@@ -475,13 +479,13 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
       g = g * Gradient_scale;
       rule_read(State_m + I, m);
       // g = g + weight_decay * p
-      g = g + (weight_decay_ * p);
+      g = rule_fma(weight_decay_, p, g);
       // m = where(momentum, where(step == 1, g, momentum * m + (1 - dampening) * g), g)
-      m = rule_where((step_equals_1_ != 0.0f), g, ((momentum_ * m) + (k_1_minus_dampening_ * g)));
+      m = rule_where((step_equals_1_ != 0.0f), g, rule_fma(momentum_, m, (k_1_minus_dampening_ * g)));
       // u = where(nesterov, g + momentum * m, m)
-      Number u = g + (momentum_ * m);
+      Number u = rule_fma(momentum_, m, g);
       // p = p - lr * trust * u
-      p = p - (lr_ * u);
+      p = rule_fnma(lr_, u, p);
       rule_write(p, P + I);
       rule_write(m, State_m + I);
     }

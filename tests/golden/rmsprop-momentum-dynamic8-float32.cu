@@ -9,10 +9,11 @@ DEVICE unsigned int bits_of(float x) { return __float_as_uint(x); }
 DEVICE float float_of(unsigned int bits) { return __uint_as_float(bits); }
 DEVICE float root(float x) { return sqrtf(x); }
 DEVICE double root64(double x) { return sqrt(x); }
+DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
 
 // Numbers, as C++ and CUDA kernels share them. The target defines before this: DEVICE (how a function
-// is declared), bits_of and float_of (a float's bits), and root and root64 (correctly rounded square
-// roots).
+// is declared), bits_of and float_of (a float's bits), root and root64 (correctly rounded square
+// roots), and fused (a * b + c, rounded once).
 
 typedef unsigned char u8;
 typedef signed char i8;
@@ -69,6 +70,9 @@ DEVICE void rule_write(float x, Stored* to) { from_float(x, *to); }
 
 // ---- functions of the rule language
 
+DEVICE float rule_fma(float a, float b, float c) { return fused(a, b, c); }    // a * b + c
+DEVICE float rule_fms(float a, float b, float c) { return fused(a, b, -c); }   // a * b - c
+DEVICE float rule_fnma(float a, float b, float c) { return fused(-a, b, c); }  // c - a * b
 DEVICE float rule_where(bool condition, float yes, float no) { return condition ? yes : no; }
 DEVICE float rule_sqrt(float x) { return root(x); }
 DEVICE float rule_abs(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
@@ -494,17 +498,17 @@ bnbx_update(const Row* __restrict__ rows, const i64 row_count, const i64 chunk_c
       rule_read(State_v + I, v);
       rule_read(State_m + I, m);
       // g = g + weight_decay * p
-      g = g + (weight_decay_ * p);
+      g = rule_fma(weight_decay_, p, g);
       // v = alpha * v + where(centered, alpha * (1 - alpha) * d * d, (1 - alpha) * g * g)
-      v = (alpha_ * v) + ((k_1_minus_alpha_ * g) * g);
+      v = rule_fma(alpha_, v, ((k_1_minus_alpha_ * g) * g));
       // n = g / (sqrt(v) + eps)
       Number n = g / (rule_sqrt(v) + eps_);
       // m = where(momentum, momentum * m + n, n)
-      m = (momentum_ * m) + n;
+      m = rule_fma(momentum_, m, n);
       // u = m
       Number u = m;
       // p = p - lr * u
-      p = p - (lr_ * u);
+      p = rule_fnma(lr_, u, p);
       rule_write(p, P + I);
       rule_write(v, State_v + I);
       rule_write(m, State_m + I);

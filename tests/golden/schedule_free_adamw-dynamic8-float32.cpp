@@ -9,9 +9,28 @@ DEVICE float float_of(unsigned int bits) { float x; __builtin_memcpy(&x, &bits, 
 DEVICE float root(float x) { return __builtin_sqrtf(x); }
 DEVICE double root64(double x) { return __builtin_sqrt(x); }
 
+// a * b + c, rounded once.
+#if defined(__FMA__) || defined(__FP_FAST_FMAF) || defined(__aarch64__)
+DEVICE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+#else
+// Where there is no instruction for it: the product is exact in double precision, and of a sum that is not, the last bit
+// is set, so that rounding to float can take it neither for a number halfway nor for one on the other side of it.
+DEVICE float fused(float a, float b, float c) {
+  const double product = (double)a * b, sum = product + c;
+  const double added = sum - product, lost = (product - (sum - added)) + (c - added);
+  long long bits;
+  __builtin_memcpy(&bits, &sum, 8);
+  const long long next = bits + ((lost > 0.0) == (sum > 0.0) ? 1 : -1);
+  bits = (lost < 0.0 || lost > 0.0) && !(bits & 1) ? next : bits;
+  double odd;
+  __builtin_memcpy(&odd, &bits, 8);
+  return (float)odd;
+}
+#endif
+
 // Numbers, as C++ and CUDA kernels share them. The target defines before this: DEVICE (how a function
-// is declared), bits_of and float_of (a float's bits), and root and root64 (correctly rounded square
-// roots).
+// is declared), bits_of and float_of (a float's bits), root and root64 (correctly rounded square
+// roots), and fused (a * b + c, rounded once).
 
 typedef unsigned char u8;
 typedef signed char i8;
@@ -68,6 +87,9 @@ DEVICE void rule_write(float x, Stored* to) { from_float(x, *to); }
 
 // ---- functions of the rule language
 
+DEVICE float rule_fma(float a, float b, float c) { return fused(a, b, c); }    // a * b + c
+DEVICE float rule_fms(float a, float b, float c) { return fused(a, b, -c); }   // a * b - c
+DEVICE float rule_fnma(float a, float b, float c) { return fused(-a, b, c); }  // c - a * b
 DEVICE float rule_where(bool condition, float yes, float no) { return condition ? yes : no; }
 DEVICE float rule_sqrt(float x) { return root(x); }
 DEVICE float rule_abs(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
@@ -903,6 +925,9 @@ DEVICE Mask operator>=(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.x, b.x, 
 DEVICE Mask operator==(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.x, b.x, _CMP_EQ_OQ)}; }
 DEVICE Mask operator!=(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.x, b.x, _CMP_NEQ_UQ)}; }
 
+DEVICE Lanes rule_fma(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a.x, b.x, c.x); }
+DEVICE Lanes rule_fms(Lanes a, Lanes b, Lanes c) { return _mm512_fmsub_ps(a.x, b.x, c.x); }
+DEVICE Lanes rule_fnma(Lanes a, Lanes b, Lanes c) { return _mm512_fnmadd_ps(a.x, b.x, c.x); }
 DEVICE Lanes rule_where(Mask condition, Lanes yes, Lanes no) { return _mm512_mask_blend_ps(condition.bits, no.x, yes.x); }
 DEVICE Lanes rule_where(bool condition, Lanes yes, Lanes no) { return condition ? yes : no; }
 DEVICE Lanes rule_sqrt(Lanes x) { return _mm512_sqrt_ps(x.x); }
@@ -1123,13 +1148,13 @@ const Scalars<Number>& Given, const Number Gradient_scale, const int Count, Foun
     rule_read(State_z + I, z);
     rule_read(State_v + I, v);
     // v = beta2 * v + (1 - beta2) * g * g
-    v = (beta2_ * v) + ((k_1_minus_beta2_ * g) * g);
+    v = rule_fma(beta2_, v, ((k_1_minus_beta2_ * g) * g));
     // n = c2 * g / (sqrt(v) + c2 * eps) + weight_decay * p
-    Number n = ((c2_ * g) / (rule_sqrt(v) + c2_times_eps_)) + (weight_decay_ * p);
+    Number n = rule_fma(weight_decay_, p, ((c2_ * g) / (rule_sqrt(v) + c2_times_eps_)));
     // p = p + c * (z - p) - rate * (1 - beta1 * (1 - c)) * n
-    p = (p + (c_ * (z - p))) - (scalar_0_ * n);
+    p = rule_fnma(scalar_0_, n, rule_fma(c_, (z - p), p));
     // z = z - rate * n
-    z = z - (rate_ * n);
+    z = rule_fnma(rate_, n, z);
     rule_write(p, P + I);
     rule_write(z, State_z + I);
     rule_write(v, State_v + I);

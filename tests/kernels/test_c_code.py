@@ -99,7 +99,8 @@ def test_statements_hold_nothing_but_tokens_of_the_language(spec: Optimizer, see
     lowered = lower(spec, drawn_switches(spec, seed))
     variables = {*spec.element.reads, *spec.element.writes, *spec.apply.reads, *spec.apply.writes}
     variables |= {*lowered.scalars, *lowered.tensor_scalars, "Number"}
-    functions = {f"rule_{name}" for name in ("sqrt", "abs", "sign", "min", "max", "where")}
+    called = ("sqrt", "abs", "sign", "min", "max", "where", "fma", "fms", "fnma")
+    functions = {f"rule_{name}" for name in called}
     for line in c_statements(lowered.statements, ["p", "g"]):
         if line.startswith("// "):
             continue

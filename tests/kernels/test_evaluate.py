@@ -6,15 +6,16 @@ import itertools
 import math
 import operator
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnbx.kernels.evaluate import HOST, Operations, evaluate, tensor_operations
+from bnbx.kernels.evaluate import HOST, Operations, evaluate, fused, tensor_operations
 from bnbx.registry.rule import Binary, Call, Compare, Expression, Name, Negate, Number, parse
 
 CPU = torch.device("cpu")
@@ -227,6 +228,52 @@ def test_float32_operations_are_rounded_once(a: float, b: float) -> None:
             expected = np.float32(oracle(function, a, b))
         assert found.dtype == torch.float32
         assert same(found, expected), (expression, a, b)
+
+
+HALVES = [1.0, 1 + 2.0**-23, 1 + 2.0**-12, 1 - 2.0**-24, 2.0**-24, 2.0**-48, 2.0**-60, 2.0**-149]
+HALFWAY = st.builds(operator.mul, st.sampled_from(HALVES), st.sampled_from([-1.0, 1.0]))
+
+
+def rounded_once(exact: Fraction) -> float:
+    """The float32 nearest to a number, of two the one with an even last bit; by comparing."""
+    with np.errstate(over="ignore"):
+        near = np.float32(float(exact))
+        around = [near, *(np.nextafter(near, np.float32(end)) for end in (-np.inf, np.inf))]
+
+    def rank(x: np.float32) -> tuple[Fraction, int]:
+        return abs(Fraction(float(x)) - exact), int(x.view(np.uint32)) & 1
+
+    return float(min(filter(np.isfinite, around), key=rank))
+
+
+@settings(max_examples=1000)
+@given(*[FLOATS | HALFWAY] * 3)
+def test_a_fused_sum_of_float32_is_rounded_once(a: float, b: float, c: float) -> None:
+    values = [float(np.float32(x)) for x in (a, b, c)]
+    found = fused(*(torch.tensor(x) for x in values))
+    assert found.dtype == torch.float32
+    if not all(map(math.isfinite, values)):
+        with np.errstate(all="ignore"):
+            assert same(found, np.float64(values[0]) * values[1] + values[2])
+        return
+    exact = Fraction(values[0]) * Fraction(values[1]) + Fraction(values[2])
+    if abs(exact) >= 2**128 - 2**103:
+        assert same(found, math.copysign(math.inf, exact))
+    elif exact:
+        assert found.item() == rounded_once(exact)
+    else:
+        assert found.item() == 0
+
+
+def test_the_three_forms_of_a_fused_sum() -> None:
+    operations = tensor_operations(torch.float32, CPU)
+    a, b, c = (torch.tensor(x) for x in (1 + 2.0**-23, 1 - 2.0**-23, 1.0))
+    assert operations["fms"](a, b, c) == -(2.0**-46)
+    assert operations["fnma"](a, b, c) == 2.0**-46
+    assert operations["fma"](-a, b, c) == 2.0**-46
+    assert tensor_operations(torch.float64, CPU)["fma"](a.double(), b.double(), -c.double()) == -(
+        2.0**-46
+    )
 
 
 def test_numbers_take_the_dtype_of_the_section() -> None:

@@ -49,6 +49,9 @@ def from_float(value: float) -> int:
     return exact.numerator * pow(exact.denominator, -1, PRIME) % PRIME
 
 
+FUSED = ("fma", "fms", "fnma")
+
+
 def scrambled(x: int) -> int:
     """Stands for a square root: a function of which lowering may assume nothing."""
     return int(pow(x + 12345, 3, PRIME) ^ 1)
@@ -74,6 +77,9 @@ MODULAR: Operations = {
     "min": min,
     "max": max,
     "where": lambda condition, a, b: a if condition else b,
+    "fma": lambda a, b, c: (a * b + c) % PRIME,
+    "fms": lambda a, b, c: (a * b - c) % PRIME,
+    "fnma": lambda a, b, c: (c - a * b) % PRIME,
 }
 
 
@@ -267,10 +273,12 @@ def test_kernels_get_operations_that_they_have(spec: Optimizer, seed: int) -> No
     for statement in lower(spec, drawn_switches(spec, seed)).statements:
         for node in walk(statement.value):
             match node:
+                case Binary("+" | "-", left, right):
+                    assert "*" not in {getattr(part, "op", None) for part in (left, right)}
                 case Binary(op):
-                    assert op in {"+", "-", "*", "/"}
+                    assert op in {"*", "/"}
                 case Call(function, args):
-                    assert function in {"sqrt", "abs", "sign", "min", "max", "where"}
+                    assert function in {"sqrt", "abs", "sign", "min", "max", "where", *FUSED}
                     assert isinstance(args[0], Compare) is (function == "where")
 
 
@@ -287,6 +295,14 @@ def walk(expression: Expression) -> list[Expression]:
     return [expression, *(node for part in inner for node in walk(part))]
 
 
+def test_a_product_that_something_is_added_to_is_not_rounded() -> None:
+    code = "p = abs(g * p + 2) - sqrt(p - g * g) * max(g * g - 3, p * g - g * p)"
+    (statement,) = lower(rule(code), {}).statements
+    assert text(statement.value) == (
+        "fnma(sqrt(fnma(g, g, p)), max(fms(g, g, 3), fms(p, g, g * p)), abs(fma(g, p, 2)))"
+    )
+
+
 def test_scalar_factors_are_gathered() -> None:
     found = lower(rule("p = lr * (g / c) / (p + 1)", "lr", "c"), {})
     (statement,) = found.statements
@@ -298,12 +314,12 @@ def test_an_adamw_step_as_kernels_run_it() -> None:
     found = lower(optimizers().get("adamw"), {"amsgrad": False})
     shown = [f"{statement.target} = {text(statement.value)}" for statement in found.statements]
     assert shown == [
-        "m = beta1_ * m + k_1_minus_beta1_ * g",
-        "v = beta2_ * v + k_1_minus_beta2_ * g * g",
+        "m = fma(beta1_, m, k_1_minus_beta1_ * g)",
+        "v = fma(beta2_, v, k_1_minus_beta2_ * g * g)",
         "vmax = v",
         "u = m / (sqrt(vmax) + c2_times_eps_)",
         "p = k_1_minus_lr_times_weight_decay_ * p",
-        "p = p - lr_times_c2_over_c1_ * u",
+        "p = fnma(lr_times_c2_over_c1_, u, p)",
     ]
     assert {name: text(value) for name, value in found.factors.items()} == {"u": "c2 / c1"}
 
@@ -325,7 +341,7 @@ def test_a_product_keeps_its_factor() -> None:
 def test_what_no_element_depends_on_is_not_computed_for_each() -> None:
     found = lower(rule("u = a + 1\nw = u * u\np = p - w * g", "a"), {})
     (statement,) = found.statements
-    assert text(statement.value) == "p - a_plus_1_times_a_plus_1_ * g"
+    assert text(statement.value) == "fnma(a_plus_1_times_a_plus_1_, g, p)"
     assert [text(value) for value in found.scalars.values()] == ["(a + 1) * (a + 1)"]
 
 

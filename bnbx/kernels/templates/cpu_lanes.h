@@ -29,6 +29,9 @@ DEVICE Mask operator>=(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.x, b.x, 
 DEVICE Mask operator==(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.x, b.x, _CMP_EQ_OQ)}; }
 DEVICE Mask operator!=(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.x, b.x, _CMP_NEQ_UQ)}; }
 
+DEVICE Lanes rule_fma(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a.x, b.x, c.x); }
+DEVICE Lanes rule_fms(Lanes a, Lanes b, Lanes c) { return _mm512_fmsub_ps(a.x, b.x, c.x); }
+DEVICE Lanes rule_fnma(Lanes a, Lanes b, Lanes c) { return _mm512_fnmadd_ps(a.x, b.x, c.x); }
 DEVICE Lanes rule_where(Mask condition, Lanes yes, Lanes no) { return _mm512_mask_blend_ps(condition.bits, no.x, yes.x); }
 DEVICE Lanes rule_where(bool condition, Lanes yes, Lanes no) { return condition ? yes : no; }
 DEVICE Lanes rule_sqrt(Lanes x) { return _mm512_sqrt_ps(x.x); }

@@ -1,6 +1,6 @@
 // Numbers, as C++ and CUDA kernels share them. The target defines before this: DEVICE (how a function
-// is declared), bits_of and float_of (a float's bits), and root and root64 (correctly rounded square
-// roots).
+// is declared), bits_of and float_of (a float's bits), root and root64 (correctly rounded square
+// roots), and fused (a * b + c, rounded once).
 
 typedef unsigned char u8;
 typedef signed char i8;
@@ -57,6 +57,9 @@ DEVICE void rule_write(float x, Stored* to) { from_float(x, *to); }
 
 // ---- functions of the rule language
 
+DEVICE float rule_fma(float a, float b, float c) { return fused(a, b, c); }    // a * b + c
+DEVICE float rule_fms(float a, float b, float c) { return fused(a, b, -c); }   // a * b - c
+DEVICE float rule_fnma(float a, float b, float c) { return fused(-a, b, c); }  // c - a * b
 DEVICE float rule_where(bool condition, float yes, float no) { return condition ? yes : no; }
 DEVICE float rule_sqrt(float x) { return root(x); }
 DEVICE float rule_abs(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
