@@ -27,8 +27,8 @@ from torch import Tensor
 from bnbx.errors import TargetError
 from bnbx.kernels.cache import key_of, load_or_build
 
-# No multiply-add contraction but what the text asks for, no flushing to zero, quotients and roots as
-# IEEE 754 has them: element-wise kernels have the same bits on every target.
+# No multiply-add contraction but what the text asks for, no flushing to zero, quotients and roots
+# as IEEE 754 has them: element-wise kernels have the same bits on every target.
 OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
 # How kernels share out their work; templates have it from here.
 LANES = 32  # of a warp

@@ -19,7 +19,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from bnbx.errors import RuleError
 from bnbx.registry.checks import NORM, NUMEL, select
 from bnbx.registry.optimizer import GRADIENT, PARAMETER, STEP, UPDATE, Optimizer
 from bnbx.registry.rule import (
@@ -37,6 +39,8 @@ from bnbx.registry.rule import (
 ONE = Number(1.0)
 ZERO = Number(0.0)
 _MAX_NAME = 40
+MAX_NODES = 150
+"""Of a scalar that others are made of: they are written out, each time they are read."""
 
 
 @dataclass(frozen=True)
@@ -135,11 +139,20 @@ class _Lowering:
         for statement in map(self.selected, statements):
             split = self.split(statement.value)
             if split.vector is None and statement.target not in kept:
-                self.known[statement.target] = split.scale or ONE
+                self.know(statement, split.scale or ONE)
                 continue
             self.known.pop(statement.target, None)
             found.append(self.vector(statement, split, kept))
         return found
+
+    def know(self, statement: Statement, value: Expression) -> None:
+        """From here on, the statement's name is this host expression."""
+        if not _is_small(value):
+            raise RuleError(
+                f"{statement.text!r} is the same for all elements, and more than {MAX_NODES} "
+                "operations when the names in it are written out; compute it in step_code"
+            )
+        self.known[statement.target] = value
 
     def vector(self, statement: Statement, split: _Split, kept: set[str]) -> Statement:
         """The statement with its value. A scalar factor may wait for the one that reads it.
@@ -148,7 +161,7 @@ class _Lowering:
         """
         name = statement.target
         waits = name in self.once - kept and split.vector and not _is_product(split.vector)
-        if waits and split.scale:
+        if waits and split.scale and _is_small(split.scale):
             self.factors[name] = split.scale
             split = _Split(None, split.vector)
         return Statement(name, fused(self.join(split)), statement.text)
@@ -166,7 +179,7 @@ class _Lowering:
                 self.of_tensor.add(statement.target)
                 found.append(Statement(statement.target, value, statement.text))
                 value = Name(statement.target)
-            self.known[statement.target] = value
+            self.know(statement, value)
         return found
 
     def is_of_tensor(self, value: Expression) -> bool:
@@ -313,6 +326,19 @@ def _is_product(vector: Expression) -> bool:
     while isinstance(vector, Binary) and vector.op == "/":
         vector = vector.left
     return isinstance(vector, Binary) and vector.op == "*"
+
+
+def _is_small(value: Expression) -> bool:
+    """Whether it has at most MAX_NODES nodes, shared parts as often as they occur."""
+    left: list[Any] = [value]
+    for _ in range(MAX_NODES):
+        if not left:
+            return True
+        node = left.pop()
+        for part in ("operand", "left", "right"):
+            left += [getattr(node, part)] if hasattr(node, part) else []
+        left += getattr(node, "args", ())
+    return not left
 
 
 def _product(a: Expression | None, b: Expression | None) -> Expression | None:

@@ -18,7 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bnbx.errors import RuleError
 from bnbx.kernels.evaluate import Operations, evaluate
+from bnbx.kernels.host_code import host_function
 from bnbx.kernels.lower import lower, text
 from bnbx.registry import Optimizer, State, flag, number, optimizers, rate
 from bnbx.registry.checks import NORM, NUMEL
@@ -336,6 +338,22 @@ def test_a_product_keeps_its_factor() -> None:
         found = lower(rule(f"m = g\n{code}\np = p - u", "a", states="m"), {})
         assert not found.factors
         assert text(found.statements[1].value).startswith("a_times_a_ * g * g")
+
+
+@pytest.mark.parametrize("line", ["c = max(c, a - c)", "c = c + a"])
+def test_scalars_that_grow_are_refused(line: str) -> None:
+    code = "\n".join(["c = a * 2", *[line] * 200, "p = p - c * g"])
+    with pytest.raises(RuleError, match=r"more than 150 operations .* compute it in step_code"):
+        lower(rule(code, "a"), {})
+
+
+def test_a_long_chain_of_factors_does_not_wait_for_ever() -> None:
+    code = "\n".join(["u = a * sqrt(g)", *["u = a * sqrt(u)"] * 99, "p = p - u"])
+    assert lower(rule(code, "a"), {})
+    chain = [f"w{i + 1} = w{i} / a" for i in range(300)]
+    found = lower(rule("\n".join(["w0 = a * sqrt(g)", *chain, "p = p - w300"]), "a"), {})
+    host = host_function([], found.scalars.values(), [])
+    assert set(host({"a": 1.0})[0]) == {1.0}
 
 
 def test_what_no_element_depends_on_is_not_computed_for_each() -> None:
