@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from bnbx.registry.evaluate import COMMON, HOST, Operations, evaluate
@@ -9,7 +11,18 @@ from bnbx.registry.evaluate import COMMON, HOST, Operations, evaluate
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["HOST", "Operations", "evaluate", "fused", "square_root", "tensor_operations"]
+__all__ = [
+    "HOST",
+    "Operations",
+    "evaluate",
+    "fused",
+    "has_float64",
+    "square_root",
+    "tensor_operations",
+]
+
+PIECE = 1 << 20
+"""Elements whose sums are computed at a time: 64 bytes each meanwhile."""
 
 
 def square_root(x: Tensor) -> Tensor:
@@ -27,14 +40,41 @@ def square_root(x: Tensor) -> Tensor:
         return torch.from_numpy(np.asarray(np.sqrt(x.detach().numpy())))
 
 
+@lru_cache(maxsize=64)
+def has_float64(device_type: str) -> bool:
+    """Whether a kind of device computes in float64; Apple's and some of Intel's do not."""
+    import torch
+
+    try:
+        torch.ones((), dtype=torch.float32, device=device_type).double().sqrt().float()
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
 def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """The sum a * b + c of float32 tensors, rounded once.
+    """The sum a * b + c of float32 tensors, rounded once; of large ones a piece at a time.
 
     The product is exact in float64. Of a sum that is not, the last bit is set (it is rounded to
     odd), so that rounding to float32 can take it neither for a number halfway between two nor for
     one on the other side of it. Source: Boldo and Melquiond, "Emulation of a FMA and correctly
     rounded sums", IEEE Transactions on Computers 57(4), 2008.
     """
+    import numpy as np
+    import torch
+
+    shape = np.broadcast_shapes(a.shape, b.shape, c.shape)
+    if math.prod(shape) <= PIECE:
+        return _fused(a, b, c)
+    flat = [x.expand(shape).reshape(-1) if x.dim() else x for x in (a, b, c)]
+    found = torch.empty(shape, dtype=torch.float32, device=a.device)
+    for start in range(0, found.numel(), PIECE):
+        piece = slice(start, start + PIECE)
+        found.view(-1)[piece] = _fused(*(x[piece] if x.dim() else x for x in flat))
+    return found
+
+
+def _fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     import torch
 
     product, c = a.double() * b.double(), c.double()
@@ -55,8 +95,8 @@ def tensor_operations(dtype: Any, device: Any) -> Operations:
     """
     import torch
 
-    # By way of float64 roots and sums are rounded correctly. MPS has no float64.
-    wide = dtype is torch.float32 and getattr(device, "type", device) != "mps"
+    # By way of float64 roots and sums are rounded correctly.
+    wide = dtype is torch.float32 and has_float64(getattr(device, "type", device))
 
     def sqrt(x: Any) -> Any:
         return square_root(x.double()).to(dtype) if wide else square_root(x)

@@ -8,7 +8,7 @@ The operations are the table's of `bnbx.registry.evaluate`, so the results are t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from bnbx.registry.evaluate import HOST
@@ -33,12 +33,22 @@ _OPERATORS = {"+", "-", "*", "<", "<=", ">", ">=", "==", "!="}
 def host_function(
     statements: Iterable[Statement], scalars: Iterable[Expression], inputs: Iterable[str]
 ) -> HostFunction:
-    """What gives the values of `scalars` and `inputs` after `statements`, from the names' values.
+    """What gives `scalars` and `inputs` as they are after `statements`, from the names' values."""
+    source = host_source(tuple(statements), tuple(scalars), tuple(inputs))
+    scope: dict[str, Any] = {_function(name): function for name, function in HOST.items()}
+    exec(compile(source, "<step_code>", "exec"), scope)  # noqa: S102 - of parsed expressions
+    found: HostFunction = scope["host"]
+    return found
+
+
+def host_source(
+    statements: Sequence[Statement], scalars: Sequence[Expression], inputs: Sequence[str]
+) -> str:
+    """The function's text, rendered from the parsed rule, of which no text of its author is left.
 
     Names of the rule language are lower-case words, so none hides a function of the table, which
     are upper-case here.
     """
-    statements, scalars, inputs = tuple(statements), tuple(scalars), tuple(inputs)
     written: set[str] = set()
     given: dict[str, None] = {}
     for read, target in [
@@ -51,11 +61,7 @@ def host_function(
     lines = [f"{name} = GIVEN[{name!r}]" for name in given]
     lines += [f"{s.target} = {python(s.value)}" for s in statements]
     lines += [f"return [{', '.join(map(python, scalars))}], [{', '.join(inputs)}]"]
-    source = "\n    ".join(["def host(GIVEN):", *lines])
-    scope: dict[str, Any] = {_function(name): function for name, function in HOST.items()}
-    exec(compile(source, "<step_code>", "exec"), scope)  # noqa: S102 - of parsed expressions
-    found: HostFunction = scope["host"]
-    return found
+    return "\n    ".join(["def host(GIVEN):", *lines])
 
 
 def python(expression: Expression) -> str:

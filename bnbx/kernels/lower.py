@@ -150,7 +150,8 @@ class _Lowering:
         if not _is_small(value):
             raise RuleError(
                 f"{statement.text!r} is the same for all elements, and more than {MAX_NODES} "
-                "operations when the names in it are written out; compute it in step_code"
+                "names, numbers and operations when what it reads is written out; compute it in "
+                "step_code"
             )
         self.known[statement.target] = value
 

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from bnbx.kernels.batch import Batch
 from bnbx.kernels.codebook import tables
-from bnbx.kernels.evaluate import Operations, evaluate, square_root, tensor_operations
+from bnbx.kernels.evaluate import (
+    Operations,
+    evaluate,
+    has_float64,
+    square_root,
+    tensor_operations,
+)
 from bnbx.kernels.master import load, store
 from bnbx.kernels.packing import pack, unpack
 from bnbx.kernels.plan import Plan, Storage
@@ -87,7 +93,7 @@ def _tensor_values(
     lowered, device = plan.lowered, values["p"].device
     if not lowered.tensor_scalars:
         return {}
-    wide = torch.float32 if device.type == "mps" else torch.float64
+    wide = torch.float64 if has_float64(device.type) else torch.float32
     operations = tensor_operations(wide, device)
     numbers = dict(zip(lowered.inputs, inputs, strict=True)) | {NUMEL: values["p"].numel()}
     found = {n: torch.tensor(x, dtype=wide, device=device) for n, x in numbers.items()}

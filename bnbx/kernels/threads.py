@@ -30,7 +30,7 @@ if hasattr(os, "register_at_fork"):
 
 def safe_after_fork() -> AbstractContextManager[None]:
     """Keep torch's own operations on one thread meanwhile, in a process that was forked."""
-    return _one_thread() if _forked else _AS_IT_IS
+    return _one_thread() if _forked and torch.get_num_threads() > 1 else _AS_IT_IS
 
 
 _AS_IT_IS = nullcontext()

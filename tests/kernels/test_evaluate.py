@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnbx.kernels.evaluate import HOST, Operations, evaluate, fused, tensor_operations
+from bnbx.kernels.evaluate import HOST, Operations, evaluate, fused, has_float64, tensor_operations
 from bnbx.registry.rule import Binary, Call, Compare, Expression, Name, Negate, Number, parse
 
 CPU = torch.device("cpu")
@@ -263,6 +263,35 @@ def test_a_fused_sum_of_float32_is_rounded_once(a: float, b: float, c: float) ->
         assert found.item() == rounded_once(exact)
     else:
         assert found.item() == 0
+
+
+def test_large_sums_are_fused_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = torch.Generator().manual_seed(0)
+    a, b, c = (torch.randn(shape, generator=source) for shape in ((3, 7), (), (7,)))
+    for given_to in ((a, b, c), (b, a, c), (c, c, b), (b, b, a)):
+        whole = fused(*given_to)
+        monkeypatch.setattr("bnbx.kernels.evaluate.PIECE", 4)
+        assert torch.equal(fused(*given_to), whole)
+        monkeypatch.undo()
+    assert fused(a[:0], b, c).shape == (0, 7)
+
+
+def test_devices_without_float64_are_told_by_trying(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert has_float64("cpu")
+    assert has_float64("meta")
+
+    def refuses(*args: Any, **kwargs: Any) -> None:
+        raise TypeError("no float64 here")
+
+    has_float64.cache_clear()
+    monkeypatch.setattr(torch.Tensor, "double", refuses)
+    try:
+        assert not has_float64("cpu")
+        operations = tensor_operations(torch.float32, CPU)
+    finally:
+        has_float64.cache_clear()
+    a, b = torch.tensor(1 + 2.0**-23), torch.tensor(1 - 2.0**-23)
+    assert operations["fma"](a, b, -torch.ones(())) == 0  # rounded twice
 
 
 def test_the_three_forms_of_a_fused_sum() -> None:

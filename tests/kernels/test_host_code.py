@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import struct
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnbx.kernels.host_code import host_function
+from bnbx.kernels.host_code import host_function, host_source
 from bnbx.kernels.lower import lower
 from bnbx.registry import Optimizer
 from bnbx.registry.evaluate import HOST, evaluate
@@ -62,3 +63,28 @@ def test_every_operation_follows_ieee_754_as_the_interpreter_does(text: str) -> 
 def test_a_name_that_is_written_later_is_read_from_outside_first() -> None:
     statements = parse("b = a + 1\na = b * 2\nc = a", "step_code").statements
     assert host_function(statements, [], ["a", "b", "c"])({"a": 1.0}) == ([], [4.0, 2.0, 4.0])
+
+
+TOKENS = re.compile(
+    r"\s*(?:\d+(?:\.\d+)?(?:e[+-]\d+)?|[a-z][a-z0-9_]*|[A-Z]+|<=|>=|==|!=|[-+*<>(),=\[\]])"
+)
+
+
+@given(rules(), st.integers(0, 2**32 - 1))
+def test_the_text_holds_nothing_but_tokens_of_the_language(spec: Optimizer, seed: int) -> None:
+    lowered = lower(spec, drawn_switches(spec, seed))
+    scalars = tuple(lowered.scalars.values())
+    first, *lines = host_source(spec.step.statements, scalars, lowered.inputs).splitlines()
+    assert first == "def host(GIVEN):"
+    known = {*spec.hyper, STEP, *spec.step.writes, "return"}
+    for line in lines:
+        found = re.fullmatch(r"    ([a-z][a-z0-9_]*) = GIVEN\['\1'\]", line)
+        text = found[1] if found else line
+        end = 0
+        while end < len(text):
+            token = TOKENS.match(text, end)
+            assert token is not None, line
+            word = token[0].strip()
+            assert not word.islower() or word in known or word[0].isdigit()
+            assert not word.isupper() or word in {*map(str.upper, HOST), "DIVIDE", "POWER"}
+            end = token.end()

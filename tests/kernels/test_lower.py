@@ -343,13 +343,13 @@ def test_a_product_keeps_its_factor() -> None:
 @pytest.mark.parametrize("line", ["c = max(c, a - c)", "c = c + a"])
 def test_scalars_that_grow_are_refused(line: str) -> None:
     code = "\n".join(["c = a * 2", *[line] * 200, "p = p - c * g"])
-    with pytest.raises(RuleError, match=r"more than 150 operations .* compute it in step_code"):
+    with pytest.raises(RuleError, match=r"more than 150 names.*compute it in step_code"):
         lower(rule(code, "a"), {})
 
 
 def test_a_long_chain_of_factors_does_not_wait_for_ever() -> None:
     code = "\n".join(["u = a * sqrt(g)", *["u = a * sqrt(u)"] * 99, "p = p - u"])
-    assert lower(rule(code, "a"), {})
+    assert len(lower(rule(code, "a"), {}).scalars) == 1
     chain = [f"w{i + 1} = w{i} / a" for i in range(300)]
     found = lower(rule("\n".join(["w0 = a * sqrt(g)", *chain, "p = p - w300"]), "a"), {})
     host = host_function([], found.scalars.values(), [])

@@ -243,6 +243,7 @@ EVERYTHING = Optimizer(
         m = where(s > 0, 0.5 * m, m) + where(s >= 1, g, -g) - where(s < 1, 0.25, 0) * m
         m = m + where(s <= -1, g, 0) + where(s == 1, p, -p) + where(s != -1, g, 2 * g)
         v = abs(max(min(v, 2), 0.5 * v) - where(lr, g, s) / (1 + abs(m))) + where(lr > 1, s, 0 * s)
+        m = g * m - max(g, m * m - v) + g * p
         p = p - lr * where(s > 1, p, m) / (1 + sqrt(v)) - where(s < -1, p, 0)
     """,
 )
