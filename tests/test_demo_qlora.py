@@ -47,7 +47,9 @@ from bnbx.demo.train import Result, validation_loss
 from bnbx.kernels import processor
 from bnbx.kernels.encoding import make_encoding
 
-TINY = Settings(size=Size.TINY, steps=120, batch_size=8)
+# After half of these steps a loss still falls so steeply that a rounding decides a tenth of it: over
+# eight seeds the gap between bases was -0.17 to 0.01, and after these -0.002 to 0.002.
+TINY = Settings(size=Size.TINY, steps=240, batch_size=8)
 WINDOW = TINY.shape.context
 
 
@@ -210,8 +212,12 @@ def test_runs_are_alike_but_for_the_base() -> None:
     found, reporter = outcome()
     sixteen, four = found.runs
     steps = adapter_steps(TINY)
-    assert reporter.started == [(PRETRAINING, 120), (SIXTEEN.label, steps), (FOUR.label, steps)]
-    assert steps == 60
+    assert reporter.started == [
+        (PRETRAINING, TINY.steps),
+        (SIXTEEN.label, steps),
+        (FOUR.label, steps),
+    ]
+    assert steps == TINY.steps // 2
     assert len(sixteen.train_losses) == len(four.train_losses) == steps
     assert four.train_losses[0] == pytest.approx(sixteen.train_losses[0], rel=0.02)  # same batch
     assert four.train_losses[0] != sixteen.train_losses[0]
