@@ -47,8 +47,8 @@ from bnbx.demo.train import Result, validation_loss
 from bnbx.kernels import processor
 from bnbx.kernels.encoding import make_encoding
 
-# After half of these steps a loss still falls so steeply that a rounding decides a tenth of it: over
-# eight seeds the gap between bases was -0.17 to 0.01, and after these -0.002 to 0.002.
+# After half of these steps a loss still falls so steeply that a rounding decides a tenth of it: the
+# gap between bases was -0.17 to 0.01 over eight seeds, and after all of them -0.002 to 0.002.
 TINY = Settings(size=Size.TINY, steps=240, batch_size=8)
 WINDOW = TINY.shape.context
 
