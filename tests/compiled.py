@@ -1,12 +1,30 @@
-"""Where a test run keeps its kernels: each is compiled once, none is taken from outside."""
+"""Where a test run keeps its kernels: each is compiled once, none is taken from outside.
+
+And C++ of a test's own, compiled as kernels are.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+
+from bnbx.errors import CompileError
+from bnbx.kernels.compiler import find_compiler
+
+
+def compiled(source: Path, binary: Path, flags: tuple[str, ...]) -> Path:
+    """The library made of a source with these flags more; skips where there is no compiler."""
+    try:
+        compiler = find_compiler()
+    except CompileError as error:
+        pytest.skip(f"needs a C++ compiler: {error}")
+    replace(compiler, command=(*compiler.command, *flags)).compile(source, binary)
+    return binary
 
 
 @contextmanager

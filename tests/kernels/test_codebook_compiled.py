@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from dataclasses import replace
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,14 +17,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bnbx.errors import CompileError
 from bnbx.kernels.codebook import Tables, tables
-from bnbx.kernels.compiler import find_compiler
 from bnbx.kernels.cpu import aligned
 from bnbx.quant_types.dynamic8 import dynamic8
 from bnbx.quant_types.linear8 import linear8
 from bnbx.registry.quant_type import Codebook
 from codebooks import _full, _made, codebooks, full_codebooks, probes
+from compiled import compiled
 
 F32 = npt.NDArray[np.float32]
 
@@ -95,15 +92,6 @@ def library(
     source, binary = folder / "search.cpp", folder / "search.so"
     source.write_text("\n".join([*headers, AFTER]), encoding="utf-8")
     return ctypes.CDLL(str(compiled(source, binary, WITHOUT[request.param])))
-
-
-def compiled(source: Path, binary: Path, flags: tuple[str, ...]) -> Path:
-    try:
-        compiler = find_compiler()
-    except CompileError as error:
-        pytest.skip(f"needs a C++ compiler: {error}")
-    replace(compiler, command=(*compiler.command, *flags)).compile(source, binary)
-    return binary
 
 
 def traits(found: Tables, block: int, bits: int) -> npt.NDArray[np.int64]:

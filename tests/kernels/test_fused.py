@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -11,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from bnbx.errors import CompileError
-from bnbx.kernels.compiler import find_compiler
 from bnbx.kernels.evaluate import fused
+from compiled import compiled
 
 CODE = """
 extern "C" void fuse(const float* a, const float* b, const float* c, float* to, long long count) {
@@ -38,18 +36,13 @@ def numbers(seed: int) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("flags", [(), WITHOUT], ids=["instruction", "none"])
 def test_kernels_fuse_as_the_reference_does(flags: tuple[str, ...], tmp_path: Path) -> None:
-    try:
-        compiler = find_compiler()
-    except CompileError as error:
-        pytest.skip(f"needs a C++ compiler: {error}")
     header = (files("bnbx.kernels") / "templates" / "cpu_target.h").read_text(encoding="utf-8")
     source, binary = tmp_path / "fused.cpp", tmp_path / "fused.so"
     source.write_text(header + CODE, encoding="utf-8")
-    replace(compiler, command=(*compiler.command, *flags)).compile(source, binary)
     given = numbers(0)
     found = np.empty(COUNT, np.float32)
     pointers = [ctypes.c_void_p(array.ctypes.data) for array in (*given, found)]
-    ctypes.CDLL(str(binary)).fuse(*pointers, ctypes.c_longlong(COUNT))
+    ctypes.CDLL(str(compiled(source, binary, flags))).fuse(*pointers, ctypes.c_longlong(COUNT))
     expected = fused(*map(torch.from_numpy, given)).numpy()
     assert np.array_equal(found, expected, equal_nan=True)
     numeric = ~np.isnan(expected)
